@@ -1,0 +1,3 @@
+"""Rethaw: AI agents that survive anything."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,123 @@
+"""The closed sets: states, reasons, durability, kinds of event."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class State(StrEnum):
+    """Observed state of a session (DESIGN: created -> queued -> starting -> running <-> waiting -> ...)."""
+
+    CREATED = "created"
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    WAITING = "waiting"
+    SUSPENDING = "suspending"
+    SUSPENDED = "suspended"
+    RESUMING = "resuming"
+    RECOVERING = "recovering"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self in (State.COMPLETED, State.FAILED, State.CANCELLED)
+
+    @property
+    def on_node(self) -> bool:
+        """Whether a sandbox may exist for it."""
+        return self in (
+            State.STARTING, State.RUNNING, State.WAITING, State.SUSPENDING, State.RESUMING, State.RECOVERING,
+        )  # fmt: skip
+
+
+class Desired(StrEnum):
+    """What somebody wants of a session."""
+
+    RUNNING = "running"
+    SUSPENDED = "suspended"
+    CANCELLED = "cancelled"
+
+
+class Reason(StrEnum):
+    """Why a session is in its state, or why a life of it ended."""
+
+    NONE = "none"
+    IDLE = "idle"  # suspended by policy while waiting
+    REQUESTED = "requested"  # a person asked
+    PROVIDER_HOLD = "provider_hold"  # the provider said "later"; frozen meanwhile
+    SANDBOX_DIED = "sandbox_died"
+    GUEST_UNRESPONSIVE = "guest_unresponsive"
+    CHANNEL_BROKEN = "channel_broken"
+    NODE_LOST = "node_lost"
+    OUT_OF_MEMORY = "out_of_memory"
+    SNAPSHOT_UNUSABLE = "snapshot_unusable"
+    CRASH_LOOP = "crash_loop"
+    BOOT_FAILED = "boot_failed"
+    IMAGE_FAILED = "image_failed"
+    COMMAND_NOT_FOUND = "command_not_found"
+    EXITED = "exited"  # the program ended by itself; `exit_code` says how
+    MAX_DURATION = "max_duration"
+    CANCELLED = "cancelled"
+    FENCED = "fenced"
+
+
+class Durability(StrEnum):
+    """What a released answer survives (promise 4)."""
+
+    LOCAL = "local"
+    REPLICATED = "replicated"
+    RELAXED = "relaxed"
+
+
+class ExchangeState(StrEnum):
+    """Where one request and response stands. `OPEN` until its response is whole in the log."""
+
+    OPEN = "open"
+    COMPLETE = "complete"  # whole response durable, whatever its status
+    FAILED = "failed"  # upstream broke; what was received is recorded and passed on as it was
+    TORN = "torn"  # upstream lost after the guest already held bytes
+    ORPHANED = "orphaned"  # answered, but the agent went another way after a crash
+
+
+class EventType(StrEnum):
+    """Every type of event in the context log. `data` of each is described in docs/concepts.md."""
+
+    SESSION_CREATED = "session.created"
+    SESSION_STATE = "session.state"  # {state, reason, detail?}
+    SESSION_RESULT = "session.result"  # body: JSON value the agent returned
+    SESSION_DIVERGED = "session.diverged"
+    SESSION_CRASHED = "session.crashed"  # {reason, detail, generation}
+    LINE_OPENED = "line.opened"  # {line, parent, branch_seq, snapshot?, why}
+    ATTEMPT_STARTED = "attempt.started"  # {attempt, fresh, command}
+    ATTEMPT_EXITED = "attempt.exited"  # {exit_code, signal?}
+    EXCHANGE_REQUESTED = "exchange.requested"  # {exchange, provider, method, path, model?, request_bytes}
+    EXCHANGE_UPSTREAM = "exchange.upstream"  # {exchange, epoch, try}: about to send upstream
+    EXCHANGE_COMPLETED = "exchange.completed"  # {exchange, status, model, input_tokens, output_tokens, ...}
+    EXCHANGE_FAILED = "exchange.failed"  # {exchange, error, possibly_paid}
+    EXCHANGE_ADOPTED = "exchange.adopted"  # a repeated request was given an exchange of the tail {exchange, how}
+    EXCHANGE_SERVED = "exchange.served"  # answered from the log after a restore {exchange, offset, tokens}
+    EXCHANGE_RELEASED = "exchange.released"  # first byte let go to the agent {exchange, snapshot?}
+    EXCHANGE_REISSUED = "exchange.reissued"  # upstream cut off by a crash of its node; sent once more
+    EXCHANGE_TORN = "exchange.torn"
+    EXCHANGE_ORPHANED = "exchange.orphaned"
+    EXCHANGE_HELD = "exchange.held"  # provider said later {exchange, status, retry_after}
+    MESSAGE_RECEIVED = "message.received"  # into the inbox {message, number}; body: payload
+    MESSAGE_CONSUMED = "message.consumed"  # cursor moved {number}
+    MESSAGE_SENT = "message.sent"  # outbox, provisional until a snapshot holds it {message, number}; body: payload
+    MESSAGE_PUBLISHED = "message.published"  # {message}: visible outside
+    WAIT_OPENED = "wait.opened"
+    WAIT_COMPLETED = "wait.completed"
+    WAIT_CANCELLED = "wait.cancelled"
+    SIGNAL_RECEIVED = "signal.received"  # {name, signal}; body: payload
+    EMITTED = "emitted"  # ctx.emit {name}; body: JSON data
+    OUTPUT = "output"  # {stream: stdout|stderr, offset}; body: bytes
+    SNAPSHOT_CREATED = "snapshot.created"  # {snapshot, parent, seq, paused_ms, durable_ms, stored_bytes, why}
+    SNAPSHOT_RESTORED = "snapshot.restored"  # {snapshot, generation, resume_ms}
+    SNAPSHOT_FAILED = "snapshot.failed"
+    SNAPSHOT_UNUSABLE = "snapshot.unusable"
+    DURABILITY_DEGRADED = "durability.degraded"
+    DURABILITY_RESTORED = "durability.restored"
+    CHANNEL_MALFORMED = "channel.malformed"

@@ -1,0 +1,197 @@
+"""What the node's side may ask of the control side. `log` and `control` implement these in one process; an HTTP
+client will implement them for a node elsewhere. Every call is a coroutine and may be repeated after a lost answer.
+
+All raise `Fenced` when the generation (or an exchange's epoch) is not current, and `Unavailable` when the database
+has not answered for 30 s (implementations retry until then, with backoff; every write is idempotent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from rethaw.model.types import (
+    Assignment, Chunk, Event, Exchange, Fence, Lease, NewEvent, NodeInfo, RequestMeta, ResponseHead, SessionView,
+    SnapshotInfo, StateChange, Usage, WaitSpec, WaitState,
+)  # fmt: skip
+from rethaw.model.enums import Durability, ExchangeState, Reason
+
+
+class LogSink(Protocol):
+    """The context log, as a node writes and reads it."""
+
+    async def append(self, fence: Fence, events: Sequence[NewEvent]) -> list[Event]:
+        """One transaction: lock the session row, check the generation, insert with gapless seq. Order kept."""
+        ...
+
+    async def last_seq(self, session: str) -> int: ...
+
+    async def begin_exchange(self, fence: Fence, meta: RequestMeta, body: bytes, owner: str) -> Exchange:
+        """Make a request durable: content parts, exchange row (OPEN, epoch 1, owned by `owner`), exchange.requested."""
+        ...
+
+    async def adopt_exchange(self, fence: Fence, exchange: str, guest_id: str, how: str) -> Exchange:
+        """The current line takes exchange `exchange` of the tail as its own: event exchange.adopted {how}."""
+        ...
+
+    async def take_over(self, fence: Fence, exchange: str, owner: str, event: NewEvent | None = None) -> Exchange:
+        """Become the owner of an OPEN exchange whose former owner is gone: epoch + 1, received bytes of the former
+        epoch are no longer current. `event` (reissued, torn, ...) is appended in the same transaction."""
+        ...
+
+    async def append_response(
+        self, exchange: str, epoch: int, head: ResponseHead | None, chunks: Sequence[Chunk]
+    ) -> int:
+        """Make response bytes durable under the owner epoch (not the generation). Returns durable length. Idempotent
+        by offset. Works whatever state the session is in."""
+        ...
+
+    async def finish_exchange(
+        self, exchange: str, epoch: int, state: ExchangeState, usage: Usage | None, event: NewEvent
+    ) -> Exchange:
+        """The response is whole (COMPLETE) or broke (FAILED, TORN): close the row, append `event` to the session's
+        current line. Under the epoch, not the generation. Idempotent."""
+        ...
+
+    async def orphan_exchange(self, fence: Fence, exchange: str) -> None:
+        """Mark ORPHANED, with its event."""
+        ...
+
+    async def exchange(self, exchange: str) -> Exchange: ...
+
+    async def read_response(self, exchange: str, offset: int = 0, limit: int = 1 << 20) -> list[Chunk]:
+        """Durable response bytes of the current epoch from `offset`, cut at about `limit` bytes."""
+        ...
+
+    async def read_request(self, exchange: str) -> bytes:
+        """The exact request body."""
+        ...
+
+    async def tail(self, fence: Fence, snapshot: str | None) -> list[Exchange]:
+        """Exchanges of this attempt that nothing on the path up to the snapshot asked for or adopted (with None:
+        nothing at all of this attempt is on the path), oldest first, ORPHANED and TORN ones left out. These answer
+        requests that the restored agent sends again."""
+        ...
+
+    def follow(self, session: str, after: int = 0, *, path_only: bool = True) -> AsyncIterator[Event]:
+        """Events from `after` on, for ever."""
+        ...
+
+
+class SnapshotCatalog(Protocol):
+    """The rows of snapshots. Files are the node's."""
+
+    async def commit(self, fence: Fence, info: SnapshotInfo) -> SnapshotInfo:
+        """The snapshot is durable on disk: insert the row, append snapshot.created, publish every outbox message
+        (and other provisional effect) of the path with seq <= info.seq. One transaction."""
+        ...
+
+    async def get(self, snapshot: str) -> SnapshotInfo: ...
+
+    async def list(self, session: str) -> list[SnapshotInfo]: ...
+
+    async def mark_unusable(self, fence: Fence, snapshot: str, why: str) -> None:
+        """Logged as snapshot.unusable; never chosen again."""
+        ...
+
+    async def superfluous(self, node: str) -> list[SnapshotInfo]:
+        """Snapshots of this node that retention no longer needs; their rows go once `forget` is called."""
+        ...
+
+    async def forget(self, snapshot: str) -> None: ...
+
+
+class ControlPlane(Protocol):
+    """Sessions, waits and leases, as a node sees them."""
+
+    async def register_node(self, info: NodeInfo) -> Lease:
+        """A new incarnation: every session that the former one ran is recovering from now on."""
+        ...
+
+    async def renew_lease(self, node: str, incarnation: str) -> Lease:
+        """Raises Fenced when another incarnation took over."""
+        ...
+
+    async def assignments(self, node: str, incarnation: str, after: int, timeout_s: float) -> list[Assignment]:
+        """Assignments with revision > after; waits up to `timeout_s` for the first."""
+        ...
+
+    async def session(self, session: str) -> SessionView: ...
+
+    async def report(self, fence: Fence, change: StateChange) -> SessionView:
+        """Move the observed state. A move to SUSPENDED is refused (Conflict) when a wait of the session completed
+        meanwhile or somebody wants it running: the node then lets the guest go on."""
+        ...
+
+    async def report_death(self, fence: Fence, reason: Reason, detail: str) -> None:
+        """The sandbox is gone. Control opens a new line and generation and assigns a restore (crash-loop rule: parent,
+        then fresh boot, then failed), or ends the session."""
+        ...
+
+    async def report_unusable(self, fence: Fence, snapshot: str, detail: str) -> None:
+        """A restore could not use `snapshot`: mark it, go on with its parent, or boot fresh."""
+        ...
+
+    async def wake(self, fence: Fence, reason: Reason) -> None:
+        """Something a suspended session waits for on this node has come (a held provider answered): resume it."""
+        ...
+
+    async def open_wait(self, fence: Fence, attempt: int, spec: WaitSpec) -> WaitState: ...
+
+    async def poll_wait(self, fence: Fence, attempt: int, wait: str, timeout_s: float) -> WaitState:
+        """The wait's state once done, or after `timeout_s`."""
+        ...
+
+    async def cancel_wait(self, fence: Fence, attempt: int, wait: str) -> None: ...
+
+    async def consume(self, fence: Fence, attempt: int, number: int) -> None:
+        """The guest's inbox cursor moved to `number`: event message.consumed."""
+        ...
+
+    async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
+        """Saving keeps failing, or works again: row flag and event."""
+        ...
+
+
+# ---- the channel's node end, as node and gateway use it (implemented by node.link over channel)
+
+
+class GuestStream(Protocol):
+    """One stream that the guest opened, as it stands after the newest go(). After every thaw each open stream is
+    handed over anew; the former object is dead and its calls raise ChannelBroken."""
+
+    id: int
+    kind: str  # "exchange", "call", "stdout", "stderr"
+    meta: dict[str, object]  # exchange: {provider, method, path, query, headers, guest_id}; call: {op, id}
+    exchange: str | None  # the exchange id told to the guest by accept(), if any
+    received: int  # response bytes that the guest holds already
+    head_received: bool  # whether the guest holds the response head
+    base: int  # offset of the first byte that read() gives (stdout, stderr)
+
+    async def read(self) -> bytes | None:
+        """The next bytes from the guest in order (see `base`), None at its end."""
+        ...
+
+    async def read_all(self, limit: int) -> bytes:
+        """The whole body (exchange not yet accepted, call). Raises TooLarge."""
+        ...
+
+    async def accept(self, exchange: str) -> None:
+        """Tell the guest that its request is durable as `exchange`: it need not keep the body."""
+        ...
+
+    async def ack(self, offset: int) -> None:
+        """stdout, stderr: bytes before `offset` are durable, the guest may forget them."""
+        ...
+
+    async def head(self, status: int, reason: str, headers: Sequence[tuple[str, str]]) -> None: ...
+
+    async def write(self, data: bytes) -> None:
+        """Response bytes that follow `received`, waiting for credit."""
+        ...
+
+    async def end(self) -> None: ...
+
+    async def reset(self, why: str) -> None:
+        """Break the agent's connection."""
+        ...

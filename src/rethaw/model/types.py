@@ -1,0 +1,302 @@
+"""What travels between rooms and over HTTP. Sizes in bytes, times in seconds, `at` in UTC, unless said otherwise."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rethaw.model.enums import Desired, Durability, EventType, ExchangeState, Reason, State
+
+MIB = 1 << 20
+MESSAGE_LIMIT = 1 * MIB  # one inbox, outbox or signal payload
+EXCHANGE_LIMIT = 64 * MIB  # one request or response body
+
+
+class Wire(BaseModel):
+    """Base of all wire types: immutable, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64")
+
+
+# ---------------------------------------------------------------- agents and images
+
+
+class ImageSpec(Wire):
+    """What an image is made of. Its digest (images.spec_digest) names it; equal specs are one image."""
+
+    suite: str = "bookworm"
+    apt: tuple[str, ...] = ()  # on top of the base image's packages
+    pip: tuple[str, ...] = ()  # requirement specifiers, installed for the image's own python3
+    env: dict[str, str] = Field(default_factory=dict[str, str])
+
+
+class AgentSpec(Wire):
+    """An agent's definition. `code` is the digest of a tar.gz of files that appear under /app."""
+
+    name: str
+    image: ImageSpec = ImageSpec()
+    command: tuple[str, ...] = ()  # argv; empty when `entry` is set
+    entry: str | None = None  # "agent.py::coder": a Python function in `code`
+    code: str | None = None  # sha256 hex of the uploaded archive
+    env: dict[str, str] = Field(default_factory=dict[str, str])
+    workdir: str = "/"
+    memory_bytes: int = 512 * MIB
+    pids: int = 1024
+    durability: Durability = Durability.LOCAL
+    idle_suspend_s: float | None = 20.0  # None: never suspended for waiting
+    snapshot_every_s: float = 60.0  # without a model call
+    hold_max_s: float = 1800.0
+    max_duration_s: float | None = None
+    grace_s: float = 10.0  # between SIGTERM and SIGKILL on cancel
+
+
+# ---------------------------------------------------------------- the log
+
+
+class Fence(Wire):
+    """Proof of being the session's current life. Checked in the transaction of each write a node makes."""
+
+    session: str
+    generation: str
+
+
+class NewEvent(Wire):
+    """One event to append. `key` makes it idempotent: a second append with a key that is already visible on the
+    session's current path (its line and the ancestors' parts of it) returns the first event and writes nothing."""
+
+    type: EventType
+    data: dict[str, Any] = Field(default_factory=dict[str, Any])
+    body: bytes | None = None
+    key: str | None = None
+
+
+class Event(Wire):
+    """One entry of the context log. `superseded` is computed by readers: true when the session's current path
+    left this event out (it came after the snapshot that a later line was opened from)."""
+
+    session: str
+    seq: int
+    line: int
+    attempt: int
+    type: EventType
+    data: dict[str, Any]
+    body: bytes | None = None
+    key: str | None = None
+    at: datetime
+    superseded: bool = False
+
+
+class Line(Wire):
+    """A line of a session's log. Visible on a path: the parent's events up to `branch_seq`, then its own."""
+
+    line: int
+    parent: int | None
+    branch_seq: int
+
+
+# ---------------------------------------------------------------- exchanges
+
+
+class RequestMeta(Wire):
+    """A request without its body. `headers` as received from the agent, order kept, no authorisation."""
+
+    provider: str  # name in the configuration: "openai", "anthropic", ...
+    method: str
+    path: str  # after the provider prefix, with leading slash, without query
+    query: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    digest: str  # identity of DESIGN §5 step 2, sha256 hex
+    model_call: bool  # a generation endpoint
+    model: str | None = None
+    guest_id: str  # the guest's own id of the call, "<attempt>.<counter>": breaks ties only
+
+
+class ResponseHead(Wire):
+    status: int
+    reason: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Usage(Wire):
+    """Token counts as the provider reported them; None where it reported nothing."""
+
+    model: str | None = None
+    input_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class Exchange(Wire):
+    """One request and response as the log knows it."""
+
+    id: str
+    session: str
+    attempt: int
+    line: int
+    seq: int  # of its exchange.requested event
+    meta: RequestMeta
+    request_bytes: int
+    state: ExchangeState
+    epoch: int  # owner epoch: responses are appended under it
+    owner: str | None  # process incarnation that holds the upstream connection, None once it ended
+    head: ResponseHead | None = None  # durable response head
+    received: int = 0  # durable response bytes of the current epoch
+    usage: Usage | None = None
+
+
+class Chunk(Wire):
+    """Some bytes of a response and when they arrived, microseconds after the response head."""
+
+    offset: int
+    data: bytes
+    at_us: int
+
+
+# ---------------------------------------------------------------- snapshots
+
+
+class Section(Wire):
+    """One named part of a snapshot as stored. `sha256` is of the stored (compressed) file."""
+
+    name: str
+    raw_bytes: int
+    stored_bytes: int
+    sha256: str
+
+
+class SnapshotInfo(Wire):
+    """A snapshot's row. `seq`: everything the guest did before the capture is in the log at or before it."""
+
+    id: str
+    session: str
+    parent: str | None
+    line: int
+    attempt: int
+    seq: int
+    generation: str  # of the life that was captured
+    engine: str
+    engine_build: str  # sha256 of the engine binary
+    cpu: str  # digest of the CPU features it needs
+    image: str  # image digest
+    path: str  # directory, relative to the node's data directory
+    sections: tuple[Section, ...]
+    resync: str  # marker that guestd waits for after a thaw, hex
+    clock: dict[str, Any] = Field(default_factory=dict[str, Any])  # engine's own notes, e.g. where the clock is kept
+    why: str  # "exchange", "periodic", "suspend", "outbox", "requested"
+    paused_ms: float
+    durable_ms: float  # from the start of the pause to durable, pause included
+    raw_bytes: int
+    stored_bytes: int
+    unusable: str | None = None
+    created_at: datetime | None = None
+
+
+# ---------------------------------------------------------------- sessions
+
+
+class SessionView(Wire):
+    """A session as the outside sees it."""
+
+    id: str
+    agent: AgentSpec
+    key: str | None
+    state: State
+    desired: Desired
+    reason: Reason
+    detail: str | None
+    generation: str | None
+    line: int
+    attempt: int
+    last_seq: int
+    node: str | None
+    snapshot: str | None  # newest usable
+    exit_code: int | None
+    degraded: bool
+    created_at: datetime
+    updated_at: datetime
+    crashes: int = 0
+
+
+class Boot(Wire):
+    """What a fresh boot is given. `cursor`: inbox messages up to this number are consumed already."""
+
+    args: dict[str, Any]
+    cursor: int
+    fresh: bool  # true: an earlier attempt or life was abandoned, the log has its context
+
+
+class Assignment(Wire):
+    """One thing a node must do. Idempotent by (session, generation, action); repeated until the state moves on."""
+
+    session: str
+    action: Literal["start", "restore", "suspend", "cancel", "kill", "crash", "snapshot"]
+    generation: str
+    line: int
+    attempt: int
+    agent: AgentSpec
+    boot: Boot | None = None  # with start
+    snapshot: SnapshotInfo | None = None  # with restore
+    reason: Reason = Reason.NONE
+    revision: int  # grows with each new assignment to this node
+
+
+class WaitSpec(Wire):
+    """A wait that the guest opened. `id` is counted in guest memory and scoped by attempt ("2.17").
+
+    Repeated with equal kind, name and timeout it keeps its first deadline; with others the old one is cancelled.
+    kind "inbox": `after` is the guest's cursor. kind "timer": `timeout_s` is the time. kind "signal": `name`."""
+
+    id: str
+    kind: Literal["inbox", "signal", "timer"]
+    name: str | None = None
+    after: int = 0
+    timeout_s: float | None = None
+
+
+class WaitState(Wire):
+    """`done` with `timed_out`, or with what arrived. `payload` is JSON text as UTF-8 bytes, kept exactly."""
+
+    id: str
+    done: bool
+    timed_out: bool = False
+    number: int | None = None  # inbox message number
+    item: str | None = None  # message or signal id
+    name: str | None = None
+    payload: bytes | None = None
+    url: str | None = None  # one-time callback address of a signal wait
+    deadline: datetime | None = None
+
+
+class Message(Wire):
+    """An inbox or outbox message. `payload`: JSON text as UTF-8 bytes."""
+
+    id: str
+    number: int
+    payload: bytes
+    at: datetime
+
+
+class NodeInfo(Wire):
+    id: str
+    incarnation: str  # new at each start of the node process
+    data_dir: str
+    engines: tuple[str, ...]
+    memory_bytes: int
+
+
+class Lease(Wire):
+    node: str
+    incarnation: str
+    seconds: float  # from the moment of the answer
+
+
+class StateChange(Wire):
+    """A node's report. Allowed moves are control's business; `events` are appended in the same transaction."""
+
+    state: State
+    reason: Reason = Reason.NONE
+    detail: str | None = None
+    exit_code: int | None = None
+    events: tuple[NewEvent, ...] = ()
