@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from datetime import timedelta
-from typing import Optional, Union  # noqa: UP035
+from typing import Optional, Union
 
 from rethaw.model.errors import InvalidInput
 

@@ -10,11 +10,25 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
-from rethaw.model.types import (
-    Assignment, Chunk, Event, Exchange, Fence, Lease, NewEvent, NodeInfo, RequestMeta, ResponseHead, SessionView,
-    SnapshotInfo, StateChange, Usage, WaitSpec, WaitState,
-)  # fmt: skip
 from rethaw.model.enums import Durability, ExchangeState, Reason
+from rethaw.model.types import (
+    Assignment,
+    Chunk,
+    Event,
+    Exchange,
+    Fence,
+    Lease,
+    NewEvent,
+    NodeInfo,
+    RequestMeta,
+    ResponseHead,
+    SessionView,
+    SnapshotInfo,
+    StateChange,
+    Usage,
+    WaitSpec,
+    WaitState,
+)  # fmt: skip
 
 
 class LogSink(Protocol):
