@@ -1,0 +1,146 @@
+"""What an engine is: something that boots, saves and restores sandboxes. Knows sections, paths and pids; no sessions.
+
+Sizes are bytes, times milliseconds where the name ends in `_ms`, else seconds. Everything is asyncio; no call here
+blocks the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class SandboxSpec:
+    """All that a sandbox is made of. Equal specs can share sandboxes created ahead, so nothing about a session is here.
+
+    `memory_bytes` is what the guest may use; the engine adds its own overhead to the limit it sets on the host.
+    """
+
+    image_digest: str
+    rootfs: Path
+    memory_bytes: int
+    pids: int
+    argv: tuple[str, ...]
+    env: tuple[tuple[str, str], ...] = ()
+    hostname: str = "agent"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a save wrote. `sections`: name to file, all inside the directory given to `Sandbox.capture`.
+
+    `cpu` is the digest of the CPU features that a restore needs, `clock` the engine's own notes for the frozen clock
+    (give both back to `Engine.restore`), `engine_ms` the time the engine itself took.
+    """
+
+    sections: dict[str, Path]
+    engine: str
+    engine_build: str
+    cpu: str
+    clock: dict[str, object]
+    raw_bytes: int
+    engine_ms: float
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a sandbox ended. `code` is None when nobody could tell (it was killed). `oom`: it hit its memory limit."""
+
+    code: int | None
+    oom: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What became of a guest that went through boot, save and restore. `remedy` is empty when `ok`."""
+
+    engine: str
+    ok: bool
+    version: str
+    detail: str
+    remedy: str = ""
+    boot_ms: float | None = None
+    save_ms: float | None = None
+    restore_ms: float | None = None
+    notes: Mapping[str, object] = field(default_factory=dict[str, object])
+
+
+class Sandbox(Protocol):
+    """One running sandbox. `reader` and `writer` are its standard output and input: the channel."""
+
+    id: str
+    pid: int
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def capture(self, directory: Path) -> Capture:
+        """Save into `directory` (created if missing, must be empty); the guest always runs on afterwards.
+
+        Raises EngineError (StorageFull when there was no room) with the guest still running, unless it died.
+        """
+        ...
+
+    async def wait(self) -> Exit:
+        """Until the sandbox is gone. May be called by several tasks, and again later."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL at once. Does not wait; `wait` resolves a few milliseconds later."""
+        ...
+
+    async def destroy(self) -> None:
+        """Kill and clean up. Returns once no process of it is left; slow cleaning goes on in the background."""
+        ...
+
+    async def memory(self) -> int:
+        """Bytes that it takes on the host right now, engine overhead included."""
+        ...
+
+
+class Engine(Protocol):
+    """Makes sandboxes. One per node process and data directory."""
+
+    name: str
+
+    async def build(self) -> str:
+        """sha256 hex of the engine binary in use. Raises EngineUnusable when there is none that fits."""
+        ...
+
+    async def boot(self, spec: SandboxSpec) -> Sandbox:
+        """A new sandbox that runs `spec.argv`."""
+        ...
+
+    async def prepare(self, spec: SandboxSpec, count: int) -> None:
+        """Keep `count` sandboxes of `spec` created ahead (0: none); filled and refilled in the background."""
+        ...
+
+    async def restore(
+        self, spec: SandboxSpec, sections: dict[str, Path], *, build: str, cpu: str, clock: dict[str, object]
+    ) -> Sandbox:
+        """A new sandbox that goes on where `sections` were captured. The files are read, never changed.
+
+        Its monotonic clock goes on from the value it had at the capture. Raises EngineMismatch, naming what differs,
+        before any page is read; EngineError when the engine could not read the sections.
+        """
+        ...
+
+    async def probe(self, timeout_s: float = 30.0) -> ProbeReport:
+        """Take a small guest through boot, save and restore. Never raises for an engine that does not work."""
+        ...
+
+    async def keep_build(self) -> str:
+        """Copy the engine binary into the data directory (once), so that snapshots outlive upgrades; its sha256."""
+        ...
+
+    async def sweep_orphans(self) -> int:
+        """Remove what dead node processes of this data directory left behind; the number of sandboxes found."""
+        ...
+
+    async def close(self) -> None:
+        """Discard sandboxes created ahead and wait for background work. Sandboxes handed out are not touched."""
+        ...
