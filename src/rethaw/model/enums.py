@@ -52,6 +52,7 @@ class Reason(StrEnum):
     GUEST_UNRESPONSIVE = "guest_unresponsive"
     CHANNEL_BROKEN = "channel_broken"
     NODE_LOST = "node_lost"
+    NODE_STOPPED = "node_stopped"  # the server was stopped in order; resumed when it is back
     OUT_OF_MEMORY = "out_of_memory"
     SNAPSHOT_UNUSABLE = "snapshot_unusable"
     CRASH_LOOP = "crash_loop"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
-from rethaw.model.enums import Durability, ExchangeState, Reason
+from rethaw.model.enums import Durability, EventType, ExchangeState, Reason
 from rethaw.model.types import (
     Assignment,
     Chunk,
@@ -85,6 +85,12 @@ class LogSink(Protocol):
         """Exchanges of this attempt that nothing on the path up to the snapshot asked for or adopted (with None:
         nothing at all of this attempt is on the path), oldest first, ORPHANED and TORN ones left out. These answer
         requests that the restored agent sends again."""
+        ...
+
+    async def read(
+        self, session: str, after: int = 0, limit: int = 1000, types: Sequence[EventType] | None = None
+    ) -> list[Event]:
+        """Events of the session's current path with seq > after, oldest first."""
         ...
 
     def follow(self, session: str, after: int = 0, *, path_only: bool = True) -> AsyncIterator[Event]:

@@ -184,6 +184,7 @@ class SnapshotInfo(Wire):
     sections: tuple[Section, ...]
     resync: str  # marker that guestd waits for after a thaw, hex
     clock: dict[str, Any] = Field(default_factory=dict[str, Any])  # engine's own notes, e.g. where the clock is kept
+    output: dict[str, int] = Field(default_factory=dict[str, int])  # stream name -> bytes durable in the log at capture
     why: str  # "exchange", "periodic", "suspend", "outbox", "requested"
     paused_ms: float
     durable_ms: float  # from the start of the pause to durable, pause included
