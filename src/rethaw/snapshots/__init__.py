@@ -1,0 +1,1 @@
+"""Snapshots as files: staged in memory, compressed, written durably, verified, read back."""
