@@ -1,0 +1,38 @@
+# make demo       see a durable agent survive its first crashes (as root; set-up included)
+# make test       everything that a change must pass
+# make test-long  the whole, with 200 seeded chaos runs
+# make lint       style, types and import rules only
+# make setup      only set this machine and .venv up
+# make lock       resolve the pinned requirements anew
+
+SHELL := /bin/bash
+PY := .venv/bin/python
+
+.PHONY: help demo test test-long lint setup setup-test lock
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup:
+	@scripts/setup.sh run
+
+setup-test:
+	@scripts/setup.sh test
+
+demo: setup
+	@$(PY) examples/coder/demo.py
+
+lint: setup-test
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+	.venv/bin/lint-imports
+
+test: lint
+	$(PY) -m pytest -m "not long"
+
+test-long: lint
+	$(PY) -m pytest
+
+lock:
+	@scripts/lock.sh
