@@ -1,0 +1,247 @@
+"""Context calls of the guest: each is one `call` stream, JSON in, JSON out, repeated by the guest until answered.
+
+A call's id ("<attempt>.<counter>") comes from guest memory, so a call that is repeated after a thaw or a restore is the
+same call: every operation here is idempotent by it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, cast
+
+from rethaw.model.enums import EventType
+from rethaw.model.errors import InvalidInput, RethawError, TooLarge
+from rethaw.model.ids import new_id
+from rethaw.model.ports import GuestStream
+from rethaw.model.types import MESSAGE_LIMIT, Boot, Event, Fence, NewEvent, WaitSpec, WaitState
+from rethaw.node.parts import Parts
+from rethaw.node.saver import Saver
+
+log = logging.getLogger("rethaw.node")
+_BODY_LIMIT = MESSAGE_LIMIT + 64 * 1024  # payload plus the call around it
+_WAITS = {"receive", "wait", "sleep"}
+
+
+class Owner(Protocol):
+    """What calls need of the life they belong to."""
+
+    async def exited(self, code: int | None, signal: int | None, detail: str | None) -> None: ...
+
+    def active(self) -> None: ...
+
+    def waits_changed(self) -> None: ...
+
+
+Body = dict[str, Any]
+
+
+class Calls:
+    """Answers Context calls of one life. `waiting`: open waits by call id and since when (monotonic seconds)."""
+
+    def __init__(self, parts: Parts, fence: Fence, attempt: int, boot: Boot, saver: Saver, owner: Owner) -> None:
+        self._parts = parts
+        self._fence = fence
+        self._attempt = attempt
+        self._boot = boot
+        self._saver = saver
+        self._owner = owner
+        self._snapshots: dict[str, asyncio.Future[str]] = {}
+        self.waiting: dict[str, float] = {}
+        self._ops: dict[str, Callable[[str, Body], Awaitable[Any]]] = {
+            "info": self._info,
+            "receive": self._receive,
+            "consumed": self._consumed,
+            "send": self._send,
+            "emit": self._emit,
+            "wait": self._wait,
+            "signal_url": self._signal_url,
+            "sleep": self._sleep,
+            "snapshot": self._snapshot,
+            "history": self._history,
+            "result": self._result,
+            "exit": self._exit,
+        }
+
+    async def handle(self, stream: GuestStream) -> None:
+        """Serve one call stream; cancelled when the guest falls quiet, and called again after the thaw."""
+        op, call = str(stream.meta.get("op")), str(stream.meta.get("id"))
+        try:
+            try:
+                answer = {"ok": await self._dispatch(op, call, await stream.read_all(_BODY_LIMIT))}
+            except TooLarge as error:
+                raise TooLarge(
+                    f"{op}: the payload is over {MESSAGE_LIMIT} bytes",
+                    remedy="put it in a file and send its path",
+                ) from error
+        except RethawError as error:
+            if error.code in ("fenced", "unavailable"):
+                raise
+            answer = {"error": {"code": error.code, "message": str(error), "details": error.details}}
+        self._done(call)
+        await stream.write(json.dumps(answer).encode())
+        await stream.end()
+
+    async def _dispatch(self, op: str, call: str, raw: bytes) -> Any:
+        handler = self._ops.get(op)
+        if handler is None:
+            raise InvalidInput(f"{op!r} is no Context call", remedy=f"use one of {', '.join(self._ops)}")
+        try:
+            body = json.loads(raw or b"{}")
+        except ValueError as error:
+            raise InvalidInput(f"{op}: the call is not JSON: {error}") from error
+        if not isinstance(body, dict):
+            raise InvalidInput(f"{op}: the call must be a JSON object")
+        if op in _WAITS:
+            self.waiting.setdefault(call, time.monotonic())
+            self._owner.waits_changed()
+        else:
+            self._owner.active()
+        return await handler(call, cast(Body, body))
+
+    def _done(self, call: str) -> None:
+        if self.waiting.pop(call, None) is not None:
+            self._owner.active()
+            self._owner.waits_changed()
+
+    # ------------------------------------------------------------ operations
+
+    async def _info(self, call: str, body: Body) -> Any:
+        return {
+            "session": self._fence.session,
+            "attempt": self._attempt,
+            "generation": self._fence.generation,
+            "args": self._boot.args,
+            "cursor": self._boot.cursor,
+            "fresh": self._boot.fresh,
+        }
+
+    async def _append(self, event: NewEvent) -> Event:
+        return (await self._parts.log.append(self._fence, [event]))[0]
+
+    async def _send(self, call: str, body: Body) -> Any:
+        payload = _payload(body.get("payload"))
+        event = await self._append(
+            NewEvent(type=EventType.MESSAGE_SENT, data={"message": new_id("m")}, body=payload, key=f"send:{call}")
+        )
+        self._saver.ask("outbox")
+        return {"message": event.data["message"]}
+
+    async def _emit(self, call: str, body: Body) -> Any:
+        await self._append(
+            NewEvent(
+                type=EventType.EMITTED,
+                data={"name": str(body.get("name", ""))},
+                body=_payload(body.get("data")),
+                key=f"emit:{call}",
+            )
+        )
+        return {}
+
+    async def _result(self, call: str, body: Body) -> Any:
+        await self._append(
+            NewEvent(type=EventType.SESSION_RESULT, body=_payload(body.get("value")), key=f"result:{call}")
+        )
+        return {}
+
+    async def _consumed(self, call: str, body: Body) -> Any:
+        await self._parts.control.consume(self._fence, self._attempt, int(body["number"]))
+        return {}
+
+    async def _history(self, call: str, body: Body) -> Any:
+        after, limit = int(body.get("after", 0)), min(int(body.get("limit", 200)), 500)
+        events = await self._parts.log.read(self._fence.session, after=after, limit=limit)
+        return {
+            "events": [
+                {
+                    "seq": e.seq,
+                    "type": e.type.value,
+                    "data": e.data,
+                    "body": e.body.decode("utf-8", "replace") if e.body and len(e.body) <= MESSAGE_LIMIT else None,
+                    "at": e.at.isoformat(),
+                }
+                for e in events
+            ],
+            "more": len(events) == limit,
+        }
+
+    async def _snapshot(self, call: str, body: Body) -> Any:
+        done = self._snapshots.get(call)
+        if done is None:
+            # The save makes the guest quiet, which cancels this very handler: it goes on under its own name.
+            done = asyncio.ensure_future(self._save())
+            self._snapshots[call] = done
+        return {"snapshot": await asyncio.shield(done)}
+
+    async def _save(self) -> str:
+        return (await self._saver.save("requested")).id
+
+    # ------------------------------------------------------------ waits
+
+    async def _until(self, spec: WaitSpec) -> WaitState:
+        control = self._parts.control
+        state = await control.open_wait(self._fence, self._attempt, spec)
+        while not state.done:
+            state = await control.poll_wait(self._fence, self._attempt, spec.id, self._parts.timing.poll)
+        return state
+
+    async def _receive(self, call: str, body: Body) -> Any:
+        state = await self._until(
+            WaitSpec(id=_wait_id(call, body), kind="inbox", after=int(body["after"]), timeout_s=_seconds(body))
+        )
+        return _arrived(state)
+
+    async def _wait(self, call: str, body: Body) -> Any:
+        state = await self._until(
+            WaitSpec(id=_wait_id(call, body), kind="signal", name=str(body["name"]), timeout_s=_seconds(body))
+        )
+        return _arrived(state)
+
+    async def _sleep(self, call: str, body: Body) -> Any:
+        spec = WaitSpec(id=_wait_id(call, body), kind="timer", timeout_s=float(body["seconds"]))
+        await self._until(spec)
+        return {}
+
+    async def _signal_url(self, call: str, body: Body) -> Any:
+        spec = WaitSpec(id=_wait_id(call, body), kind="signal", name=str(body["name"]), timeout_s=_seconds(body))
+        state = await self._parts.control.open_wait(self._fence, self._attempt, spec)
+        return {"url": state.url}
+
+    async def _exit(self, call: str, body: Body) -> Any:
+        code, signal = body.get("code"), body.get("signal")
+        detail = body.get("error")
+        await self._owner.exited(
+            int(code) if code is not None else None,
+            int(signal) if signal is not None else None,
+            str(detail) if detail else None,
+        )
+        return {}
+
+
+def _wait_id(call: str, body: Body) -> str:
+    return str(body.get("wait") or call)
+
+
+def _seconds(body: Body) -> float | None:
+    value = body.get("timeout_s")
+    return None if value is None else float(value)
+
+
+def _payload(value: Any) -> bytes:
+    raw = json.dumps(value).encode()
+    if len(raw) > MESSAGE_LIMIT:
+        raise TooLarge(
+            f"the payload has {len(raw)} bytes, at most {MESSAGE_LIMIT} are allowed",
+            remedy="put it in a file and send its path",
+        )
+    return raw
+
+
+def _arrived(state: WaitState) -> Any:
+    if state.timed_out:
+        return {"timeout": True}
+    text = state.payload.decode("utf-8", "surrogatepass") if state.payload is not None else "null"
+    return {"number": state.number, "id": state.item, "name": state.name, "payload": json.loads(text), "raw": text}

@@ -1,0 +1,198 @@
+"""One life of a session on this node: one boot or restore of its sandbox, until that ends one way or another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from rethaw.engines.base import Sandbox
+from rethaw.gateway.gateway import SessionGateway
+from rethaw.model.enums import EventType, Reason
+from rethaw.model.errors import Fenced, RethawError, Unavailable
+from rethaw.model.ports import GuestStream
+from rethaw.model.types import MIB, AgentSpec, Assignment, Boot, Fence, NewEvent
+from rethaw.node.calls import Calls
+from rethaw.node.link import Link
+from rethaw.node.outputs import Outputs
+from rethaw.node.parts import Parts
+from rethaw.node.saver import Saver
+
+log = logging.getLogger("rethaw.node")
+
+
+class Life:
+    """Sandbox, channel, gateway, saver and calls under one generation. `ended` resolves once: with (reason, detail)
+    when it died, with None when it was let go in order."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        assignment: Assignment,
+        sandbox: Sandbox,
+        gateway: SessionGateway,
+        image: str,
+        on_exit: Callable[[Life, int | None, int | None, str | None], Coroutine[Any, Any, None]],
+        changed: Callable[[], None],
+    ) -> None:
+        self.parts = parts
+        self.agent: AgentSpec = assignment.agent
+        self.fence = Fence(session=assignment.session, generation=assignment.generation)
+        self.line = assignment.line
+        self.attempt = assignment.attempt
+        self.sandbox = sandbox
+        self.gateway = gateway
+        self.image = image
+        self.ended: asyncio.Future[tuple[Reason, str] | None] = asyncio.get_running_loop().create_future()
+        self.last_active = time.monotonic()
+        self._on_exit = on_exit
+        self._changed = changed
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._exit: asyncio.Task[None] | None = None
+        snapshot = assignment.snapshot
+        self.outputs = Outputs(parts.log, self.fence, self.attempt, snapshot.output if snapshot else {}, self.active)
+        self.link = Link(sandbox.reader, sandbox.writer, self._on_stream, on_malformed=self._on_malformed)
+        self.saver = Saver(
+            parts,
+            self.agent,
+            self.fence,
+            line=self.line,
+            attempt=self.attempt,
+            image=image,
+            sandbox=sandbox,
+            link=self.link,
+            gateway=gateway,
+            outputs=self.outputs,
+            parent=snapshot.id if snapshot else None,
+        )
+        boot = assignment.boot or Boot(args={}, cursor=0, fresh=False)
+        self.calls = Calls(parts, self.fence, self.attempt, boot, self.saver, self)
+
+    def watch(self) -> None:
+        """Start the tasks that live as long as the sandbox: death, pings, saves."""
+        for work in (self._watch_death(), self._ping(), self._save()):
+            self.spawn(work)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, Fenced):
+                self.end(Reason.FENCED, str(error))
+            else:
+                log.error("session %s: %r", self.fence.session, error, exc_info=error)
+                self.end(Reason.SANDBOX_DIED, f"internal error: {error}")
+
+    def end(self, reason: Reason | None, detail: str = "") -> None:
+        """The life is over; with a reason it died, with None somebody let it go."""
+        if not self.ended.done():
+            self.ended.set_result(None if reason is None else (reason, detail))
+
+    async def close(self, *, destroy: bool = True) -> None:
+        """Stop everything that belongs to this life. Upstream answers keep coming in."""
+        self.end(None)
+        current = asyncio.current_task()
+        tasks = [t for t in self._tasks if t is not current and t is not self._exit]
+        for task in tasks:
+            task.cancel()
+        await self.link.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.gateway.detach()
+        if destroy:
+            await self.sandbox.destroy()
+
+    # ------------------------------------------------------------ what the guest says
+
+    async def _on_stream(self, stream: GuestStream) -> None:
+        try:
+            if stream.kind == "exchange":
+                self.active()
+                await self.gateway.handle(stream)
+                self.active()
+            elif stream.kind == "call":
+                await self.calls.handle(stream)
+            else:
+                await self.outputs.handle(stream)
+        except Fenced as error:
+            self.end(Reason.FENCED, str(error))
+        except Unavailable as error:
+            # The database is away for longer than any retry. The guest keeps what it said; a thaw asks for it again.
+            log.warning("session %s: %s", self.fence.session, error)
+            self.end(Reason.NODE_LOST, f"the database did not answer: {error}")
+
+    def _on_malformed(self, detail: str) -> None:
+        self.spawn(self._malformed(detail))
+
+    async def _malformed(self, detail: str) -> None:
+        await self.parts.log.append(
+            self.fence, [NewEvent(type=EventType.CHANNEL_MALFORMED, data={"detail": detail[:500]})]
+        )
+        self.end(Reason.CHANNEL_BROKEN, detail)
+
+    async def exited(self, code: int | None, signal: int | None, detail: str | None) -> None:
+        # A save cancels the handler that called this; the end of the attempt must be told once and to its end.
+        if self._exit is None:
+            self._exit = asyncio.ensure_future(self._on_exit(self, code, signal, detail))
+        await asyncio.shield(self._exit)
+
+    def active(self) -> None:
+        self.last_active = time.monotonic()
+        self._changed()
+
+    def waits_changed(self) -> None:
+        self._changed()
+
+    # ------------------------------------------------------------ idleness
+
+    def idle_since(self) -> float | None:
+        """Since when (monotonic) the agent only waits on what Rethaw can see; None while it does anything else."""
+        if not self.calls.waiting or self.gateway.open():
+            return None
+        return max(self.last_active, *self.calls.waiting.values())
+
+    # ------------------------------------------------------------ watching
+
+    async def _save(self) -> None:
+        await self.saver.run()
+
+    async def _ping(self) -> None:
+        timing = self.parts.timing
+        while True:
+            await asyncio.sleep(timing.ping_every)
+            if self.saver.frozen:
+                continue
+            try:
+                await self.link.ping(timing.ping_timeout)
+            except RethawError as error:
+                if not self.saver.frozen:
+                    self.end(
+                        Reason.GUEST_UNRESPONSIVE, f"guestd did not answer for {timing.ping_timeout:.0f} s: {error}"
+                    )
+                    return
+
+    async def _watch_death(self) -> None:
+        gone = asyncio.ensure_future(self.sandbox.wait())
+        try:
+            await asyncio.wait({gone, self.link.closed}, return_when=asyncio.FIRST_COMPLETED)
+            if not gone.done():
+                # The channel ended first: usually the sandbox is on its way down and says why in a moment.
+                await asyncio.wait({gone}, timeout=2.0)
+            if not gone.done():
+                why = str(self.link.closed.result())
+                self.sandbox.kill()
+                self.end(Reason.CHANNEL_BROKEN, why)
+                return
+            end = gone.result()
+            if end.oom:
+                limit = self.agent.memory_bytes // MIB
+                self.end(Reason.OUT_OF_MEMORY, f"the sandbox went over its memory limit of {limit} MiB")
+            else:
+                self.end(Reason.SANDBOX_DIED, end.detail)
+        finally:
+            gone.cancel()

@@ -1,0 +1,150 @@
+"""A node: holds the lease, takes assignments, keeps a supervisor for each session, cleans up behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+from rethaw.model.enums import Reason, State
+from rethaw.model.errors import Fenced, RethawError
+from rethaw.model.ids import new_id
+from rethaw.model.types import NodeInfo, StateChange
+from rethaw.node.parts import Parts
+from rethaw.node.supervisor import Supervisor
+
+log = logging.getLogger("rethaw.node")
+_COLLECT_EVERY = 60.0
+_PARTIAL_AGE = 600.0
+
+
+def node_id(data_dir: Path) -> str:
+    """The id of the node that owns `data_dir`; made at first use."""
+    path = data_dir / "node-id"
+    if not path.exists():
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(new_id("n"))
+        partial.rename(path)
+    return path.read_text().strip()
+
+
+class Node:
+    """`run` returns only by cancellation, or with Fenced when another process took this node's id."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._supervisors: dict[str, Supervisor] = {}
+        self._revision = 0
+        self.registered = asyncio.Event()
+
+    async def start(self) -> None:
+        """Remove what a dead process of this data directory left, then register: from here on sessions may come."""
+        parts = self._parts
+        parts.store.open()
+        swept = await parts.engine.sweep_orphans()
+        if swept:
+            log.info("removed %d sandboxes of an earlier process", swept)
+        await parts.gateway.start()
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        await parts.control.register_node(
+            NodeInfo(
+                id=parts.node,
+                incarnation=parts.incarnation,
+                data_dir=str(parts.data_dir),
+                engines=(parts.engine.name,),
+                memory_bytes=memory,
+            )
+        )
+        self.registered.set()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._renew())
+            group.create_task(self._take())
+            group.create_task(self._collect())
+
+    async def stop(self) -> None:
+        """In order: each session is saved and told `node_stopped`, so that it resumes when the node is back."""
+        await asyncio.gather(*(self._put_down(s) for s in self._supervisors.values()), return_exceptions=True)
+        await self._parts.gateway.close()
+        await self._parts.engine.close()
+        self._parts.store.close()
+
+    async def _put_down(self, supervisor: Supervisor) -> None:
+        life = supervisor.life
+        try:
+            if life is not None and not life.ended.done():
+                control = self._parts.control
+                await control.report(life.fence, StateChange(state=State.SUSPENDING, reason=Reason.NODE_STOPPED))
+                await life.saver.save("suspend", run_on=False)
+                await control.report(life.fence, StateChange(state=State.SUSPENDED, reason=Reason.NODE_STOPPED))
+        except (RethawError, OSError) as error:
+            log.warning("session %s: not suspended: %s; it comes back as after a crash", supervisor.session, error)
+        await supervisor.close()
+
+    # ------------------------------------------------------------ loops
+
+    async def _renew(self) -> None:
+        wait = 1.0
+        while True:
+            await asyncio.sleep(wait)
+            try:
+                lease = await self._parts.control.renew_lease(self._parts.node, self._parts.incarnation)
+                wait = lease.seconds / 3
+            except Fenced:
+                raise
+            except RethawError as error:
+                log.warning("the lease could not be renewed: %s", error)
+                wait = 1.0
+
+    async def _take(self) -> None:
+        parts = self._parts
+        while True:
+            try:
+                found = await parts.control.assignments(
+                    parts.node, parts.incarnation, self._revision, parts.timing.poll
+                )
+            except Fenced:
+                raise
+            except RethawError as error:
+                log.warning("no assignments: %s", error)
+                await asyncio.sleep(1.0)
+                continue
+            for assignment in found:
+                self._revision = max(self._revision, assignment.revision)
+                supervisor = self._supervisors.get(assignment.session)
+                if supervisor is None:
+                    supervisor = Supervisor(parts, assignment.session, self._forget)
+                    self._supervisors[assignment.session] = supervisor
+                supervisor.assign(assignment)
+
+    def _forget(self, session: str) -> None:
+        supervisor = self._supervisors.pop(session, None)
+        if supervisor is not None:
+            task = asyncio.ensure_future(supervisor.close())
+            task.add_done_callback(lambda _: None)
+
+    async def _collect(self) -> None:
+        """Snapshots that retention gave up, and directories that no row knows (a save that died half-way)."""
+        parts = self._parts
+        while True:
+            await asyncio.sleep(_COLLECT_EVERY)
+            try:
+                for info in await parts.catalog.superfluous(parts.node):
+                    await parts.store.delete(info)
+                    await parts.catalog.forget(info.id)
+                await self._sweep_partial()
+            except RethawError as error:
+                log.info("nothing collected: %s", error)
+
+    async def _sweep_partial(self) -> None:
+        def sweep() -> None:
+            for partial in (self._parts.data_dir / "snapshots").glob("*/.snap_*"):
+                newest = max(f.stat().st_mtime for f in (partial, *partial.iterdir()))
+                if time.time() - newest > _PARTIAL_AGE:
+                    shutil.rmtree(partial, ignore_errors=True)
+
+        await asyncio.to_thread(sweep)

@@ -1,0 +1,71 @@
+"""stdout and stderr of an agent on their way into the log, by absolute offset."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+
+from rethaw.model.enums import EventType
+from rethaw.model.ports import GuestStream, LogSink
+from rethaw.model.types import Fence, NewEvent
+
+log = logging.getLogger("rethaw.node")
+_PIECE = 256 * 1024
+
+
+class Outputs:
+    """Keeps how much of each output stream is durable. `offsets` at a capture belong to the snapshot: after a restore
+    the guest sends again from its last ack, and what is in the log already is skipped."""
+
+    def __init__(
+        self, sink: LogSink, fence: Fence, attempt: int, offsets: Mapping[str, int], active: Callable[[], None]
+    ) -> None:
+        self._sink = sink
+        self._fence = fence
+        self._attempt = attempt
+        self._active = active
+        self._ended: dict[str, asyncio.Event] = {}
+        self.offsets: dict[str, int] = dict(offsets)
+
+    async def handle(self, stream: GuestStream) -> None:
+        """Serve one output stream until it ends or the guest falls quiet (then this is cancelled)."""
+        name = stream.kind
+        ended = self._ended.setdefault(name, asyncio.Event())
+        position = stream.base
+        await stream.ack(self.offsets.get(name, 0))
+        while (data := await stream.read()) is not None:
+            self._active()
+            skip = max(0, self.offsets.get(name, 0) - position)
+            position += len(data)
+            for start in range(skip, len(data), _PIECE):
+                await self._store(name, data[start : start + _PIECE])
+            await stream.ack(self.offsets.get(name, 0))
+        ended.set()
+
+    async def _store(self, name: str, data: bytes) -> None:
+        offset = self.offsets.get(name, 0)
+        event = NewEvent(
+            type=EventType.OUTPUT,
+            data={"stream": name, "offset": offset},
+            body=data,
+            key=f"{name}:{self._attempt}:{offset}",
+        )
+        append = asyncio.ensure_future(self._sink.append(self._fence, [event]))
+        try:
+            await asyncio.shield(append)
+        except asyncio.CancelledError:
+            # The append may commit all the same: what the log holds must be known before the guest is captured.
+            await asyncio.wait({append})
+            if append.exception() is None:
+                self.offsets[name] = offset + len(data)
+            raise
+        self.offsets[name] = offset + len(data)
+
+    async def drained(self, timeout_s: float) -> None:
+        """Until every stream seen so far has ended, at most `timeout_s`."""
+        waits = [asyncio.ensure_future(e.wait()) for e in self._ended.values()]
+        if waits:
+            _, late = await asyncio.wait(waits, timeout=timeout_s)
+            for task in late:
+                task.cancel()

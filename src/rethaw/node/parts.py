@@ -1,0 +1,55 @@
+"""What every session's supervisor on a node shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rethaw.engines.base import Engine, SandboxSpec
+from rethaw.gateway.gateway import Gateway
+from rethaw.images.builder import ImageStore
+from rethaw.model.ports import ControlPlane, LogSink, SnapshotCatalog
+from rethaw.snapshots.store import SnapshotStore
+
+GUEST_ARGV = ("/usr/bin/python3", "-u", "-S", "-E", "/.rethaw/lib/rethaw/guest/guestd.py")
+GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass
+class Timing:
+    """Seconds. Tests shorten them; none is part of a promise."""
+
+    ping_every: float = 10.0
+    ping_timeout: float = 30.0
+    hold_freeze: float = 4.0  # a held provider freezes the agent after this long (promise: within 5 s)
+    wait_report: float = 0.2  # a wait shorter than this is not reported as `waiting`
+    save_attempts: int = 3  # failed saves in a row before answers are released and durability is degraded
+    poll: float = 20.0
+
+
+@dataclass
+class Parts:
+    """The rooms that a supervisor uses. `providers`: names under which the guest reaches model providers."""
+
+    node: str
+    incarnation: str
+    data_dir: Path
+    engine: Engine
+    images: ImageStore
+    store: SnapshotStore
+    gateway: Gateway
+    log: LogSink
+    control: ControlPlane
+    catalog: SnapshotCatalog
+    timing: Timing = field(default_factory=Timing)
+    ahead: int = 1  # sandboxes created ahead for each spec in use
+
+    def sandbox_spec(self, image_digest: str, rootfs: Path, memory_bytes: int, pids: int) -> SandboxSpec:
+        return SandboxSpec(
+            image_digest=image_digest,
+            rootfs=rootfs,
+            memory_bytes=memory_bytes,
+            pids=pids,
+            argv=GUEST_ARGV,
+            env=(("PATH", GUEST_PATH), ("PYTHONPATH", "/.rethaw/lib"), ("LANG", "C.UTF-8"), ("HOME", "/root")),
+        )

@@ -1,0 +1,268 @@
+"""Takes a session's snapshots: at each model call in the shadow of its latency, and whenever somebody asks.
+
+    quiesce -> capture (and, beside it, the log's position) -> thaw -> compress, sync, verify -> commit the row -> release
+
+The agent stands still only from quiesce to thaw. The saver is also the gate that holds the first byte of every answer
+until a snapshot with its request in it is durable (promise 4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rethaw.engines.base import Capture, Sandbox
+from rethaw.gateway.gateway import SessionGateway
+from rethaw.model import faults
+from rethaw.model.enums import Durability, EventType
+from rethaw.model.errors import Fenced, RethawError, Unavailable
+from rethaw.model.ids import new_id
+from rethaw.model.types import AgentSpec, Fence, NewEvent, SnapshotInfo
+from rethaw.node.link import Link
+from rethaw.node.outputs import Outputs
+from rethaw.node.parts import Parts
+
+log = logging.getLogger("rethaw.node")
+
+
+@dataclass
+class _Captured:
+    snapshot: str
+    seq: int
+    resync: str
+    output: dict[str, int]
+    capture: Capture
+    covered: set[str]
+    started: float
+    paused_ms: float
+
+
+class Saver:
+    """One per life of a session. `parent` is the snapshot that this life was restored from."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        agent: AgentSpec,
+        fence: Fence,
+        *,
+        line: int,
+        attempt: int,
+        image: str,
+        sandbox: Sandbox,
+        link: Link,
+        gateway: SessionGateway,
+        outputs: Outputs,
+        parent: str | None,
+    ) -> None:
+        self._parts = parts
+        self._agent = agent
+        self._fence = fence
+        self._line = line
+        self._attempt = attempt
+        self._image = image
+        self._sandbox = sandbox
+        self._link = link
+        self._gateway = gateway
+        self._outputs = outputs
+        self._parent = parent
+        self._uncovered: dict[str, asyncio.Event] = {}
+        self._lock = asyncio.Lock()
+        self._asked: str | None = None
+        self._wake = asyncio.Event()
+        self._failures = 0
+        self._degraded = False
+        self.idle = False  # set by the supervisor: nothing happens in the guest, periodic saves are a waste
+        self.saved = parent  # newest snapshot of this life
+        self.frozen = False
+
+    # ------------------------------------------------------------ the gate
+
+    def requested(self, exchange: str) -> None:
+        """An exchange's request is durable and accepted into guest memory: a snapshot shall hold it."""
+        if exchange not in self._uncovered:
+            self._uncovered[exchange] = asyncio.Event()
+        self.ask("exchange")
+
+    async def released(self, exchange: str) -> None:
+        """Until the first byte of the answer may go to the agent."""
+        if self._agent.durability is Durability.RELAXED or self._degraded:
+            return
+        waiting = self._uncovered.get(exchange)
+        if waiting is not None:
+            await waiting.wait()
+
+    def ask(self, why: str) -> None:
+        """Take a snapshot soon."""
+        self._asked = self._asked or why
+        self._wake.set()
+
+    # ------------------------------------------------------------ the loop
+
+    async def run(self) -> None:
+        """Save when asked, and every `snapshot_every_s` without a model call. Ends by cancellation, or by Fenced."""
+        while True:
+            try:
+                await asyncio.wait_for(self._wake.wait(), self._agent.snapshot_every_s)
+            except TimeoutError:
+                if self.idle:
+                    continue
+                self._asked = "periodic"
+            why, self._asked = self._asked or "requested", None
+            self._wake.clear()
+            try:
+                await self.save(why)
+            except Fenced:
+                raise
+            except (RethawError, OSError) as error:
+                if self._link.closed.done():
+                    return
+                await self._failed(why, error)
+
+    async def _failed(self, why: str, error: Exception) -> None:
+        self._failures += 1
+        log.warning("session %s: saving failed (%d in a row): %s", self._fence.session, self._failures, error)
+        if self._failures >= self._parts.timing.save_attempts:
+            if not self._degraded:
+                self._degraded = True
+                self._release(set(self._uncovered))
+                await self._tell_degraded(True, str(error))
+            return
+        await asyncio.sleep(0.1 * 2**self._failures)
+        if why != "periodic":
+            self.ask(why)
+
+    async def _tell_degraded(self, degraded: bool, detail: str) -> None:
+        try:
+            await self._parts.control.set_degraded(self._fence, degraded, detail, self._agent.durability)
+        except Unavailable as error:
+            log.warning("session %s: could not record degraded=%s: %s", self._fence.session, degraded, error)
+
+    def _release(self, exchanges: set[str]) -> None:
+        for exchange in exchanges:
+            event = self._uncovered.pop(exchange, None)
+            if event is not None:
+                event.set()
+
+    # ------------------------------------------------------------ one save
+
+    async def save(self, why: str, *, run_on: bool = True) -> SnapshotInfo:
+        """Take a snapshot and commit it. With `run_on=False` the guest stays quiet after a success (then `thaw` it, or
+        destroy the sandbox). After a failure it always runs on. Raises EngineError, StorageFull, Fenced, Unavailable...
+        """
+        async with self._lock:
+            snapshot = new_id("snap")
+            staged = self._parts.store.stage(snapshot)
+            committed = False
+            try:
+                captured = await self._capture(snapshot, staged, run_on)
+                try:
+                    info = await self._commit(captured, why)
+                except BaseException:
+                    if not run_on:
+                        await self.thaw()
+                    raise
+                committed = True
+            finally:
+                if not committed:
+                    self._parts.store.drop_staged(snapshot)
+            previous, self.saved = self.saved, snapshot
+            self._parent = snapshot
+            if previous is not None:
+                self._parts.store.drop_staged(previous)
+            self._parts.store.keep(snapshot)
+            self._release(captured.covered)
+            self._failures = 0
+            if self._degraded:
+                self._degraded = False
+                await self._tell_degraded(False, "")
+            return info
+
+    async def _capture(self, snapshot: str, staged: Path, run_on: bool) -> _Captured:
+        await self._gateway.flush()
+        async with self._gateway.settled():
+            started = time.monotonic()
+            faults.point("saver.quiesce")
+            quiet = await self._link.quiesce()
+            self.frozen = True
+            thawed = False
+            try:
+                covered = set(self._uncovered)
+                output = dict(self._outputs.offsets)  # exact only while the guest is quiet
+                faults.point("saver.quiet")
+                position = asyncio.ensure_future(self._position())
+                try:
+                    capture = await self._sandbox.capture(staged)
+                    faults.point("saver.captured")
+                    if run_on:
+                        await self.thaw()
+                        thawed = True
+                    paused = (time.monotonic() - started) * 1000
+                    faults.point("saver.thawed")
+                    seq = await position
+                finally:
+                    position.cancel()
+                return _Captured(snapshot, seq, quiet.marker, output, capture, covered, started, paused)
+            except BaseException:
+                if not thawed:
+                    await self.thaw()
+                raise
+
+    async def _position(self) -> int:
+        """The log's position once all that the quiet guest received and sent is durable."""
+        await self._gateway.flush()
+        return await self._parts.log.last_seq(self._fence.session)
+
+    async def thaw(self) -> None:
+        """Let a quiet guest run on. A guest that is gone meanwhile is somebody else's news."""
+        try:
+            await self._link.go(self._fence.generation)
+            self.frozen = False
+        except RethawError as error:
+            log.info("session %s: could not thaw: %s", self._fence.session, error)
+
+    async def _commit(self, c: _Captured, why: str) -> SnapshotInfo:
+        parts = self._parts
+        await parts.engine.keep_build()
+        path, sections = await parts.store.write(self._fence.session, c.snapshot, c.capture.sections)
+        faults.point("saver.stored")
+        info = SnapshotInfo(
+            id=c.snapshot,
+            session=self._fence.session,
+            parent=self._parent,
+            line=self._line,
+            attempt=self._attempt,
+            seq=c.seq,
+            generation=self._fence.generation,
+            engine=c.capture.engine,
+            engine_build=c.capture.engine_build,
+            cpu=c.capture.cpu,
+            image=self._image,
+            path=path,
+            sections=sections,
+            resync=c.resync,
+            clock=c.capture.clock,
+            output=c.output,
+            why=why,
+            paused_ms=round(c.paused_ms, 2),
+            durable_ms=round((time.monotonic() - c.started) * 1000, 2),
+            raw_bytes=sum(s.raw_bytes for s in sections),
+            stored_bytes=sum(s.stored_bytes for s in sections),
+        )
+        await parts.store.write_manifest(info)
+        faults.point("saver.commit")
+        try:
+            info = await parts.catalog.commit(self._fence, info)
+        except Fenced:
+            await parts.store.delete(info)
+            raise
+        faults.point("saver.committed")
+        return info
+
+    async def note_failure(self, error: Exception) -> None:
+        """Log a failed save that somebody asked for by name (suspend, snapshot)."""
+        event = NewEvent(type=EventType.SNAPSHOT_FAILED, data={"error": str(error)})
+        await self._parts.log.append(self._fence, [event])
