@@ -169,7 +169,7 @@ def _provider(name: str, table: Mapping[str, Any], env: Mapping[str, str]) -> Pr
     return Provider(
         name=name,
         base_url=base_url.rstrip("/"),
-        format=cast("Format", fmt),
+        format=fmt,
         auth_header=header,
         auth_value=value,
         key_source=key_env or f"key in [providers.{name}]",
