@@ -1,0 +1,76 @@
+"""Lines and paths: which events the session's current line sees.
+
+A line sees its parent's events up to `branch_seq`, then its own. The path of a session is its current line, back
+through the parents. What the world outside the guest did (`STAYS`) is on every path: no rollback undoes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rethaw.db.pool import Connection
+from rethaw.model.enums import EventType
+from rethaw.model.errors import NotFound
+from rethaw.model.types import Line
+
+FOREVER = (1 << 63) - 1  # upto_seq of the current line
+
+# Equal to the SQL function rethaw_stays (0001_log.sql); a test compares them.
+STAYS: frozenset[EventType] = frozenset(
+    {
+        EventType.SESSION_CREATED,
+        EventType.SESSION_STATE,
+        EventType.SESSION_CRASHED,
+        EventType.LINE_OPENED,
+        EventType.MESSAGE_RECEIVED,
+        EventType.MESSAGE_PUBLISHED,
+        EventType.SIGNAL_RECEIVED,
+        EventType.EXCHANGE_UPSTREAM,
+        EventType.EXCHANGE_COMPLETED,
+        EventType.EXCHANGE_FAILED,
+        EventType.EXCHANGE_HELD,
+        EventType.EXCHANGE_REISSUED,
+        EventType.EXCHANGE_TORN,
+        EventType.EXCHANGE_ORPHANED,
+        EventType.SNAPSHOT_CREATED,
+        EventType.SNAPSHOT_RESTORED,
+        EventType.SNAPSHOT_FAILED,
+        EventType.SNAPSHOT_UNUSABLE,
+        EventType.DURABILITY_DEGRADED,
+        EventType.DURABILITY_RESTORED,
+        EventType.CHANNEL_MALFORMED,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """One line of a path and the last seq of it that is visible."""
+
+    line: int
+    upto: int
+
+
+async def lines_in(conn: Connection, session: str) -> list[Line]:
+    """Every line of the session, oldest first."""
+    cursor = await conn.execute(
+        "SELECT line, parent, branch_seq FROM lines WHERE session = %s ORDER BY line", (session,)
+    )
+    return [Line(line=row[0], parent=row[1], branch_seq=row[2]) for row in await cursor.fetchall()]
+
+
+async def path_in(conn: Connection, session: str, line: int | None = None) -> list[Reach]:
+    """The path of `line` (default: the session's current one), newest line first. Raises NotFound."""
+    cursor = await conn.execute(
+        "SELECT p.line, p.upto FROM sessions s, rethaw_path(s.id, coalesce(%s::int, s.line)) p WHERE s.id = %s",
+        (line, session),
+    )
+    path = [Reach(row[0], row[1]) for row in await cursor.fetchall()]
+    if not path:
+        raise NotFound(f"no session {session}" + ("" if line is None else f" with a line {line}"))
+    return path
+
+
+def visible(path: list[Reach], line: int, seq: int) -> bool:
+    """Whether an event of `line` at `seq` is on the path (types in `STAYS` always are)."""
+    return any(reach.line == line and seq <= reach.upto for reach in path)
