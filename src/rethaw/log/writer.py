@@ -106,12 +106,14 @@ async def open_line_in(
     snapshot: str | None,
     *,
     parent: int | None = None,
+    attempt: int | None = None,
     key: str | None = None,
 ) -> int:
-    """A new line that sees `parent` (default: the session's current line) up to `branch_seq`; the session moves to it.
+    """A new line that sees `parent` (default: the session's current line) up to `branch_seq`; the session moves to it,
+    and to `attempt` when given.
 
-    Appends line.opened {line, parent, branch_seq, snapshot?, why} and returns the line's number. Raises NotFound, and
-    InvalidInput when `branch_seq` lies beyond the log.
+    Appends line.opened {line, parent, branch_seq, snapshot?, why} itself and returns the line's number. Raises
+    NotFound, and InvalidInput when `branch_seq` lies beyond the log.
     """
     cursor = await conn.execute("SELECT line, last_seq FROM sessions WHERE id = %s FOR UPDATE", (session,))
     row = await cursor.fetchone()
@@ -124,8 +126,9 @@ async def open_line_in(
     cursor = await conn.execute(
         "WITH l AS (INSERT INTO lines (session, line, parent, branch_seq, why, snapshot)"
         " SELECT session, max(line) + 1, %s, %s, %s, %s FROM lines WHERE session = %s GROUP BY session"
-        " RETURNING session, line) UPDATE sessions s SET line = l.line FROM l WHERE s.id = l.session RETURNING l.line",
-        (parent, branch_seq, why, snapshot, session),
+        " RETURNING session, line) UPDATE sessions s SET line = l.line, attempt = coalesce(%s::int, s.attempt)"
+        " FROM l WHERE s.id = l.session RETURNING l.line",
+        (parent, branch_seq, why, snapshot, session, attempt),
     )
     (line,) = await cursor.fetchone() or (0,)
     data: dict[str, Any] = {"line": line, "parent": parent, "branch_seq": branch_seq, "why": why}
