@@ -1,0 +1,252 @@
+"""Memory and task limits by cgroup, version 1 or 2, whichever holds the controllers on this machine.
+
+    v1: /sys/fs/cgroup/{memory,pids}/rethaw/OWNER/NAME     v2: /sys/fs/cgroup/rethaw/OWNER/NAME
+
+A process joins by writing "0" to each of `Group.joins` before it becomes the engine's binary, so that everything it
+starts is inside from its first page on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger("rethaw.engines")
+_MOUNTS = Path("/proc/self/mounts")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _write(path: Path, value: str) -> None:
+    # One unbuffered write: the kernel's answer (EBUSY when a limit is below what is used) must not be lost in a buffer.
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def _counter(text: str, name: str) -> int:
+    for line in text.splitlines():
+        key, _, value = line.partition(" ")
+        if key == name and value.strip().isdigit():
+            return int(value)
+    return 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cgroup of one sandbox. `memory` and `pids` are its directories, None where no controller limits them."""
+
+    name: str
+    memory: Path | None
+    pids: Path | None
+    version: int
+
+    @property
+    def directories(self) -> list[Path]:
+        return list(dict.fromkeys(d for d in (self.memory, self.pids) if d is not None))
+
+    @property
+    def joins(self) -> list[Path]:
+        return [d / "cgroup.procs" for d in self.directories]
+
+    def limit(self, memory_bytes: int) -> bool:
+        """Set the memory limit; False when more than that is in use (the limit then stays as it was)."""
+        if self.memory is None:
+            return True
+        if self.version == 2:
+            # v2 would kill instead of refusing.
+            if self.usage() > memory_bytes:
+                return False
+            _write(self.memory / "memory.max", str(memory_bytes))
+            return True
+        try:
+            _write(self.memory / "memory.limit_in_bytes", str(memory_bytes))
+        except OSError:
+            return False
+        # With swap, memory alone would only push pages out. Swap accounting may be off: then there is no such file.
+        with contextlib.suppress(OSError):
+            _write(self.memory / "memory.memsw.limit_in_bytes", str(memory_bytes))
+        return True
+
+    def raise_limit(self, memory_bytes: int) -> None:
+        """Set a limit above the present one (v1 wants the memory+swap limit moved first)."""
+        if self.memory is None:
+            return
+        if self.version == 1:
+            with contextlib.suppress(OSError):
+                _write(self.memory / "memory.memsw.limit_in_bytes", str(memory_bytes))
+        self.limit(memory_bytes)
+
+    def usage(self) -> int:
+        """Bytes charged to it, page cache and files it wrote to memory-backed storage included."""
+        if self.memory is None:
+            return 0
+        text = _read(self.memory / ("memory.current" if self.version == 2 else "memory.usage_in_bytes"))
+        return int(text) if text.strip() else 0
+
+    def oom_kills(self) -> int:
+        if self.memory is None:
+            return 0
+        name = "memory.events" if self.version == 2 else "memory.oom_control"
+        return _counter(_read(self.memory / name), "oom_kill")
+
+    def tasks(self) -> int:
+        """Host tasks (threads) in it now."""
+        return int(_read(self.pids / "pids.current") or 0) if self.pids is not None else 0
+
+    def processes(self) -> list[int]:
+        found: set[int] = set()
+        for path in self.joins:
+            found.update(int(p) for p in _read(path).split())
+        return sorted(found)
+
+    def kill(self) -> None:
+        """SIGKILL to everything in it. Whoever is in there was started for it."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def watch_oom(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` in the running loop when the kernel killed something in it; returns what ends the watch.
+
+        Only v1 needs this: v2 kills the group as a whole (memory.oom.group)."""
+        if self.memory is None or self.version == 2:
+            return lambda: None
+        loop = asyncio.get_running_loop()
+        try:
+            event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            control = os.open(self.memory / "memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _write(self.memory / "cgroup.event_control", f"{event} {control}")
+            finally:
+                os.close(control)
+        except OSError as error:
+            log.warning("no notice of out-of-memory kills in %s: %s", self.memory, error)
+            return lambda: None
+
+        def fired() -> None:
+            with contextlib.suppress(OSError):
+                os.eventfd_read(event)
+            if self.oom_kills():
+                callback()
+
+        def stop() -> None:
+            if stop_once:
+                stop_once.clear()
+                loop.remove_reader(event)
+                os.close(event)
+
+        stop_once = [True]
+        loop.add_reader(event, fired)
+        return stop
+
+    async def remove(self, timeout_s: float = 10.0) -> bool:
+        """Remove its directories once the last process is gone; False when one stayed."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        pause = 0.005
+        left = self.directories
+        while left:
+            for directory in list(left):
+                with contextlib.suppress(FileNotFoundError, OSError):
+                    directory.rmdir()
+                if not directory.exists():
+                    left.remove(directory)
+            if left and asyncio.get_running_loop().time() > deadline:
+                log.warning("cgroup %s still has processes %s", left[0], self.processes())
+                return False
+            if left:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.2)
+        return True
+
+
+@dataclass(frozen=True)
+class Cgroups:
+    """Where this machine keeps its controllers. `notes` says what is missing, empty when all limits work."""
+
+    memory: Path | None
+    pids: Path | None
+    version: int
+    notes: str = ""
+
+    def create(self, owner: str, name: str, memory_bytes: int, pids: int) -> Group:
+        """A new group under `owner` with its limits set. Raises OSError when the kernel refuses."""
+        memory = self.memory / "rethaw" / owner / name if self.memory else None
+        tasks = self.pids / "rethaw" / owner / name if self.pids else None
+        group = Group(name, memory, tasks, self.version)
+        for directory in group.directories:
+            self._parents(directory)
+            directory.mkdir(exist_ok=True)
+        if memory is not None:
+            group.raise_limit(memory_bytes)
+            if self.version == 2:
+                with contextlib.suppress(OSError):
+                    _write(memory / "memory.swap.max", "0")
+                _write(memory / "memory.oom.group", "1")
+        if tasks is not None:
+            _write(tasks / "pids.max", str(pids))
+        return group
+
+    def _parents(self, directory: Path) -> None:
+        for parent in (directory.parent.parent, directory.parent):
+            parent.mkdir(exist_ok=True)
+            if self.version == 2:
+                _write(parent / "cgroup.subtree_control", "+memory +pids")
+
+    def owned(self, owner: str) -> list[Group]:
+        """The groups that exist under `owner`."""
+        names: set[str] = set()
+        for base in filter(None, (self.memory, self.pids)):
+            with contextlib.suppress(OSError):
+                names.update(entry.name for entry in (base / "rethaw" / owner).iterdir() if entry.is_dir())
+        return [
+            Group(
+                name,
+                self.memory / "rethaw" / owner / name if self.memory else None,
+                self.pids / "rethaw" / owner / name if self.pids else None,
+                self.version,
+            )
+            for name in sorted(names)
+        ]
+
+    def disown(self, owner: str) -> None:
+        """Remove the directory of `owner` if nothing is left in it."""
+        for base in filter(None, (self.memory, self.pids)):
+            for directory in (base / "rethaw" / owner, base / "rethaw"):
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+
+
+def detect(mounts: Path = _MOUNTS) -> Cgroups:
+    """What `mounts` offers. v2 counts only where it really has the controllers (hybrid machines leave it empty)."""
+    v1: dict[str, Path] = {}
+    v2: Path | None = None
+    for line in _read(mounts).splitlines():
+        _, where, kind, options, *_ = line.split()
+        if kind == "cgroup":
+            for name in {"memory", "pids"} & set(options.split(",")):
+                v1.setdefault(name, Path(where))
+        elif kind == "cgroup2":
+            v2 = v2 or Path(where)
+    if v2 is not None and {"memory", "pids"} <= set(_read(v2 / "cgroup.controllers").split()):
+        try:
+            _write(v2 / "cgroup.subtree_control", "+memory +pids")
+        except OSError as error:
+            return Cgroups(None, None, 2, f"cgroup v2 at {v2} cannot hand out its controllers: {error}")
+        return Cgroups(v2, v2, 2)
+    missing = [name for name in ("memory", "pids") if name not in v1]
+    notes = f"no cgroup controller for {' and '.join(missing)}" if missing else ""
+    return Cgroups(v1.get("memory"), v1.get("pids"), 1, notes)

@@ -1,0 +1,383 @@
+"""The gVisor engine: boots, restores and keeps sandboxes ahead."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import shutil
+from collections import OrderedDict, deque
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rethaw.engines import cgroups as cgroup_layout
+from rethaw.engines import cpu as cpu_features
+from rethaw.engines.base import ProbeReport, SandboxSpec
+from rethaw.engines.gvisor import spec as oci
+from rethaw.engines.gvisor.home import Home
+from rethaw.engines.gvisor.runsc import Builds, Runsc, call, joined, spawn
+from rethaw.engines.gvisor.sandbox import SECTIONS, GuestLog, GvisorSandbox
+from rethaw.model import faults
+from rethaw.model.errors import EngineError, EngineMismatch, RethawError
+from rethaw.model.ids import new_id
+
+log = logging.getLogger("rethaw.engines")
+
+START_TIMEOUT_S = 60.0
+REFILL_PAUSE_S = 0.3  # after a sandbox was taken: whoever took it wants the CPU now
+MAX_SHELVES = 8
+MAX_AHEAD = 8
+PIPE_BYTES = 256 << 10
+# Builds on which the frozen clock was checked by hand; any other is believed once its own probe has shown it.
+PROBE_IMAGE = "probe"
+CLOCK_CHECKED = re.compile(r"^(release-20240729|0\.0~20240729)\b")
+
+
+@dataclass
+class _Shelf:
+    """Sandboxes of one spec created ahead."""
+
+    target: int
+    ready: deque[GvisorSandbox] = field(default_factory=deque["GvisorSandbox"])
+    filling: asyncio.Task[None] | None = None
+
+
+class GvisorEngine:
+    """See `engines.base.Engine`. `data_dir` is the node's data directory; several engines may share one."""
+
+    name = "gvisor"
+
+    def __init__(self, data_dir: Path) -> None:
+        self._home = Home(data_dir.absolute())
+        self._builds = Builds(self._home.engines)
+        self._runsc: Runsc | None = None
+        self._cgroups: cgroup_layout.Cgroups | None = None
+        self._cpu: frozenset[str] = frozenset()
+        self._opening = asyncio.Lock()
+        self._shelves: OrderedDict[SandboxSpec, _Shelf] = OrderedDict()
+        self._live: set[GvisorSandbox] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    # ------------------------------------------------------------------ the binary
+
+    async def _open(self) -> Runsc:
+        """The build this engine uses from its first use on, whatever becomes of the file on PATH."""
+        async with self._opening:
+            if self._runsc is None:
+                await asyncio.to_thread(self._home.open)
+                self._layout()
+                self._cpu = await asyncio.to_thread(cpu_features.features)
+                await asyncio.to_thread(cpu_features.remember, self._home.engines / "cpu", self._cpu)
+                self._runsc = await self._builds.current()
+            return self._runsc
+
+    def _layout(self) -> cgroup_layout.Cgroups:
+        if self._cgroups is None:
+            self._cgroups = cgroup_layout.detect()
+            if self._cgroups.notes:
+                log.warning("sandboxes run without some limits: %s", self._cgroups.notes)
+        return self._cgroups
+
+    async def build(self) -> str:
+        return (await self._open()).sha256
+
+    async def version(self) -> str:
+        """What the build calls itself."""
+        return (await self._open()).features.version
+
+    async def keep_build(self) -> str:
+        return (await self._open()).sha256
+
+    async def prune_builds(self, keep: set[str]) -> list[str]:
+        """Remove kept builds that no snapshot needs any more (`keep`: those that some does); their digests."""
+        return await self._builds.prune(keep)
+
+    def prove_clock(self) -> None:
+        """The probe saw the clock of this build stand still."""
+        if self._runsc is not None and not CLOCK_CHECKED.match(self._runsc.features.version):
+            self._clock_proof(self._runsc).touch()
+
+    def _clock_proof(self, runsc: Runsc) -> Path:
+        return self._home.engines / runsc.sha256 / "clock-proven"
+
+    def _freezes(self, runsc: Runsc, spec: SandboxSpec) -> bool:
+        if CLOCK_CHECKED.match(runsc.features.version) or spec.image_digest == PROBE_IMAGE:
+            return True
+        return self._clock_proof(runsc).exists()
+
+    # ------------------------------------------------------------------ boot and restore
+
+    async def boot(self, spec: SandboxSpec) -> GvisorSandbox:
+        runsc = await self._open()
+        faults.point("engine.boot.before")
+        ahead = self._take(spec)
+        if ahead is None:
+            sandbox = await self._launch(spec, runsc, "run", "-detach")
+        else:
+            sandbox = ahead
+            await self._continue(sandbox, runsc.command(sandbox.root, "start", sandbox.id), "start")
+        faults.point("engine.boot.after")
+        return await self._hand_out(sandbox)
+
+    async def restore(
+        self, spec: SandboxSpec, sections: dict[str, Path], *, build: str, cpu: str, clock: dict[str, object]
+    ) -> GvisorSandbox:
+        del clock  # the saved kernel state carries the frozen clock already; nothing is left to do here
+        current = await self._open()
+        self._check_cpu(cpu)
+        runsc = current if build == current.sha256 else await self._builds.kept(build)
+        for name in SECTIONS:
+            if name not in sections or not sections[name].is_file():
+                raise EngineError(f"section {name} is missing", remedy="restore an older snapshot")
+        faults.point("engine.restore.before")
+        ahead = self._take(spec) if runsc is current else None
+        links = self._home.path / "restore" / new_id("r")
+        await asyncio.to_thread(_link, links, sections)
+        try:
+            if ahead is None:
+                sandbox = await self._launch(spec, runsc, "restore", "-detach", f"-image-path={links}")
+            else:
+                sandbox = ahead
+                bundle = oci.write_bundle(spec, self._home.path / "bundles")
+                argv = runsc.command(
+                    sandbox.root, "restore", "-detach", f"-bundle={bundle}", f"-image-path={links}", sandbox.id
+                )
+                await self._continue(sandbox, argv, "restore")
+        finally:
+            await asyncio.to_thread(shutil.rmtree, links, True)
+        faults.point("engine.restore.after")
+        return await self._hand_out(sandbox)
+
+    def _check_cpu(self, cpu: str) -> None:
+        if cpu == cpu_features.digest(self._cpu):
+            return
+        needed = cpu_features.recall(self._home.engines / "cpu", cpu)
+        if needed is None:
+            raise EngineMismatch(
+                f"this snapshot was taken on another CPU (features {cpu[:12]}, here {cpu_features.digest(self._cpu)[:12]})",
+                remedy="restore it on a machine with the CPU it was taken on",
+                cpu=cpu,
+            )
+        missing = sorted(needed - self._cpu)
+        if missing:
+            raise EngineMismatch(
+                f"this snapshot needs CPU features that are not here: {' '.join(missing)}",
+                remedy="restore it on a machine that has them",
+                cpu=cpu,
+            )
+
+    async def _continue(self, sandbox: GvisorSandbox, argv: list[str], verb: str) -> None:
+        """Bring a created sandbox to life; it is destroyed when that fails."""
+        try:
+            result = await call(argv, START_TIMEOUT_S)
+            if result.code != 0:
+                raise self._refused(verb, sandbox, result.err or result.out)
+        except BaseException:
+            self._discard(sandbox)
+            raise
+
+    def _refused(self, verb: str, sandbox: GvisorSandbox | None, text: str) -> EngineError:
+        text = re.sub(r"\s+", " ", text).strip()[-600:]
+        oom = sandbox is not None and sandbox.group.oom_kills() > 0
+        if oom and sandbox is not None:
+            return EngineError(
+                f"runsc {verb}: out of memory within {sandbox.spec.memory_bytes >> 20} MiB",
+                remedy="raise its memory limit",
+            )
+        return EngineError(f"runsc {verb} failed: {text or 'it said nothing'}", remedy="see `rethaw doctor`")
+
+    async def _launch(self, spec: SandboxSpec, runsc: Runsc, verb: str, *args: str) -> GvisorSandbox:
+        """A sandbox by one runsc command (create, run, restore)."""
+        id = new_id("sb")
+        root = self._home.root(runsc.sha256)
+        bundle = oci.write_bundle(spec, self._home.path / "bundles")
+        limit = oci.memory_limit(spec.memory_bytes)
+        try:
+            group = self._layout().create(self._home.owner, id, limit, oci.task_limit(spec.pids))
+        except OSError as error:
+            raise EngineError(
+                f"cannot make a cgroup of {limit} bytes: {error}", remedy="see `rethaw doctor`"
+            ) from error
+        pid_file = root / f"{id}.pid"
+        guest_in, our_in = os.pipe2(os.O_CLOEXEC)
+        our_out, guest_out = os.pipe2(os.O_CLOEXEC)
+        our_err, guest_err = os.pipe2(os.O_CLOEXEC)
+        guest_log = GuestLog(self._home.logs / f"sandbox-{id}.log", our_err)
+        code: int | None = None
+        try:
+            for fd in (our_in, our_out):
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            argv = runsc.command(root, verb, *args, f"-bundle={bundle}", f"-pid-file={pid_file}", id)
+            try:
+                code = await spawn(joined(argv, group), guest_in, guest_out, guest_err, START_TIMEOUT_S)
+            finally:
+                for fd in (guest_in, guest_out, guest_err):
+                    os.close(fd)
+            guest_log.drain()
+            if code != 0:
+                raise self._refused(verb, None, guest_log.tail)
+            try:
+                pid = int(pid_file.read_text())
+                sandbox = GvisorSandbox(
+                    id=id,
+                    spec=spec,
+                    pid=pid,
+                    runsc=runsc,
+                    root=root,
+                    group=group,
+                    limit=limit,
+                    channel=(our_in, our_out),
+                    guest_log=guest_log,
+                    cpu=cpu_features.digest(self._cpu),
+                    freeze_clock=lambda: self._freezes(runsc, spec),
+                    forget=self._live.discard,
+                )
+            except (OSError, ValueError) as error:
+                raise self._refused(verb, None, guest_log.tail or str(error)) from None
+            finally:
+                pid_file.unlink(missing_ok=True)
+        except BaseException:
+            for fd in (our_in, our_out):
+                os.close(fd)
+            guest_log.remove()
+            self._in_background(self._remove_failed(root, id, group))
+            raise
+        self._live.add(sandbox)
+        return sandbox
+
+    async def _remove_failed(self, root: Path, id: str, group: cgroup_layout.Group) -> None:
+        group.kill()
+        argv = (await self._open()).command(root, "delete", "-force", id)
+        with contextlib.suppress(EngineError):
+            await call(argv, START_TIMEOUT_S)
+        group.kill()
+        await group.remove()
+
+    async def _hand_out(self, sandbox: GvisorSandbox) -> GvisorSandbox:
+        try:
+            await sandbox.open_channel()
+        except BaseException:
+            self._discard(sandbox)
+            raise
+        return sandbox
+
+    # ------------------------------------------------------------------ created ahead
+
+    async def prepare(self, spec: SandboxSpec, count: int) -> None:
+        shelf = self._shelves.setdefault(spec, _Shelf(0))
+        self._shelves.move_to_end(spec)
+        shelf.target = min(count, MAX_AHEAD)
+        if not shelf.target:
+            self._drop(spec)
+            return
+        while len(self._shelves) > MAX_SHELVES:
+            self._drop(next(iter(self._shelves)))
+        self._fill(spec, shelf, 0.0)
+
+    def ahead(self, spec: SandboxSpec) -> int:
+        """How many of `spec` are ready now."""
+        shelf = self._shelves.get(spec)
+        return sum(not sandbox.dead for sandbox in shelf.ready) if shelf else 0
+
+    def _take(self, spec: SandboxSpec) -> GvisorSandbox | None:
+        shelf = self._shelves.get(spec)
+        if shelf is None:
+            return None
+        self._shelves.move_to_end(spec)
+        taken: GvisorSandbox | None = None
+        while shelf.ready and taken is None:
+            sandbox = shelf.ready.popleft()
+            if sandbox.dead:
+                self._discard(sandbox)
+            else:
+                taken = sandbox
+        self._fill(spec, shelf, REFILL_PAUSE_S)
+        return taken
+
+    def _fill(self, spec: SandboxSpec, shelf: _Shelf, pause_s: float) -> None:
+        if shelf.filling is None or shelf.filling.done():
+            shelf.filling = self._in_background(self._filling(spec, shelf, pause_s))
+
+    async def _filling(self, spec: SandboxSpec, shelf: _Shelf, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
+        while len(shelf.ready) < shelf.target and not self._closed:
+            try:
+                sandbox = await self._launch(spec, await self._open(), "create")
+            except (RethawError, OSError) as error:
+                log.warning("could not create a sandbox ahead: %s", error)
+                return
+            if self._closed or len(shelf.ready) >= shelf.target:
+                self._discard(sandbox)
+            else:
+                shelf.ready.append(sandbox)
+
+    def _drop(self, spec: SandboxSpec) -> None:
+        shelf = self._shelves.pop(spec)
+        shelf.target = 0
+        while shelf.ready:
+            self._discard(shelf.ready.popleft())
+
+    def _discard(self, sandbox: GvisorSandbox) -> None:
+        sandbox.kill()
+        self._in_background(self._destroyed(sandbox))
+
+    async def _destroyed(self, sandbox: GvisorSandbox) -> None:
+        await sandbox.destroy()
+        await sandbox.cleaned()
+
+    # ------------------------------------------------------------------ the rest
+
+    async def probe(self, timeout_s: float = 30.0) -> ProbeReport:
+        from rethaw.engines.gvisor import probe  # it needs this module
+
+        return await probe.probe(self, timeout_s)
+
+    @property
+    def run_dir(self) -> Path:
+        """A directory that lives as long as this engine. Only once it was used."""
+        return self._home.path
+
+    def limits(self) -> str:
+        """What is limited by cgroups here, for a reader."""
+        layout = self._layout()
+        return f"cgroup v{layout.version}" + (f" ({layout.notes})" if layout.notes else "")
+
+    async def sweep_orphans(self) -> int:
+        return await self._home.sweep(self._layout())
+
+    async def close(self) -> None:
+        self._closed = True
+        for spec in list(self._shelves):
+            self._drop(spec)
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        for sandbox in list(self._live):
+            if sandbox.dead:
+                await sandbox.destroy()
+                await sandbox.cleaned()
+        await asyncio.to_thread(self._home.close, self._layout())
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("background work of the engine failed", exc_info=task.exception())
+
+
+def _link(directory: Path, sections: dict[str, Path]) -> None:
+    """The sections under the names that runsc wants. It follows links, so nothing is copied."""
+    directory.mkdir(parents=True)
+    for name in SECTIONS:
+        (directory / name).symlink_to(sections[name].absolute())
