@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from rethaw.model.enums import Reason, State
-from rethaw.model.errors import Fenced, RethawError
+from rethaw.model.errors import Conflict, Fenced, RethawError
 from rethaw.model.ids import new_id
 from rethaw.model.types import NodeInfo, StateChange
 from rethaw.node.parts import Parts
@@ -84,6 +84,13 @@ class Node:
         except (RethawError, OSError) as error:
             log.warning("session %s: not suspended: %s; it comes back as after a crash", supervisor.session, error)
         await supervisor.close()
+
+    def crash_sandbox(self, session: str) -> None:
+        """SIGKILL the sandbox of `session`. Raises Conflict when it has none here."""
+        supervisor = self._supervisors.get(session)
+        if supervisor is None or supervisor.life is None:
+            raise Conflict(f"session {session} has no running sandbox", remedy="look at its state with rethaw show")
+        supervisor.life.sandbox.kill()
 
     # ------------------------------------------------------------ loops
 

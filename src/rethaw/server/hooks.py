@@ -1,0 +1,43 @@
+"""What the API may ask of this process itself: crash a part of it, probe its engines."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+from rethaw.db.embedded import EmbeddedPostgres
+from rethaw.engines.base import Engine, ProbeReport
+from rethaw.model.errors import Conflict
+from rethaw.node.node import Node
+
+_AFTER_ANSWER_S = 0.2
+
+
+class Crash:
+    """`rethaw crash`: SIGKILL, no warning to anybody."""
+
+    def __init__(self, node: Node, postgres: EmbeddedPostgres | None) -> None:
+        self._node = node
+        self._postgres = postgres
+
+    async def crash(self, session: str, what: str) -> None:
+        """`what`: "sandbox" of the session, "node" (this process, once the answer is out) or "db"."""
+        if what == "sandbox":
+            self._node.crash_sandbox(session)
+        elif what == "node":
+            asyncio.get_running_loop().call_later(_AFTER_ANSWER_S, os.kill, os.getpid(), signal.SIGKILL)
+        elif self._postgres is None or self._postgres.pid is None:
+            raise Conflict("this server does not run its own PostgreSQL", remedy="crash yours by hand")
+        else:
+            os.kill(self._postgres.pid, signal.SIGKILL)
+
+
+class Doctor:
+    """Probes the engines of a running server by taking a guest through boot, save and restore."""
+
+    def __init__(self, *engines: Engine) -> None:
+        self._engines = engines
+
+    async def report(self) -> list[ProbeReport]:
+        return [await engine.probe() for engine in self._engines]
