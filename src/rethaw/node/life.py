@@ -53,7 +53,13 @@ class Life:
         self._exit: asyncio.Task[None] | None = None
         snapshot = assignment.snapshot
         self.outputs = Outputs(parts.log, self.fence, self.attempt, snapshot.output if snapshot else {}, self.active)
-        self.link = Link(sandbox.reader, sandbox.writer, self._on_stream, on_malformed=self._on_malformed)
+        self.link = Link(
+            sandbox.reader,
+            sandbox.writer,
+            self._on_stream,
+            on_malformed=self._on_malformed,
+            on_hello=lambda hello: gateway.hello(hello.exchanges),
+        )
         self.saver = Saver(
             parts,
             self.agent,

@@ -11,7 +11,7 @@ from rethaw.images.builder import ImageStore
 from rethaw.model.ports import ControlPlane, LogSink, SnapshotCatalog
 from rethaw.snapshots.store import SnapshotStore
 
-GUEST_ARGV = ("/usr/bin/python3", "-u", "-S", "-E", "/.rethaw/lib/rethaw/guest/guestd.py")
+GUEST_ARGV = ("/usr/bin/python3", "-I", "-S", "-u", "/.rethaw/lib/rethaw/guest/guestd.py")
 GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -41,6 +41,7 @@ class Parts:
     log: LogSink
     control: ControlPlane
     catalog: SnapshotCatalog
+    providers: tuple[str, ...] = ()
     timing: Timing = field(default_factory=Timing)
     ahead: int = 1  # sandboxes created ahead for each spec in use
 
@@ -51,5 +52,5 @@ class Parts:
             memory_bytes=memory_bytes,
             pids=pids,
             argv=GUEST_ARGV,
-            env=(("PATH", GUEST_PATH), ("PYTHONPATH", "/.rethaw/lib"), ("LANG", "C.UTF-8"), ("HOME", "/root")),
+            env=(("PATH", GUEST_PATH), ("LANG", "C.UTF-8"), ("HOME", "/root")),
         )

@@ -203,7 +203,7 @@ class Supervisor:
         try:
             life.gateway.attach(life.fence, a.attempt, life.saver, self)
             await life.gateway.restored(None)
-            await life.link.start(start_config(a, self._parts.gateway.provider_names))
+            await life.link.start(start_config(a, self._parts.providers))
         except BaseException:
             await life.close()
             raise

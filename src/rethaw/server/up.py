@@ -176,6 +176,7 @@ async def _run(
             log=context_log,
             control=control,
             catalog=catalog,
+            providers=tuple(config.providers.names),
         )
         node = Node(parts)
         await node.start()
