@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rethaw.model.errors import Unavailable
@@ -69,6 +71,47 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
         os.kill(pid, number)
         return True
     return False
+
+
+@dataclass(frozen=True)
+class GvisorProcess:
+    """One gVisor sandbox as the host sees it."""
+
+    id: str
+    pid: int
+    root: str
+
+    def _runsc(self, *args: str) -> subprocess.CompletedProcess[str]:
+        # runsc-sandbox runs from the very build that made it, so its own binary is the right one to talk to it.
+        binary = f"/proc/{self.pid}/exe"
+        return subprocess.run([binary, f"--root={self.root}", *args], check=False, capture_output=True, text=True)
+
+    def status(self) -> str:
+        """created, running, stopped, or empty when it is gone."""
+        try:
+            state: dict[str, str] = json.loads(self._runsc("state", self.id).stdout)
+        except (OSError, ValueError):
+            return ""
+        return state.get("status", "")
+
+    def kill_guest(self) -> bool:
+        """SIGKILL its PID 1 (guestd), from inside as it were; whether that was possible."""
+        with contextlib.suppress(OSError):
+            return self._runsc("kill", self.id, "KILL").returncode == 0
+        return False
+
+
+def gvisor(root: Path) -> list[GvisorProcess]:
+    """The sandboxes whose runsc --root is below `root`."""
+    out: list[GvisorProcess] = []
+    for pid in pids():
+        argv = command_line(pid)
+        if not argv or argv[0] != "runsc-sandbox" or not alive(pid):
+            continue
+        at = next((a.partition("=")[2] for a in argv if a.startswith("--root=")), "")
+        if Path(at).is_relative_to(root):
+            out.append(GvisorProcess(argv[-1], pid, at))
+    return out
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from typing import Any, Self, cast
 from rethaw.model import errors
 from rethaw.snapshots.store import staging_for
 from rethaw.testing import processes
+from rethaw.testing.processes import GvisorProcess
 
 _log = logging.getLogger("rethaw.testing")
 
@@ -78,6 +80,7 @@ class RunningServer:
         self._images = image_cache() if images is None else images
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
+        self.port = _free_port()
 
     # ------------------------------------------------------------ life
 
@@ -106,7 +109,6 @@ class RunningServer:
         with contextlib.suppress(FileNotFoundError):
             (self.data_dir / "server.json").unlink()
         command = [sys.executable, "-m", "rethaw.cli.main", "up"]
-        command += ["--data-dir", str(self.data_dir), "--port", "0", "--config", str(self.config_file)]
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
@@ -213,7 +215,13 @@ class RunningServer:
             "XDG_CONFIG_HOME",
         }
         kept = {k: v for k, v in os.environ.items() if k not in drop}
-        return kept | {"HOME": str(self.home)} | self._extra_env
+        own = {
+            "HOME": str(self.home),
+            "RETHAW_DATA_DIR": str(self.data_dir),
+            "RETHAW_LISTEN": f"127.0.0.1:{self.port}",
+            "RETHAW_CONFIG": str(self.config_file),
+        }
+        return kept | own | self._extra_env
 
     def log_tail(self, lines: int = 40) -> str:
         """The end of the server's own log."""
@@ -230,20 +238,26 @@ class RunningServer:
         """Every process that belongs to the data directory: the server, PostgreSQL, sandboxes."""
         return processes.mentioning(str(self.data_dir))
 
+    def sandboxes(self) -> list[GvisorProcess]:
+        """Running sandboxes, those that were only created ahead left out."""
+        return [box for box in processes.gvisor(self.data_dir / "run") if box.status() == "running"]
+
     # ------------------------------------------------------------ talking to it
 
     def request(
         self, method: str, path: str, body: object = None, *, timeout_s: float = 30.0, raw: bool = False
     ) -> Any:
-        """One API call; JSON in, JSON (or, with `raw`, bytes) out. Raises the error that the server named, OSError
+        """One API call; JSON (or bytes) in, JSON (or, with `raw`, bytes) out. Raises the error that the server named, OSError
         when it is not there."""
         at = urllib.parse.urlsplit(self.url)
         connection = http.client.HTTPConnection(at.hostname or "127.0.0.1", at.port, timeout=timeout_s)
-        headers = {"content-type": "application/json"}
+        sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+        headers = {"content-type": kind}
         with contextlib.suppress(OSError, KeyError, ValueError):
             headers["authorization"] = f"Bearer {self.token}"
         try:
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            connection.request(method, path, sent, headers)
             answer = connection.getresponse()
             data = answer.read()
         finally:
@@ -279,6 +293,12 @@ class RunningServer:
         if check and done.returncode != 0:
             raise errors.RethawError(f"rethaw {' '.join(args)} ended with {done.returncode}: {done.stderr.strip()}")
         return done
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def _raise(status: int, data: bytes) -> None:
