@@ -66,18 +66,20 @@ def plan(seed: int, turns: int = 30, points: Sequence[str] | None = None) -> Pla
     calls = calls_needed(turns)
     points = fault_points() if points is None else points
     hits: list[Hit] = []
+    target: Target
     fault, die_at, die_after = "", None, 0.0
     if seed % 2 and points:
         name = points[seed // 2 % len(points)]
         fault = f"{name}:{rng.choice((1, 1, 2, 3, 5, 8, 13))}=kill"
         # Some points are passed on the way back only.
-        hits.append(Hit(rng.choice(TARGETS[:2]), rng.randint(2, max(3, calls // 2)), rng.uniform(0, 0.6)))
+        target = rng.choice(TARGETS[:2])
+        hits.append(Hit(target, rng.randint(2, max(3, calls // 2)), rng.uniform(0, 0.6)))
     else:
         first = TARGETS[seed // 2 % len(TARGETS)]
         if first == "agent":
             die_at, die_after = rng.randrange(turns // 2, turns), rng.uniform(0, 0.5)
-            first = rng.choice(("sandbox", "server"))
-        targets = [first, *rng.choices(TARGETS[:-1], k=rng.randint(0, 2))]
+            first = rng.choice((TARGETS[0], TARGETS[2]))
+        targets: list[Target] = [first, *rng.choices(TARGETS[:-1], k=rng.randint(0, 2))]
         at = sorted(rng.randint(1, calls - 1) for _ in targets)
         hits += [
             Hit(t, n, rng.choice((0.0, rng.uniform(0, 0.2), rng.uniform(0, 1.5))))
