@@ -1,0 +1,357 @@
+"""Agent definitions: `@rethaw.agent(...)` over an ordinary function whose first parameter is its Context."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
+
+from rethaw.model.durations import Duration, optional_seconds, seconds
+from rethaw.model.errors import InvalidInput, NotFound
+from rethaw.sdk.images import Image, checked_env
+from rethaw.sdk.sizes import size_bytes
+
+if TYPE_CHECKING:
+    from rethaw.model.types import AgentSpec
+    from rethaw.sdk.aclient import AsyncClient, AsyncSession
+    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.package import Package
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+DURABILITIES = ("local", "replicated", "relaxed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `@agent` was given, checked. Sizes in bytes, times in seconds."""
+
+    name: str
+    image: Image = field(default_factory=Image)
+    env: dict[str, str] = field(default_factory=dict[str, str])
+    workdir: str = "/"
+    memory: int = 512 << 20
+    pids: int = 1024
+    durability: str = "local"
+    idle_suspend: float | None = 20.0
+    snapshot_every: float = 60.0
+    hold_max: float = 1800.0
+    max_duration: float | None = None
+    grace: float = 10.0
+
+    def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
+        """The wire form, for a Python function (`entry` in `code`) or for a command."""
+        from rethaw.model.enums import Durability
+        from rethaw.model.types import AgentSpec
+
+        return AgentSpec(
+            name=self.name,
+            image=self.image.spec,
+            command=command,
+            entry=entry,
+            code=code,
+            env=self.env,
+            workdir=self.workdir,
+            memory_bytes=self.memory,
+            pids=self.pids,
+            durability=Durability(self.durability),
+            idle_suspend_s=self.idle_suspend,
+            snapshot_every_s=self.snapshot_every,
+            hold_max_s=self.hold_max,
+            max_duration_s=self.max_duration,
+            grace_s=self.grace,
+        )
+
+
+def options(
+    name: str,
+    *,
+    image: Image | None = None,
+    env: dict[str, str] | None = None,
+    workdir: str = "/",
+    memory: str | int = "512MiB",
+    pids: int = 1024,
+    durability: str = "local",
+    idle_suspend: Duration | None = "20s",
+    snapshot_every: Duration = "60s",
+    hold_max: Duration = "30m",
+    max_duration: Duration | None = None,
+    grace: Duration = "10s",
+) -> Options:
+    """Check what a person wrote. Raises InvalidInput naming the value and the remedy."""
+    if not name or len(name) > 128 or not all(c.isalnum() or c in "._-" for c in name) or not name[0].isalnum():
+        raise InvalidInput(f"{name!r} is not an agent's name", remedy="use letters, digits, '.', '_' and '-'")
+    if durability not in DURABILITIES:
+        raise InvalidInput(f"durability {durability!r} is unknown", remedy=f"use one of {', '.join(DURABILITIES)}")
+    if isinstance(pids, bool) or not isinstance(pids, int) or pids < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidInput(f"pids {pids!r} is not a number of processes", remedy="pass a positive integer")
+    if not workdir.startswith("/"):
+        raise InvalidInput(f"workdir {workdir!r} is not absolute", remedy="begin it with /")
+    return Options(
+        name=name,
+        image=image or Image(),
+        env=checked_env(env or {}),
+        workdir=workdir,
+        memory=size_bytes(memory),
+        pids=pids,
+        durability=durability,
+        idle_suspend=optional_seconds(idle_suspend),
+        snapshot_every=seconds(snapshot_every),
+        hold_max=seconds(hold_max),
+        max_duration=optional_seconds(max_duration),
+        grace=seconds(grace),
+    )
+
+
+class Agent(Generic[P, R_co]):
+    """A Python function that runs as a durable session. Calling it runs the plain function."""
+
+    def __init__(self, function: Callable[..., Any], options: Options, *, key: str | None = None) -> None:
+        self.function = function
+        self.options = options
+        self.key = key
+        self.__name__ = function.__name__
+        self.__doc__ = function.__doc__
+        self.__module__ = function.__module__
+        self.__wrapped__ = function
+        _check_signature(function)
+
+    def __repr__(self) -> str:
+        return f"<Agent {self.name} of {self.function.__module__}.{self.function.__qualname__}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    @property
+    def name(self) -> str:
+        return self.options.name
+
+    @property
+    def file(self) -> Path:
+        """The Python file that defines it."""
+        path = inspect.getsourcefile(self.function)
+        if path is None or not Path(path).is_file():
+            raise InvalidInput(
+                f"agent {self.name!r} is not defined in a file", remedy="put it at the top level of a .py file"
+            )
+        return Path(path).absolute()
+
+    @property
+    def entry(self) -> str:
+        """FILE.py::NAME, as the sandbox finds it again."""
+        name = self.function.__qualname__
+        if not name.isidentifier():
+            raise InvalidInput(
+                f"agent {self.name!r} is defined inside of something else ({name})",
+                remedy="put it at the top level of its file",
+            )
+        return f"{self.file.name}::{name}"
+
+    def package(self) -> Package:
+        """Its file and the local modules that this imports."""
+        from rethaw.sdk.package import pack
+
+        return pack(self.file)
+
+    def spec(self, code: str) -> AgentSpec:
+        """The wire form; `code` is the digest of the uploaded package."""
+        return self.options.spec(entry=self.entry, code=code)
+
+    def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments by name, checked against the function and for being JSON. Raises InvalidInput."""
+        try:
+            bound = signature(self.function).bind(*args, **kwargs)
+        except TypeError as e:
+            raise InvalidInput(f"agent {self.name!r}: {e}", remedy=f"it takes {signature(self.function)}") from e
+        out: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = signature(self.function).parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                out |= value
+            else:
+                out[name] = value
+        for name, value in out.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as e:
+                raise InvalidInput(
+                    f"agent {self.name!r}: argument {name} = {value!r} is not JSON ({e})",
+                    remedy="pass text, numbers, booleans, None, lists and dictionaries",
+                ) from e
+        return out
+
+    def with_options(self, *, key: str | None = None) -> Agent[P, R_co]:
+        """The same agent with options for the next start. `key`: starting again with it gives the same session."""
+        return Agent(self.function, replace(self.options), key=key)
+
+    def start(self, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
+        """Start a session on the server of RETHAW_URL or the credentials file."""
+        return self.start_on(_default_client(), *args, **kwargs)
+
+    def start_on(self, client: Client, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
+        """Start a session on the server of `client`."""
+        given, package = self.arguments(*args, **kwargs), self.package()
+        client.blobs.put(package.data)
+        return cast("Session[R_co]", client.sessions.start(self.spec(package.digest), given, key=self.key))
+
+    @property
+    def aio(self) -> AsyncAgent[P, R_co]:
+        """The same calls as coroutines."""
+        return AsyncAgent(self)
+
+
+class AsyncAgent(Generic[P, R_co]):
+    """`agent.aio`: start with `await`."""
+
+    def __init__(self, agent: Agent[P, R_co]) -> None:
+        self._agent = agent
+
+    async def start(self, *args: P.args, **kwargs: P.kwargs) -> AsyncSession[R_co]:
+        """Start a session on the server of RETHAW_URL or the credentials file."""
+        from rethaw.sdk.aclient import AsyncClient
+
+        return await self.start_on(AsyncClient(), *args, **kwargs)
+
+    async def start_on(self, client: AsyncClient, *args: P.args, **kwargs: P.kwargs) -> AsyncSession[R_co]:
+        """Start a session on the server of `client`."""
+        agent = self._agent
+        given, package = agent.arguments(*args, **kwargs), agent.package()
+        await client.blobs.put(package.data)
+        return cast("AsyncSession[R_co]", await client.sessions.start(agent.spec(package.digest), given, key=agent.key))
+
+
+@overload
+def agent(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /) -> Agent[P, R]: ...
+@overload
+def agent(function: Callable[Concatenate[Any, P], R], /) -> Agent[P, R]: ...
+@overload
+def agent(
+    *,
+    name: str | None = None,
+    image: Image | None = None,
+    env: dict[str, str] | None = None,
+    workdir: str = "/",
+    memory: str | int = "512MiB",
+    pids: int = 1024,
+    durability: str = "local",
+    idle_suspend: Duration | None = "20s",
+    snapshot_every: Duration = "60s",
+    hold_max: Duration = "30m",
+    max_duration: Duration | None = None,
+    grace: Duration = "10s",
+) -> _Decorator: ...
+def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
+    """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments.
+
+    `memory`: what the sandbox may use. `idle_suspend`: how long it may wait for something before it is suspended
+    (None: never). `durability`: what an answer of the model survives once the agent sees it: "local" (this node's
+    disk), "replicated", "relaxed" (nothing is held back). `snapshot_every`: without a model call. `hold_max`: how long
+    a provider's "later" is waited for. `max_duration`: of the session. `grace`: from SIGTERM to SIGKILL on cancel.
+    """
+
+    def make(f: Callable[..., Any]) -> Agent[..., Any]:
+        return Agent(f, options(name or f.__name__, **given))
+
+    return make if function is None else make(function)
+
+
+class _Decorator:
+    """The type of `agent(...)`: keeps parameters and result of what it is put on. Never made."""
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /) -> Agent[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], R], /) -> Agent[P, R]: ...
+    def __call__(self, function: Any, /) -> Any:
+        raise NotImplementedError
+
+
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The function's signature without its Context."""
+    full = inspect.signature(function)
+    return full.replace(parameters=list(full.parameters.values())[1:], return_annotation=inspect.Signature.empty)
+
+
+def _check_signature(function: Callable[..., Any]) -> None:
+    parameters = list(inspect.signature(function).parameters.values())
+    name = getattr(function, "__name__", repr(function))
+    if not parameters or parameters[0].kind not in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    ):
+        raise InvalidInput(f"agent {name!r} has no parameter for its Context", remedy=f"write def {name}(ctx, ...)")
+    for parameter in parameters[1:]:
+        if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
+            raise InvalidInput(
+                f"agent {name!r}: parameter {parameter.name!r} cannot be given by name",
+                remedy="arguments travel by name; make it an ordinary parameter",
+            )
+
+
+_shared: list[Client] = []
+
+
+def _default_client() -> Client:
+    from rethaw.sdk.client import Client
+
+    if not _shared:
+        _shared.append(Client())
+    return _shared[0]
+
+
+def find(file: Path | str, name: str | None = None) -> Agent[..., Any]:
+    """The agent that `file` defines; `name` chooses among several (a variable's or an agent's name).
+
+    Imports the file. Raises NotFound and InvalidInput, the latter also when the file cannot be imported here.
+    """
+    path = Path(file).absolute()
+    if not path.is_file():
+        raise NotFound(f"there is no file {str(file)!r}", remedy="name the agent's Python file")
+    everything: dict[str, object] = vars(_load(path))
+    here = {key: cast("Agent[..., Any]", value) for key, value in everything.items() if isinstance(value, Agent)}
+    mine = {key: value for key, value in here.items() if value.file == path}
+    if name is not None:
+        chosen = mine.get(name) or next((a for a in mine.values() if a.name == name), None)
+        if chosen is None:
+            raise NotFound(f"{file} defines no agent {name!r}", remedy=_known(file, mine))
+        return chosen
+    if len(mine) != 1:
+        raise InvalidInput(
+            f"{file} defines {len(mine) or 'no'} agent{'s' if mine else ''}",
+            remedy=_known(file, mine) if mine else "put @rethaw.agent over its function",
+        )
+    return next(iter(mine.values()))
+
+
+def _known(file: Path | str, agents: dict[str, Agent[..., Any]]) -> str:
+    return "write " + " or ".join(f"{file}::{name}" for name in agents) if agents else "put @rethaw.agent over one"
+
+
+def _load(path: Path) -> Any:
+    """Import the file under a name of its own, its directory first on the path, as the sandbox does."""
+    name = f"rethaw_agent_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise InvalidInput(f"{path} is no Python file", remedy="name a .py file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as e:
+        raise InvalidInput(
+            f"{path} imports {e.name}, which is not installed here",
+            remedy=f"import it inside the function (the sandbox has it by Image.pip_install), or: pip install {e.name}",
+        ) from e
+    except Exception as e:
+        raise InvalidInput(f"{path} cannot be imported: {type(e).__name__}: {e}", remedy="correct it") from e
+    finally:
+        sys.path.remove(str(path.parent))
+    return module

@@ -1,0 +1,361 @@
+"""The client: `Client().sessions.start(...)`, and `Session`, what starting gives. `aclient` is the same with await."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Literal, TypeVar, cast
+
+import httpx2
+
+from rethaw.model.durations import Duration, optional_seconds, seconds
+from rethaw.model.enums import State
+from rethaw.model.errors import Unavailable, WaitTimeout
+from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
+from rethaw.sdk import calls
+from rethaw.sdk.calls import Call
+from rethaw.sdk.sse import Parser
+from rethaw.sdk.transport import PATIENCE_S, POLL_S, OnGap, Patience, Target, failure
+from rethaw.sdk.types import Detail, Message, Outcome, Why
+
+T = TypeVar("T")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Client:
+    """Speaks to one server. Close it, or use it in a `with` block.
+
+    `url` and `token` default to RETHAW_URL and RETHAW_TOKEN, then to what `rethaw up` wrote for this user. `timeout`
+    is for one answer. `patience`: how long streams and waits outlast a server that is away, trying again; plain calls
+    never try again. `on_gap` is called when such a time begins.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        *,
+        timeout: Duration = 30,
+        patience: Duration = PATIENCE_S,
+        on_gap: OnGap | None = None,
+    ) -> None:
+        self.target = Target.find(url, token, seconds(timeout))
+        self.patience_s = seconds(patience)
+        self.on_gap = on_gap
+        self.http = httpx2.Client(**self.target.settings)
+        self.sessions = Sessions(self)
+        self.blobs = Blobs(self)
+
+    @property
+    def url(self) -> str:
+        return self.target.url
+
+    def close(self) -> None:
+        self.http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, call: Call[T]) -> T:
+        """One call. Raises the server's error as the class it was, Unavailable when there is no answer."""
+        try:
+            response = self.http.request(**self.target.request(call))
+            body = response.read()
+        except httpx2.HTTPError as e:
+            raise self.target.unavailable(e) from e
+        if response.status_code >= 400:
+            raise calls.error_of(response.status_code, body, url=self.url, token_source=self.target.source)
+        try:
+            return call.read(body)
+        except (ValueError, KeyError, TypeError) as e:
+            raise Unavailable(
+                f"{self.url} gave an answer that is not Rethaw's to {call.method} {call.path}",
+                remedy="check RETHAW_URL",
+            ) from e
+
+    def patient(self, call: Call[T]) -> T:
+        """One call that is harmless to repeat, tried again while the server is away."""
+        patience = Patience(self.patience_s, self.on_gap)
+        while True:
+            try:
+                return self.run(call)
+            except Unavailable as e:
+                time.sleep(patience.pause(e))
+
+    def health(self) -> dict[str, Any]:
+        """{"ok": true, "version": ...}; needs no token."""
+        return self.run(calls.health())
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Rows of the server's nodes."""
+        return self.run(calls.nodes())
+
+    def doctor(self) -> Any:
+        """Reports of the server's engines, after a guest went through each."""
+        return self.run(calls.doctor())
+
+
+class Blobs:
+    """Agent code on the server."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def put(self, data: bytes) -> str:
+        """Upload; returns the sha256 in hex that names it. Repeating it is harmless."""
+        return self._client.run(calls.put_blob(data))
+
+
+class Sessions:
+    """Sessions by id or by a unique prefix of one."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def start(self, agent: AgentSpec, args: dict[str, Any] | None = None, *, key: str | None = None) -> Session[Any]:
+        """Start `agent`. With a `key` that is known the existing session comes back (KeyReused if it differs)."""
+        view = self._client.run(calls.start(agent, args or {}, key))
+        return Session(self._client, view.id, view)
+
+    def get(self, session: str) -> Session[Any]:
+        """Raises NotFound, AmbiguousId."""
+        view = self._client.run(calls.get(session))
+        return Session(self._client, view.id, view)
+
+    def list(self, *, state: str | None = None, agent: str | None = None, limit: int = 100) -> list[SessionView]:
+        """Newest first, at most `limit`."""
+        out: list[SessionView] = []
+        cursor: str | None = None
+        while len(out) < limit:
+            rows, cursor = self._client.run(calls.list_sessions(state, agent, min(limit - len(out), 200), cursor))
+            out += rows
+            if cursor is None or not rows:
+                break
+        return out
+
+    def detail(self, session: str) -> Detail:
+        """The session and its numbers."""
+        return self._client.run(calls.detail(session))
+
+    def why(self, session: str) -> Why:
+        """What it waits for, since when, what wakes it, where it would resume."""
+        return self._client.run(calls.why(session))
+
+    def send(self, session: str, payload: Any, *, idempotency_key: str | None = None) -> Message:
+        """Put `payload` (JSON) into the inbox. A repeated key gives the first message."""
+        return self._client.run(calls.send(session, calls.to_json(payload), idempotency_key))
+
+    def send_json(self, session: str, text: str | bytes, *, idempotency_key: str | None = None) -> Message:
+        """`send` of JSON text, kept byte for byte."""
+        return self._client.run(calls.send(session, calls.checked_json(text), idempotency_key))
+
+    def signal(self, session: str, name: str, payload: Any = None, *, idempotency_key: str | None = None) -> str:
+        """Complete a wait for `name`, now or when it opens; returns the signal's id."""
+        return self._client.run(calls.signal(session, name, calls.to_json(payload), idempotency_key))
+
+    def signal_json(self, session: str, name: str, text: str | bytes, *, idempotency_key: str | None = None) -> str:
+        """`signal` with JSON text, kept byte for byte."""
+        return self._client.run(calls.signal(session, name, calls.checked_json(text), idempotency_key))
+
+    def inbox(self, session: str) -> list[Message]:
+        return self._client.run(calls.inbox(session))
+
+    def outbox(self, session: str, *, after: int = 0, wait: Duration | None = None) -> list[Message]:
+        """Published messages numbered above `after`. With `wait`: as soon as there is one, [] when there was none."""
+        deadline = time.monotonic() + (optional_seconds(wait) or 0.0)
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                found = self._client.patient(calls.outbox(session, after, min(left, POLL_S)))
+            except WaitTimeout:
+                found = []
+            if found or time.monotonic() >= deadline:
+                return found
+
+    def events(
+        self, session: str, *, after: int = 0, limit: int = 1000, types: Sequence[str] = (), all_lines: bool = False
+    ) -> list[Event]:
+        """One page of the log after seq `after`; `all_lines` has superseded events too."""
+        return self._client.run(calls.events(session, after, limit, types, all_lines))
+
+    def stream(
+        self,
+        session: str,
+        *,
+        after: int = 0,
+        types: Sequence[str] = (),
+        all_lines: bool = False,
+        until_final: bool = True,
+    ) -> Iterator[Event]:
+        """Events after seq `after` as they come, each once, across lost connections and restarts of the server.
+
+        Ends after the session's last event (`until_final`), else never.
+        """
+        client, last, patience = self._client, after, Patience(self._client.patience_s, self._client.on_gap)
+        call = calls.follow(session, types, all_lines, until_final)
+        while True:
+            parser, fresh = Parser(), False
+            try:
+                with client.http.stream(**client.target.stream_request(call, last)) as response:
+                    if response.status_code >= 400:
+                        body = response.read()
+                        raise calls.error_of(
+                            response.status_code, body, url=client.url, token_source=client.target.source
+                        )
+                    patience.succeeded()
+                    for chunk in response.iter_bytes():
+                        for found in parser.feed(chunk):
+                            event = calls.event(found.data)
+                            if event.seq > last:
+                                last, fresh = event.seq, True
+                                yield event
+                if until_final:
+                    view = client.run(calls.get(session))
+                    # A server that shuts down ends the stream as well: ask once more unless all was seen.
+                    if view.state.final and (not fresh or last >= view.last_seq):
+                        return
+            except httpx2.HTTPError as e:
+                if not isinstance(e, httpx2.ReadTimeout):
+                    time.sleep(patience.pause(client.target.unavailable(e)))
+            except Unavailable as e:
+                time.sleep(patience.pause(e))
+
+    def logs(self, session: str, *, stream: Literal["stdout", "stderr", "both"] = "stdout") -> bytes:
+        """What the program has written so far, superseded output left out."""
+        return self._client.run(calls.logs(session, stream))
+
+    def outcome(self, session: str) -> Outcome:
+        """Where it stands, at once."""
+        return self._client.run(calls.result(session, 0))
+
+    def result(self, session: str, *, timeout: Duration | None = None) -> Any:
+        """What the agent returned, once it did. Raises WaitTimeout, and SessionFailed when it ended otherwise."""
+        limit = optional_seconds(timeout)
+        deadline = None if limit is None else time.monotonic() + limit
+        while True:
+            left = POLL_S if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                found = self._client.patient(calls.result(session, min(left, POLL_S)))
+            except WaitTimeout:
+                found = None
+            if found is not None and State(found.state).final:
+                if found.state == State.COMPLETED:
+                    return found.result
+                raise failure(self._client.patient(calls.get(session)))
+            if deadline is not None and time.monotonic() >= deadline:
+                raise WaitTimeout(
+                    f"session {session} has no result after {limit:g} s", remedy="wait longer, or see `rethaw why`"
+                )
+
+    def exchanges(self, session: str) -> list[dict[str, Any]]:
+        return self._client.run(calls.exchanges(session))
+
+    def suspend(self, session: str) -> SessionView:
+        """Snapshot and release; stays so until `resume`."""
+        return self._client.run(calls.action(session, "suspend", {}))
+
+    def resume(self, session: str) -> SessionView:
+        return self._client.run(calls.action(session, "resume", {}))
+
+    def cancel(self, session: str, *, now: bool = False) -> SessionView:
+        """SIGTERM and a grace period, or `now`."""
+        return self._client.run(calls.action(session, "cancel", {"now": now}))
+
+    def crash(self, session: str, what: Literal["sandbox", "node", "db"] = "sandbox") -> SessionView:
+        """Kill it, to see it come back."""
+        return self._client.run(calls.action(session, "crash", {"what": what}))
+
+    def snapshot(self, session: str) -> SnapshotInfo:
+        """Take one now."""
+        return self._client.run(calls.snapshot(session))
+
+    def snapshots(self, session: str) -> list[SnapshotInfo]:
+        return self._client.run(calls.snapshots(session))
+
+    def delete(self, session: str, *, force: bool = False) -> dict[str, Any]:
+        """Erase it whole; leaves a tombstone. Raises Conflict while it runs, unless `force`, which cancels first."""
+        return self._client.run(calls.delete(session, force))
+
+
+class Session(Generic[R_co]):
+    """One session. `R` is the type of its result. `view` is as of the last `refresh` (or call that returned one)."""
+
+    def __init__(self, client: Client, id: str, view: SessionView) -> None:
+        self.client = client
+        self.id = id
+        self.view = view
+
+    def __repr__(self) -> str:
+        return f"<Session {self.id} of {self.view.agent.name}: {self.view.state.value}>"
+
+    @property
+    def state(self) -> State:
+        """As of the last refresh."""
+        return self.view.state
+
+    def refresh(self) -> SessionView:
+        self.view = self.client.run(calls.get(self.id))
+        return self.view
+
+    def result(self, timeout: Duration | None = None) -> R_co:
+        """What the agent returned, once it did. Raises WaitTimeout, and SessionFailed when it ended otherwise."""
+        return cast("R_co", self.client.sessions.result(self.id, timeout=timeout))
+
+    def send(self, payload: Any, *, idempotency_key: str | None = None) -> Message:
+        return self.client.sessions.send(self.id, payload, idempotency_key=idempotency_key)
+
+    def signal(self, name: str, payload: Any = None, *, idempotency_key: str | None = None) -> str:
+        return self.client.sessions.signal(self.id, name, payload, idempotency_key=idempotency_key)
+
+    def outbox(self, *, after: int = 0, wait: Duration | None = None) -> list[Message]:
+        return self.client.sessions.outbox(self.id, after=after, wait=wait)
+
+    def events(
+        self, *, after: int = 0, follow: bool = False, types: Sequence[str] = (), all_lines: bool = False
+    ) -> Iterator[Event]:
+        """The log after seq `after`, page by page; with `follow` until the session's last event."""
+        if follow:
+            for event in self.client.sessions.stream(self.id, after=after, types=types, all_lines=all_lines):
+                yield event
+            return
+        while page := self.client.sessions.events(self.id, after=after, types=types, all_lines=all_lines):
+            for event in page:
+                yield event
+            after = page[-1].seq
+
+    def logs(self, *, stream: Literal["stdout", "stderr", "both"] = "stdout") -> bytes:
+        return self.client.sessions.logs(self.id, stream=stream)
+
+    def detail(self) -> Detail:
+        return self.client.sessions.detail(self.id)
+
+    def why(self) -> Why:
+        return self.client.sessions.why(self.id)
+
+    def suspend(self) -> SessionView:
+        self.view = self.client.sessions.suspend(self.id)
+        return self.view
+
+    def resume(self) -> SessionView:
+        self.view = self.client.sessions.resume(self.id)
+        return self.view
+
+    def cancel(self, *, now: bool = False) -> SessionView:
+        self.view = self.client.sessions.cancel(self.id, now=now)
+        return self.view
+
+    def crash(self, what: Literal["sandbox", "node", "db"] = "sandbox") -> SessionView:
+        self.view = self.client.sessions.crash(self.id, what)
+        return self.view
+
+    def snapshot(self) -> SnapshotInfo:
+        return self.client.sessions.snapshot(self.id)
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        return self.client.sessions.snapshots(self.id)
+
+    def delete(self, *, force: bool = False) -> dict[str, Any]:
+        return self.client.sessions.delete(self.id, force=force)
