@@ -1,27 +1,40 @@
-"""Keeps a guest's monotonic clock still while it is frozen, by changing one number in the saved kernel state.
+"""Keeps a guest's clocks and timers still while it is frozen, by changing a few numbers in the saved kernel state.
 
 gVisor's restore moves the monotonic clock on by `now - Timekeeper.saveRealtime` when that is positive. With a
-`saveRealtime` far in the future it stays where it was; the wall clock comes from the host and is right at once.
+`saveRealtime` far in the future it stays where it was; the wall clock comes from the host and is right at once. That
+one number is changed at the save (`freeze`), so a restore has nothing to do for it.
+
+A relative `clock_nanosleep(CLOCK_REALTIME)`, which is what C's sleep() and the `sleep` program are, is saved as the wall
+time at which it ends. Those ends are found at the save and moved at each restore (`shift`) by the time frozen.
+
 `checkpoint.img` of an uncompressed save is
 
     8 bytes magic | 8 bytes big-endian length | JSON metadata | 32 bytes hash | chunks [4 bytes big-endian length | bytes]
 
 with no hash over the chunks. Numbers are written byte by byte as varints (signed ones zigzag), each byte a chunk of its
-own. The number is found by its value: it lies between the wall times right before and right after the save. Exactly one
-hit, or the file is left alone.
+own. The clock is found by its value, which lies between the wall times right before and right after the save: exactly
+one hit, or nothing is changed. Sleeps are found by the shape of the record around them.
 """
 
 from __future__ import annotations
 
-import mmap
+import re
 import struct
+import time
 from pathlib import Path
+from typing import cast
 
 FAR_FUTURE_NS = 4_500_000_000_000_000_000  # year 2112: the last whole years whose zigzag varint still has 9 bytes
 _VARINT_BYTES = 9
 _CHUNK = b"\x00\x00\x00\x01"
+_STEP = len(_CHUNK) + 1
 _HEADER = 16
 _HASH = 32
+_SLEEP_TYPE = b"clockNanosleepRestartBlock"
+# Record of three fields: interface (the clock), struct of one signed number (the end), unsigned number (an address).
+_SLEEP_BEFORE = re.compile(rb"\x0d\x03\x0e.{3,16}\x00\x0b.{1,2}\x01\Z", re.DOTALL)
+_SLEEP_AFTER = b"[\x02\x05]"  # the address, or nothing
+_CONTEXT = 28
 
 
 def zigzag(value: int) -> bytes:
@@ -42,11 +55,23 @@ def _unzigzag(data: bytes) -> int:
     return value >> 1 if not value & 1 else -(value >> 1) - 1
 
 
-def _spread(data: bytes) -> bytes:
+def spread(data: bytes) -> bytes:
+    """`data` as it is written: each byte a chunk."""
     return b"".join(_CHUNK + bytes((byte,)) for byte in data)
 
 
-def body_start(data: bytes | mmap.mmap) -> int:
+def _number(data: bytes, offset: int) -> int | None:
+    """The 9-byte number at `offset`, None when there is none."""
+    raw = data[offset : offset + _VARINT_BYTES * _STEP]
+    digits = raw[len(_CHUNK) :: _STEP]
+    if len(digits) != _VARINT_BYTES or raw != spread(digits):
+        return None
+    if digits[-1] & 0x80 or not all(byte & 0x80 for byte in digits[:-1]):
+        return None
+    return _unzigzag(digits)
+
+
+def body_start(data: bytes) -> int:
     """Where the chunks begin. Raises ValueError when `data` is no such file."""
     if len(data) < _HEADER:
         raise ValueError("shorter than its header")
@@ -56,45 +81,89 @@ def body_start(data: bytes | mmap.mmap) -> int:
     return start
 
 
-def find(data: bytes | mmap.mmap, before_ns: int, after_ns: int) -> list[tuple[int, int]]:
+def find(data: bytes, before_ns: int, after_ns: int) -> list[tuple[int, int]]:
     """Every (file offset, value) of a 9-byte number written in one-byte chunks with before_ns <= value <= after_ns."""
     low, high = zigzag(before_ns), zigzag(after_ns)
     if len(low) != _VARINT_BYTES or len(high) != _VARINT_BYTES or before_ns > after_ns:
         return []
     # The window is a fraction of a second, so the upper bytes are all but constant: search for those, in C.
     hits: dict[int, int] = {}
-    step = len(_CHUNK) + 1
     start = body_start(data)
     for upper in {low[6:], high[6:]}:
-        needle = _spread(upper)
+        needle = spread(upper)
         at = data.find(needle, start)
         while at != -1:
-            offset = at - 6 * step
-            if offset >= start:
-                raw = bytes(data[offset : offset + _VARINT_BYTES * step])
-                digits = raw[len(_CHUNK) :: step]
-                if raw == _spread(digits) and all(byte & 0x80 for byte in digits[:-1]):
-                    value = _unzigzag(digits)
-                    if before_ns <= value <= after_ns:
-                        hits[offset] = value
+            offset = at - 6 * _STEP
+            value = _number(data, offset) if offset >= start else None
+            if value is not None and before_ns <= value <= after_ns:
+                hits[offset] = value
             at = data.find(needle, at + 1)
     return sorted(hits.items())
 
 
-def freeze(path: Path, before_ns: int, after_ns: int) -> dict[str, object]:
-    """Make the clock saved in `path` stand still for whoever restores it. Blocking, about 1 ms a MB.
+def find_sleeps(data: bytes, after_ns: int) -> list[int]:
+    """File offsets of the ends of relative sleeps on the wall clock that end after `after_ns`."""
+    if data.find(_SLEEP_TYPE) == -1:
+        return []
+    top = zigzag(after_ns)[-1]
+    tops = b"".join(re.escape(bytes((digit,))) for digit in (top, min(top + 1, 0x3F)))
+    # Anchored on the last, rarest byte: a search that starts with the eight before it takes ten times as long.
+    pattern = re.compile(re.escape(_CHUNK) + b"[" + tops + b"]" + re.escape(_CHUNK) + _SLEEP_AFTER)
+    offsets: list[int] = []
+    for match in pattern.finditer(data, body_start(data)):
+        offset = match.start() - (_VARINT_BYTES - 1) * _STEP
+        value = _number(data, offset)
+        if value is None or value <= after_ns:
+            continue
+        raw = data[max(0, offset - _CONTEXT * _STEP) : offset]
+        context = bytearray()
+        while len(raw) >= _STEP and raw[-_STEP:-1] == _CHUNK:
+            context.append(raw[-1])
+            raw = raw[:-_STEP]
+        context.reverse()
+        if _SLEEP_BEFORE.search(bytes(context)):
+            offsets.append(offset)
+    return offsets
 
-    Returns notes for `Capture.clock`: `frozen`, and `offset` and `saved_ns` of the number, or `why` it was left alone.
+
+def freeze(path: Path, before_ns: int, after_ns: int) -> dict[str, object]:
+    """Make the clock saved in `path` stand still for whoever restores it. Blocking, a few ms.
+
+    Returns notes for `Capture.clock`: `frozen`, `offset` and `saved_ns` of the number, `sleeps` for `shift`; or `frozen`
+    false and `why` the file was left alone.
     """
+    data = path.read_bytes()
+    try:
+        hits = find(data, before_ns, after_ns)
+    except ValueError as error:
+        return {"frozen": False, "why": str(error)}
+    if len(hits) != 1:
+        return {"frozen": False, "why": f"{len(hits)} numbers look like the time of the save"}
+    offset, value = hits[0]
+    sleeps = find_sleeps(data, value)
     with path.open("r+b") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                hits = find(data, before_ns, after_ns)
-            except ValueError as error:
-                return {"frozen": False, "why": str(error)}
-        if len(hits) != 1:
-            return {"frozen": False, "why": f"{len(hits)} numbers look like the time of the save"}
-        offset, value = hits[0]
         file.seek(offset)
-        file.write(_spread(zigzag(FAR_FUTURE_NS)))
-    return {"frozen": True, "offset": offset, "saved_ns": value}
+        file.write(spread(zigzag(FAR_FUTURE_NS)))
+    return {"frozen": True, "offset": offset, "saved_ns": value, "sleeps": sleeps}
+
+
+def sleeps_of(notes: dict[str, object]) -> tuple[int, list[int]]:
+    """Time of the save and offsets of sleeps in notes that `freeze` made (they have been through JSON since)."""
+    saved, offsets = notes.get("saved_ns"), notes.get("sleeps")
+    if not isinstance(saved, int) or not isinstance(offsets, list):
+        return 0, []
+    return saved, [offset for offset in cast("list[object]", offsets) if isinstance(offset, int)]
+
+
+def shift(data: bytes, offsets: list[int], saved_ns: int, restore_ms: float) -> bytes:
+    """`data` with every sleep ending as much later as the guest was frozen. `restore_ms`: how long the restore itself
+    will take; a sleep may end late, never early. Offsets that hold no such number are left alone."""
+    later = time.time_ns() - saved_ns + int(restore_ms * 1e6)
+    out = bytearray(data)
+    for offset in offsets:
+        value = _number(data, offset)
+        if value is not None and value > saved_ns and later > 0:
+            number = zigzag(value + later)
+            if len(number) == _VARINT_BYTES:
+                out[offset : offset + _VARINT_BYTES * _STEP] = spread(number)
+    return bytes(out)
