@@ -30,7 +30,7 @@ Connection = AsyncConnection[TupleRow]
 T = TypeVar("T")
 
 DEADLINE_S = 30.0  # rethaw.model.ports: implementations retry for so long, then raise Unavailable
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 1.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 0.3
 
 # Read-only: a standby answers during a fail-over. Idle-in-transaction: the server ended a transaction of a paused process.
 _TRANSIENT = (
