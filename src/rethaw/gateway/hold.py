@@ -54,8 +54,10 @@ def hopeless(headers: Sequence[tuple[str, str]], body: bytes) -> bool:
 
 
 def pause(tries: int, asked: float | None) -> float:
-    """Seconds until the next try: what the provider asked for, else 1, 2, 4 .. 60, some more at random so that many
-    sessions do not come back at once."""
-    if asked is not None:
-        return asked + random.uniform(0, min(1.0, 0.1 * asked + 0.05))
-    return min(BACKOFF_MAX_S, 2.0 ** min(tries - 1, 10)) * random.uniform(0.9, 1.1)
+    """Seconds until the next try: what the provider asked for, else 1, 2, 4 .. 60."""
+    return asked if asked is not None else min(BACKOFF_MAX_S, 2.0 ** min(tries - 1, 10))
+
+
+def jitter(pause_s: float) -> float:
+    """Some seconds more at random, so that many sessions do not come back at once."""
+    return random.uniform(0, min(1.0, 0.1 * pause_s + 0.02))

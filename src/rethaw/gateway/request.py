@@ -76,14 +76,14 @@ class Request:
     auth_at: int | None  # where among `headers` the guest's own key stood
     guest_id: str
 
-    def meta(self, body: bytes, *, model_call: bool) -> RequestMeta:
+    def meta(self, body: bytes, digest: str, *, model_call: bool) -> RequestMeta:
         return RequestMeta(
             provider=self.provider,
             method=self.method,
             path=self.path,
             query=self.query,
             headers=self.headers,
-            digest=self.digest(body),
+            digest=digest,
             model_call=model_call,
             model=model_name(body) if model_call else None,
             guest_id=self.guest_id,

@@ -60,12 +60,14 @@ class Run:
         self.durable = 0
         self.error: str | None = None  # why no more will come
         self.broken = False  # upstream broke, or the exchange was lost: readers get Broken after the last byte
+        self.lost = False  # not this process's any more: the log knows better
         self.sent = False  # the request may have reached the provider
         self.tries = 0
         self.held = False
         self.client = Client.FROZEN
         self.left_at = 0.0  # loop time when `client` stopped waiting
         self.serving: object | None = None  # the stream being served: a newer one takes its place
+        self.adopted = False  # asked for again after a crash
         self.live = False  # begun by a request of the present life, not taken from the tail
         self.task: asyncio.Task[None] | None = None
         self._sink = sink
@@ -229,7 +231,7 @@ class Run:
 
     def lose(self, why: str) -> None:
         """The exchange is not this process's any more; readers end."""
-        self.broken = True
+        self.broken = self.lost = True
         self.error = why
         if self.state is ExchangeState.OPEN:
             self.state = ExchangeState.FAILED

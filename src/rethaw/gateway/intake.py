@@ -1,0 +1,292 @@
+"""From a stream to the run that answers it: re-attached by id, found in the tail, adopted, or begun (DESIGN §5)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from rethaw.gateway import revive
+from rethaw.gateway.local import refusal
+from rethaw.gateway.pump import Pump
+from rethaw.gateway.request import Request
+from rethaw.gateway.run import FINAL, Broken, Client, Run
+from rethaw.gateway.shared import Shared
+from rethaw.model import faults
+from rethaw.model.enums import EventType, ExchangeState
+from rethaw.model.errors import NotFound, ProviderError, RethawError
+from rethaw.model.ports import GuestStream
+from rethaw.model.types import Exchange, RequestMeta, ResponseHead
+
+if TYPE_CHECKING:
+    from rethaw.gateway.session import Life, SessionGateway
+
+log = logging.getLogger("rethaw.gateway")
+
+_RECENT = 64  # newest exchange.requested events looked at for a request that was durable but not yet accepted
+_SCAN_S = 5.0
+
+
+class Intake:
+    def __init__(self, shared: Shared, session: SessionGateway) -> None:
+        self._shared = shared
+        self._log = shared.log
+        self._session = session
+
+    # ------------------------------------------------------------ step 1: by id
+
+    async def reattach(self, life: Life, stream: GuestStream) -> Run:
+        """The run of an exchange that guest memory names. Raises Broken when there is nothing to go on with."""
+        exchange = stream.exchange
+        assert exchange is not None
+        faults.point("gateway.tail.reattach")
+        life.tail.drop(exchange)
+        run = self._session.known(exchange)
+        if run is not None:
+            return run
+        try:
+            x = await self._log.exchange(exchange)
+        except NotFound as error:
+            raise Broken(str(error)) from None
+        if x.session != self._session.id:
+            raise Broken(f"exchange {exchange} is not this session's")  # the guest lies
+        return await self._from_log(x, stream.received, stream.head_received)
+
+    async def _from_log(self, x: Exchange, held: int = 0, head_held: bool = False) -> Run:
+        """A run for an exchange that this process does not have. `held`: answer bytes that the guest has."""
+        sink, batcher, runs = self._log, self._shared.batcher, self._session.runs
+        if x.state is ExchangeState.OPEN:
+            x = await revive.closed_if_whole(sink, x) or x
+        if x.state in (ExchangeState.COMPLETE, ExchangeState.FAILED):
+            run = runs[x.id] = Run.recorded(sink, batcher, x)
+            return run
+        if x.state is not ExchangeState.OPEN:
+            raise Broken(f"exchange {x.id} is {x.state.value}")
+        owner = self._shared.owner
+        if held or head_held:
+            x = await self._session.fenced(lambda fence: sink.take_over(fence, x.id, owner))
+            await sink.finish_exchange(x.id, x.epoch, ExchangeState.TORN, None, revive.torn(x, held))
+            raise Broken("upstream was lost in the middle of this answer")
+        event = revive.reissued(x)
+        x = await self._session.fenced(lambda fence: sink.take_over(fence, x.id, owner, event))
+        body = await sink.read_request(x.id)
+        run = runs[x.id] = Run(sink, batcher, x)
+        self._start(run, None, body)
+        return run
+
+    # ------------------------------------------------------------ a request
+
+    async def run_for(self, life: Life, request: Request, body: bytes) -> Run:
+        """The run that answers a request which guest memory has no exchange for. Goes on when the caller is cancelled:
+        the guest then sends the request again, under the same id."""
+        if len(body) > 1 << 20:
+            digest = await asyncio.to_thread(request.digest, body)
+        else:
+            digest = request.digest(body)
+        key = (request.guest_id, digest)
+        task = life.intakes.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = life.intakes[key] = asyncio.create_task(self._find_or_begin(life, request, digest, body))
+            task.add_done_callback(_seen)
+        return await asyncio.shield(task)
+
+    def accepted(self, life: Life, run: Run, request: Request) -> None:
+        life.intakes.pop((request.guest_id, run.meta.digest), None)
+
+    async def _find_or_begin(self, life: Life, request: Request, digest: str, body: bytes) -> Run:
+        meta, provider_error = self._meta(request, digest, body)
+        run = await self._hung_up(life, meta) or await self._of_tail(life, meta) or await self._unaccepted(life, meta)
+        if run is not None:
+            return run
+        sink, owner = self._log, self._shared.owner
+        faults.point("gateway.request.before_durable")
+        x = await sink.begin_exchange(life.fence, meta, body, owner)
+        faults.point("gateway.request.durable")
+        run = self._session.runs[x.id] = Run(sink, self._shared.batcher, x)
+        run.live = True
+        if provider_error is not None:
+            log.warning("session %s: %s", self._session.id, provider_error)
+            head, data = refusal(provider_error, anthropic=_anthropic(self._shared, meta))
+            run.task = self._shared.spawn(_refuse(run, head, data))
+        else:
+            self._start(run, request.auth_at, body)
+        if meta.model_call and life.tail:
+            self._off_the_line(life, run)
+        return run
+
+    def _meta(self, request: Request, digest: str, body: bytes) -> tuple[RequestMeta, ProviderError | None]:
+        try:
+            provider = self._shared.providers.get(request.provider)
+        except ProviderError as error:
+            return request.meta(body, digest, model_call=False), error
+        return request.meta(body, digest, model_call=provider.is_model_call(request.method, request.path)), None
+
+    def _start(self, run: Run, auth_at: int | None, body: bytes) -> None:
+        """Begin to read the answer."""
+        try:
+            provider = self._shared.providers.get(run.meta.provider)
+        except ProviderError as error:  # its key is gone since
+            head, data = refusal(error, anthropic=_anthropic(self._shared, run.meta))
+            run.task = self._shared.spawn(_refuse(run, head, data))
+            return
+        session = self._session
+        pump = Pump(
+            run=run,
+            provider=provider,
+            upstream=self._shared.upstream,
+            auth_at=auth_at,
+            body=body,
+            hold_max_s=session.agent.hold_max_s,
+            record=session.record,
+            hooks=session.hooks,
+        )
+        run.task = self._shared.spawn(pump.go())
+
+    # ------------------------------------------------------------ requests that repeat another
+
+    async def _hung_up(self, life: Life, meta: RequestMeta) -> Run | None:
+        """A client timed out and asks again: it gets the answer that is under way."""
+        if not meta.model_call:
+            return None
+        fits = [
+            r
+            for r in self._session.runs.values()
+            if r.client is Client.GONE and r.attempt == life.attempt and r.meta.digest == meta.digest and _usable(r)
+            and r.id not in life.tail
+        ]  # fmt: skip
+        if not fits:
+            return None
+        run = min(fits, key=lambda r: r.left_at)
+        before, run.client = run.client, Client.WAITING
+        try:
+            await self._log.adopt_exchange(life.fence, run.id, meta.guest_id, "hangup")
+        except BaseException:
+            run.client = before
+            raise
+        return run
+
+    async def _of_tail(self, life: Life, meta: RequestMeta) -> Run | None:
+        """Step 2: the answer to this request is in the log, or on its way there."""
+        x = life.tail.take(meta)
+        if x is None:
+            return None
+        faults.point("gateway.tail.adopt")
+        try:
+            x = await self._log.adopt_exchange(life.fence, x.id, meta.guest_id, "tail")
+            run = self._session.known(x.id) or await self._from_log(x)
+        except Broken:
+            return None  # gone in between: ask anew
+        except BaseException:
+            life.tail.put_back(x)
+            raise
+        run.adopted = True
+        return run
+
+    async def _unaccepted(self, life: Life, meta: RequestMeta) -> Run | None:
+        """After a restore: the snapshot was taken between making this very request durable and telling the guest. The
+        path then has it, under the guest's own id, which is used once on each path."""
+        if not life.restored:
+            return None
+        if life.recent is None:
+            life.recent = await self._recent()
+        x = life.recent.get((meta.guest_id, meta.digest))
+        if x is None or x.attempt != life.attempt:
+            return None
+        del life.recent[(meta.guest_id, meta.digest)]
+        log.info("exchange %s: found again by its guest id %s", x.id, meta.guest_id)
+        try:
+            run = self._session.known(x.id) or await self._from_log(x)
+        except Broken:
+            return None
+        run.adopted = True
+        return run
+
+    async def _recent(self) -> dict[tuple[str, str], Exchange]:
+        """The exchanges that the path requested last, by guest id and digest."""
+        session = self._session.id
+        last = await self._log.last_seq(session)
+        events = await self._log.read(session, max(0, last - _RECENT), types=[EventType.EXCHANGE_REQUESTED])
+        known = await asyncio.gather(*(self._log.exchange(str(e.data["exchange"])) for e in events[-8:]))
+        return {(x.meta.guest_id, x.meta.digest): x for x in known}
+
+    # ------------------------------------------------------------ step 3: another path
+
+    def _off_the_line(self, life: Life, run: Run) -> None:
+        """A call that the tail does not answer, while it still has answers."""
+        if not life.tail.diverged:
+            life.tail.diverged = True
+            key = f"diverged:{life.fence.generation}"
+            self._session.note(life, EventType.SESSION_DIVERGED, {"exchange": run.id}, key=key)
+        if life.delivered_live:
+            # The agent has acted upon an answer that the old line never had: it does not come back for the rest.
+            self._shared.spawn(self.orphan(life))
+
+    async def orphan(self, life: Life) -> None:
+        """Give up what is left of the tail and was not seen by any agent."""
+        for exchange in life.tail.orphans():
+            run = self._session.runs.pop(exchange, None)
+            if run is not None:
+                if run.task is not None:
+                    run.task.cancel()
+                    await asyncio.gather(run.task, return_exceptions=True)
+                run.lose("orphaned")
+            try:
+                await self._log.orphan_exchange(life.fence, exchange)
+            except FINAL as error:
+                log.info("exchange %s: not orphaned: %s", exchange, error)
+
+    async def released(self, first: int) -> set[str]:
+        """Ids of exchanges with `seq` >= `first` whose answer went out, on any line."""
+        out: set[str] = set()
+        last = await self._log.last_seq(self._session.id)
+        events = self._log.follow(self._session.id, first - 1, path_only=False)
+        try:
+            async with asyncio.timeout(_SCAN_S):
+                async for event in events:
+                    if event.type is EventType.EXCHANGE_RELEASED:
+                        out.add(str(event.data.get("exchange")))
+                    if event.seq >= last:
+                        break
+        except TimeoutError:
+            log.warning("session %s: the log from %d to %d took too long to read", self._session.id, first, last)
+        except RethawError as error:
+            log.warning("session %s: %s", self._session.id, error)
+        finally:
+            close = getattr(events, "aclose", None)
+            if close is not None:
+                with contextlib.suppress(Exception):
+                    await close()
+        return out
+
+    async def current_line(self) -> int | None:
+        session = self._session.id
+        events = await self._log.read(session, max(0, await self._log.last_seq(session) - 16))
+        return max((e.line for e in events), default=None)
+
+
+def _usable(run: Run) -> bool:
+    """Whether its answer is, or may become, one that a client would not ask again for."""
+    if run.broken:
+        return False
+    return run.head is None or run.head.status < 400
+
+
+def _anthropic(shared: Shared, meta: RequestMeta) -> bool:
+    known = shared.providers.format_of(meta.provider)
+    return known == "anthropic" if known else meta.path.endswith("/messages")
+
+
+def _seen(task: asyncio.Task[Run]) -> None:
+    """Its caller may be gone: the error is not news then, the guest asks again."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.debug("intake: %r", error)
+
+
+async def _refuse(run: Run, head: ResponseHead, data: bytes) -> None:
+    try:
+        run.feed_head(head)
+        await run.feed(data)
+        await run.finish(ExchangeState.COMPLETE)
+    except FINAL as error:
+        run.lose(str(error))
