@@ -12,8 +12,9 @@ time at which it ends. Those ends are found at the save and moved at each restor
     8 bytes magic | 8 bytes big-endian length | JSON metadata | 32 bytes hash | chunks [4 bytes big-endian length | bytes]
 
 with no hash over the chunks. Numbers are written byte by byte as varints (signed ones zigzag), each byte a chunk of its
-own. The clock is found by its value, which lies between the wall times right before and right after the save: exactly
-one hit, or nothing is changed. Sleeps are found by the shape of the record around them.
+own. The clock is found by its value, which lies between the wall times right before and right after the save, and when a
+file written in that moment has such a value too, by the shape of the record around it: exactly one hit, or nothing is
+changed. Sleeps are found by shape and value.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ _SLEEP_TYPE = b"clockNanosleepRestartBlock"
 # Record of three fields: interface (the clock), struct of one signed number (the end), unsigned number (an address).
 _SLEEP_BEFORE = re.compile(rb"\x0d\x03\x0e.{3,16}\x00\x0b.{1,2}\x01\Z", re.DOTALL)
 _SLEEP_AFTER = b"[\x02\x05]"  # the address, or nothing
-_CONTEXT = 28
+# Record of the Timekeeper up to its fifth field: two clocks, the boot time, the monotonic time, and then the wall time.
+_CLOCK_BEFORE = re.compile(
+    rb"\x0d\x05\x06.{1,3}\x00\x06.{1,3}\x00\x0b.{1,2}\x01[\x80-\xff]{8}.\x01[\x80-\xff]{0,8}[\x00-\x7f]\x01\Z",
+    re.DOTALL,
+)
+_CONTEXT = 48
 
 
 def zigzag(value: int) -> bytes:
@@ -115,15 +121,20 @@ def find_sleeps(data: bytes, after_ns: int) -> list[int]:
         value = _number(data, offset)
         if value is None or value <= after_ns:
             continue
-        raw = data[max(0, offset - _CONTEXT * _STEP) : offset]
-        context = bytearray()
-        while len(raw) >= _STEP and raw[-_STEP:-1] == _CHUNK:
-            context.append(raw[-1])
-            raw = raw[:-_STEP]
-        context.reverse()
-        if _SLEEP_BEFORE.search(bytes(context)):
+        if _SLEEP_BEFORE.search(_context(data, offset)):
             offsets.append(offset)
     return offsets
+
+
+def _context(data: bytes, offset: int) -> bytes:
+    """The bytes before `offset`, as far as each is a chunk of its own."""
+    raw = data[max(0, offset - _CONTEXT * _STEP) : offset]
+    out = bytearray()
+    while len(raw) >= _STEP and raw[-_STEP:-1] == _CHUNK:
+        out.append(raw[-1])
+        raw = raw[:-_STEP]
+    out.reverse()
+    return bytes(out)
 
 
 def freeze(path: Path, before_ns: int, after_ns: int) -> dict[str, object]:
@@ -137,6 +148,8 @@ def freeze(path: Path, before_ns: int, after_ns: int) -> dict[str, object]:
         hits = find(data, before_ns, after_ns)
     except ValueError as error:
         return {"frozen": False, "why": str(error)}
+    if len(hits) > 1:
+        hits = [hit for hit in hits if _CLOCK_BEFORE.search(_context(data, hit[0]))]
     if len(hits) != 1:
         return {"frozen": False, "why": f"{len(hits)} numbers look like the time of the save"}
     offset, value = hits[0]
