@@ -71,6 +71,8 @@ class RunningServer:
         self._own = data_dir is None
         # Short, because a Unix socket's path below it may have 107 bytes at most.
         self.root = Path(tempfile.mkdtemp(prefix="rethaw-t-")) if data_dir is None else data_dir.parent
+        if self._own:
+            self.root.chmod(0o711)  # PostgreSQL's user must get through
         self.data_dir = data_dir or self.root / "data"
         self.config_file = self.root / "rethaw.toml"
         self.log_file = self.root / "server.log"
@@ -196,11 +198,7 @@ class RunningServer:
 
     @property
     def token(self) -> str:
-        return str(self._credentials()["token"])
-
-    def _credentials(self) -> dict[str, Any]:
-        data: Any = json.loads((self.home / ".config/rethaw/credentials.json").read_text())
-        return data
+        return (self.data_dir / "token").read_text().strip()
 
     @property
     def env(self) -> dict[str, str]:
@@ -254,7 +252,7 @@ class RunningServer:
         sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
         headers = {"content-type": kind}
-        with contextlib.suppress(OSError, KeyError, ValueError):
+        with contextlib.suppress(OSError):
             headers["authorization"] = f"Bearer {self.token}"
         try:
             connection.request(method, path, sent, headers)
