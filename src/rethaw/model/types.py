@@ -294,10 +294,14 @@ class Lease(Wire):
 
 
 class StateChange(Wire):
-    """A node's report. Allowed moves are control's business; `events` are appended in the same transaction."""
+    """A node's report. Allowed moves are control's business; `events` are appended in the same transaction.
+
+    `waits`, with SUSPENDED: ids of the waits that the captured guest has no answer to. The move is refused when one of
+    them is done. None: the node does not say, and the move is refused when any wait was done about that time."""
 
     state: State
     reason: Reason = Reason.NONE
     detail: str | None = None
     exit_code: int | None = None
     events: tuple[NewEvent, ...] = ()
+    waits: tuple[str, ...] | None = None

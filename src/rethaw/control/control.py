@@ -1,0 +1,312 @@
+"""The control plane in this process: `model.ports.ControlPlane` for nodes, and what the API asks on people's behalf.
+
+Each operation is one transaction that locks the session's row, checks, moves and logs; modules beside this one hold
+what happens inside of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from rethaw.control import inbox, leases, outbox, placement, recovery, reports, rows, sessions, stats, waits
+from rethaw.control.policy import Policy
+from rethaw.control.rows import Conn, Row
+from rethaw.control.waits import Addresses
+from rethaw.control.wakeups import NODE_CHANNEL, SESSION_CHANNEL, Transactions
+from rethaw.db.notify import NotifyHub
+from rethaw.db.pool import Database
+from rethaw.model import faults
+from rethaw.model.enums import Durability, EventType, Reason, State
+from rethaw.model.errors import Conflict, InvalidInput, WaitTimeout
+from rethaw.model.ids import new_id
+from rethaw.model.ports import LogSink
+from rethaw.model.types import (
+    AgentSpec,
+    Assignment,
+    Fence,
+    Lease,
+    Message,
+    NodeInfo,
+    SessionView,
+    SnapshotInfo,
+    StateChange,
+    WaitSpec,
+    WaitState,
+)
+
+T = TypeVar("T")
+_SNAPSHOT_WAIT_S = 55.0
+
+
+class Control:
+    """`public_url`: base of callback addresses. `secret`: makes them; without one they change with each start."""
+
+    def __init__(
+        self,
+        db: Database,
+        log: LogSink,
+        hub: NotifyHub,
+        *,
+        public_url: str = "http://127.0.0.1:7420",
+        secret: bytes | None = None,
+        policy: Policy | None = None,
+    ) -> None:
+        self.policy = policy or Policy()
+        self.transactions = Transactions(db, hub)
+        self._hub = hub
+        self._log = log
+        self._addresses = Addresses(public_url, secret or os.urandom(32))
+
+    async def _run(self, fn: Callable[[Conn], Awaitable[T]]) -> T:
+        return await self.transactions.run(fn)
+
+    async def _fenced(self, fence: Fence, fn: Callable[[Conn, Row], Awaitable[T]]) -> T:
+        async def inside(conn: Conn) -> T:
+            return await fn(conn, await rows.fenced(conn, fence))
+
+        return await self._run(inside)
+
+    # ------------------------------------------------------------ nodes (model.ports.ControlPlane)
+
+    async def register_node(self, info: NodeInfo) -> Lease:
+        """A new incarnation: what the former one ran is recovering from now on."""
+        lease = await self._run(lambda conn: leases.register(conn, info, self.policy))
+        faults.point("control.register.between")
+        await self.recover_lost(info.id, expired=False)
+        await self.place_waiting()
+        return lease
+
+    async def renew_lease(self, node: str, incarnation: str) -> Lease:
+        return await self._run(lambda conn: leases.renew(conn, node, incarnation, self.policy))
+
+    async def assignments(self, node: str, incarnation: str, after: int, timeout_s: float) -> list[Assignment]:
+        """What is to be done with a revision > `after`; waits up to `timeout_s` for the first."""
+
+        async def look() -> list[Assignment] | None:
+            return await self._run(lambda conn: leases.assignments(conn, node, incarnation, after)) or None
+
+        return await self._until(NODE_CHANNEL, node, look, timeout_s) or []
+
+    async def session(self, session: str) -> SessionView:
+        return rows.view(await self._run(lambda conn: rows.load(conn, session)))
+
+    async def report(self, fence: Fence, change: StateChange) -> SessionView:
+        async def fn(conn: Conn, row: Row) -> SessionView:
+            row = await reports.report(conn, row, change, self.policy)
+            faults.point("control.report.before_commit")
+            return rows.view(row)
+
+        view = await self._fenced(fence, fn)
+        faults.point("control.report.after_commit")
+        return view
+
+    async def report_death(self, fence: Fence, reason: Reason, detail: str) -> None:
+        async def fn(conn: Conn, row: Row) -> None:
+            await recovery.crashed(conn, row, reason, detail, self.policy)
+            faults.point("control.death.before_commit")
+
+        await self._fenced(fence, fn)
+        faults.point("control.death.after_commit")
+
+    async def report_unusable(self, fence: Fence, snapshot: str, detail: str) -> None:
+        async def fn(conn: Conn, row: Row) -> None:
+            await recovery.unusable(conn, row, snapshot, detail, self.policy)
+
+        await self._fenced(fence, fn)
+
+    async def wake(self, fence: Fence, reason: Reason) -> None:
+        async def fn(conn: Conn, row: Row) -> None:
+            await reports.wake(conn, row, self.policy)
+
+        await self._fenced(fence, fn)
+
+    async def open_wait(self, fence: Fence, attempt: int, spec: WaitSpec) -> WaitState:
+        async def fn(conn: Conn, row: Row) -> WaitState:
+            return await waits.open_wait(conn, row, attempt, spec, self._addresses)
+
+        faults.point("control.wait.before")
+        state = await self._fenced(fence, fn)
+        faults.point("control.wait.after")
+        return state
+
+    async def poll_wait(self, fence: Fence, attempt: int, wait: str, timeout_s: float) -> WaitState:
+        """The wait's state once done, or after `timeout_s`. Raises Conflict when it was cancelled."""
+        state: WaitState | None = None
+
+        async def look() -> WaitState | None:
+            nonlocal state
+            state = await self._run(fn)
+            return state if state.done else None
+
+        async def fn(conn: Conn) -> WaitState:
+            row = await rows.fenced(conn, fence, lock=False)
+            return await waits.look(conn, row, attempt, wait, self._addresses)
+
+        await self._until(SESSION_CHANNEL, fence.session, look, timeout_s)
+        assert state is not None
+        return state
+
+    async def cancel_wait(self, fence: Fence, attempt: int, wait: str) -> None:
+        await self._fenced(fence, lambda conn, row: waits.cancel(conn, row, attempt, wait))
+
+    async def consume(self, fence: Fence, attempt: int, number: int) -> None:
+        await self._fenced(fence, lambda conn, row: inbox.consume(conn, row, attempt, number))
+
+    async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
+        await self._fenced(fence, lambda conn, row: reports.set_degraded(conn, row, degraded, detail, durability))
+
+    # ------------------------------------------------------------ people
+
+    async def create(self, agent: AgentSpec, args: dict[str, Any], key: str | None = None) -> tuple[SessionView, bool]:
+        """Start a session, and whether it is new. A known `key` gives the existing one, or KeyReused."""
+        session = new_id("s")
+        row, new = await self._run(lambda conn: sessions.create(conn, session, agent, args, key, self.policy))
+        return rows.view(row), new
+
+    async def resolve(self, text: str) -> str:
+        """The session that `text` (an id or a unique prefix) means. Raises NotFound, AmbiguousId."""
+        return await self._run(lambda conn: sessions.resolve(conn, text))
+
+    async def resolve_snapshot(self, text: str) -> str:
+        return await self._run(lambda conn: sessions.resolve(conn, text, table="snapshots", prefix="snap_"))
+
+    async def list(
+        self, state: State | None = None, agent: str | None = None, limit: int = 100, cursor: str | None = None
+    ) -> tuple[list[SessionView], str | None]:
+        """Sessions, newest first, and the cursor of the next page."""
+        found, following = await self._run(lambda conn: sessions.find(conn, state, agent, limit, cursor))
+        return [rows.view(row) for row in found], following
+
+    async def suspend(self, session: str) -> SessionView:
+        return rows.view(await self._run(lambda conn: sessions.suspend(conn, session)))
+
+    async def resume(self, session: str) -> SessionView:
+        return rows.view(await self._run(lambda conn: sessions.resume(conn, session, self.policy)))
+
+    async def cancel(self, session: str, *, now: bool = False) -> SessionView:
+        return rows.view(await self._run(lambda conn: sessions.cancel(conn, session, now, self.policy)))
+
+    async def crash(self, session: str) -> SessionView:
+        return rows.view(await self._run(lambda conn: sessions.crash(conn, session)))
+
+    async def snapshot(self, session: str) -> SnapshotInfo:
+        """Take one now. Of a suspended session it is the one it sleeps in. Raises WaitTimeout, Conflict."""
+        row, asked = await self._run(lambda conn: sessions.ask_snapshot(conn, session))
+
+        async def look() -> SnapshotInfo | None:
+            return await self._run(fn)
+
+        async def fn(conn: Conn) -> SnapshotInfo | None:
+            found = await rows.one(
+                conn,
+                """SELECT n.* FROM snapshots n JOIN sessions s ON s.id = n.session
+                   WHERE n.session = %s AND (n.created_at > %s OR (s.state = 'suspended' AND s.snapshot = n.id))
+                   ORDER BY n.seq DESC LIMIT 1""",
+                (session, asked),
+            )
+            if found is None and (now := await rows.load(conn, session)).state.final:
+                raise Conflict(f"session {session} is {now.state.value}: no snapshot was taken")
+            return None if found is None else placement.snapshot_info(found)
+
+        taken = await self._until(SESSION_CHANNEL, row.id, look, _SNAPSHOT_WAIT_S)
+        if taken is None:
+            raise WaitTimeout(f"no snapshot of {session} came within {_SNAPSHOT_WAIT_S:g} s", remedy="see its events")
+        return taken
+
+    async def erase(self, session: str, *, force: bool = False) -> dict[str, Any]:
+        """Delete the session whole. Returns its tombstone {session, created_at, last_seq, erased_at}."""
+        if not force:
+            return await self._run(lambda conn: sessions.erase(conn, session, False))
+        return await self._run(lambda conn: sessions.erase(conn, session, True))
+
+    async def send(self, session: str, payload: bytes, idempotency_key: str | None = None) -> Message:
+        """A message for the inbox; `payload` is JSON text."""
+        message = new_id("m")
+        return await self._run(lambda conn: inbox.send(conn, session, message, payload, idempotency_key, self.policy))
+
+    async def inbox(self, session: str, after: int = 0, limit: int = 1000) -> list[Message]:
+        return await self._run(lambda conn: inbox.read(conn, session, after, limit))
+
+    async def outbox(self, session: str, after: int = 0, wait_s: float = 0.0, limit: int = 1000) -> list[Message]:
+        """Published messages after number `after`; waits up to `wait_s` for the first, unless none will come."""
+
+        async def look() -> list[Message] | None:
+            return await self._run(fn)
+
+        async def fn(conn: Conn) -> list[Message] | None:
+            over = (await rows.load(conn, session)).state.final
+            found = await outbox.read(conn, session, after, limit)
+            return found if found or over else None
+
+        return await self._until(SESSION_CHANNEL, session, look, wait_s) or []
+
+    async def signal(self, session: str, name: str, payload: bytes, idempotency_key: str | None = None) -> str:
+        """A signal by name; `payload` is JSON text. Returns its id."""
+        signal = new_id("sig")
+        return await self._run(
+            lambda conn: inbox.signal(conn, session, signal, name, payload, idempotency_key, self.policy)
+        )
+
+    async def callback(self, token: str, payload: bytes) -> str:
+        """Complete the wait whose callback address holds `token`. Once."""
+        signal = new_id("sig")
+        return await self._run(lambda conn: inbox.callback(conn, token, signal, payload, self.policy))
+
+    async def result(self, session: str, wait_s: float = 0.0) -> tuple[SessionView, bytes | None]:
+        """The final state and the JSON text that the agent returned. Raises WaitTimeout while it goes on."""
+
+        async def look() -> SessionView | None:
+            view = await self.session(session)
+            return view if view.state.final else None
+
+        view = await self._until(SESSION_CHANNEL, session, look, wait_s)
+        if view is None:
+            now = await self.session(session)
+            raise WaitTimeout(
+                f"session {session} is {now.state.value}, it has no result yet", remedy="wait longer", state=now.state
+            )
+        events = await self._log.read(session, types=[EventType.SESSION_RESULT], limit=1000)
+        return view, events[-1].body if events else None
+
+    async def stats(self, session: str) -> dict[str, int]:
+        return await self._run(lambda conn: stats.stats(conn, session))
+
+    async def why(self, session: str) -> dict[str, Any]:
+        return await self._run(lambda conn: stats.why(conn, session))
+
+    async def nodes(self) -> list[dict[str, Any]]:
+        return await self._run(leases.nodes)
+
+    # ------------------------------------------------------------ loops
+
+    async def recover_lost(self, node: str | None = None, *, expired: bool) -> None:
+        """Recover every session whose node's life is over."""
+        for session in await self._run(lambda conn: leases.lost(conn, node, expired=expired)):
+            await self._run(lambda conn, s=session: leases.recover_lost(conn, s, self.policy, expired=expired))
+
+    async def place_waiting(self) -> None:
+        """Give sessions that wait for a node to one, as far as there is room."""
+        for session in await self._run(leases.waiting_for_node):
+            await self._run(lambda conn, s=session: sessions.place(conn, s, self.policy))
+
+    # ------------------------------------------------------------ waiting
+
+    async def _until(
+        self, channel: str, key: str, look: Callable[[], Awaitable[T | None]], timeout_s: float
+    ) -> T | None:
+        """What `look` finds, looking again after each notification and at least every `poll_s`; None after the time."""
+        if not 0 <= timeout_s <= 86_400:
+            raise InvalidInput(f"{timeout_s!r} s is no time to wait", remedy="use 0 to 86400 seconds")
+        until = time.monotonic() + timeout_s
+        with self._hub.subscribe(channel, key) as subscription:
+            while (found := await look()) is None:
+                left = until - time.monotonic()
+                if left <= 0:
+                    return None
+                await subscription.wait(min(left, self.policy.poll_s))
+            return found
+
+
+__all__ = ["Control"]

@@ -1,0 +1,86 @@
+"""What the current path of a session shows, and opening a new line when a life is abandoned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rethaw.control import rows
+from rethaw.control.rows import Conn, Row
+from rethaw.log.lineage import Reach, path_in, visible
+from rethaw.log.writer import open_line_in
+from rethaw.model.enums import EventType
+
+# What an agent does by its own will; output is not among them, it repeats itself after each restore.
+AGENT_EVENTS = [
+    EventType.EXCHANGE_REQUESTED.value,
+    EventType.EXCHANGE_ADOPTED.value,
+    EventType.MESSAGE_SENT.value,
+    EventType.MESSAGE_CONSUMED.value,
+    EventType.WAIT_OPENED.value,
+    EventType.EMITTED.value,
+    EventType.SESSION_RESULT.value,
+]
+
+
+class Path:
+    """The lines whose events a reader sees, each up to a position."""
+
+    def __init__(self, reaches: list[Reach]) -> None:
+        self._reaches = reaches
+
+    def shows(self, line: int | None, seq: int | None) -> bool:
+        return line is not None and seq is not None and visible(self._reaches, line, seq)
+
+
+async def path(conn: Conn, row: Row) -> Path:
+    """The path of the session's current line."""
+    return Path(await path_in(conn, row.id, row.line))
+
+
+async def progress(conn: Conn, row: Row) -> int:
+    """How many things the agent did on the path in its current attempt (input of the crash-loop rule)."""
+    found = await rows.one(
+        conn,
+        """SELECT count(*) AS n FROM events e JOIN rethaw_path(%s, %s) p ON e.line = p.line AND e.seq <= p.upto
+           WHERE e.session = %s AND e.attempt = %s AND e.type = ANY(%s)""",
+        (row.id, row.line, row.id, row.attempt, AGENT_EVENTS),
+    )
+    return int(found["n"]) if found else 0
+
+
+async def open_line(
+    conn: Conn,
+    row: Row,
+    parent: int,
+    branch_seq: int,
+    *,
+    why: str,
+    snapshot: str | None,
+    new_attempt: bool = False,
+) -> Row:
+    """Leave the current line at `branch_seq` of `parent`; waits are as they were there."""
+    columns: dict[str, Any] = {"published_seq": min(row.published_seq, branch_seq)}
+    if new_attempt:
+        columns |= {"attempt_line": parent, "attempt_seq": branch_seq}
+    await rows.update(conn, row.id, **columns)
+    attempt = row.attempt + 1 if new_attempt else None
+    await open_line_in(conn, row.id, branch_seq, why, snapshot, parent=parent, attempt=attempt)
+    row = await rows.load(conn, row.id)
+    await _set_back_waits(conn, row, await path(conn, row))
+    return row
+
+
+async def _set_back_waits(conn: Conn, row: Row, shown: Path) -> None:
+    """Waits are as they were at the branch: completed later is open again, opened later is stale until repeated."""
+    for found in await rows.many(conn, "SELECT * FROM waits WHERE session = %s AND state <> 'stale'", (row.id,)):
+        state = found["state"]
+        if state in ("done", "cancelled") and shown.shows(found["done_line"], found["done_seq"]):
+            continue
+        opened = shown.shows(found["opened_line"], found["opened_seq"])
+        wanted = "open" if opened and found["attempt"] == row.attempt else "stale"
+        if wanted != state:
+            await conn.execute(
+                """UPDATE waits SET state = %s, done_line = NULL, done_seq = NULL, given_at = NULL, timed_out = false
+                   WHERE session = %s AND attempt = %s AND id = %s""",
+                (wanted, row.id, found["attempt"], found["id"]),
+            )

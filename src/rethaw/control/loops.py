@@ -1,0 +1,108 @@
+"""What control does by itself as time passes: timers, longest durations, leases, placement.
+
+Everything is found by looking at the database, never remembered, so any number of processes may run these loops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from rethaw.control import rows, sessions, waits
+from rethaw.control.control import Control
+from rethaw.control.rows import Conn
+from rethaw.model.errors import NotFound
+
+log = logging.getLogger("rethaw.control")
+
+_BATCH = 200
+_SOONEST = """
+SELECT extract(epoch FROM min(at) - clock_timestamp()) AS left FROM (
+    SELECT min(deadline) AS at FROM waits WHERE state = 'open' AND deadline IS NOT NULL
+    UNION ALL SELECT min(give_up_at) FROM sessions WHERE give_up_at IS NOT NULL
+    UNION ALL SELECT min(cancel_by) FROM sessions WHERE cancel_by IS NOT NULL) t"""
+
+
+class ControlLoops:
+    """`run()` goes on until it is cancelled; errors are logged and tried again."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._policy = control.policy
+        # Nobody could renew a lease while this process or the database was away: both grant one full lease.
+        self._reap_from = time.monotonic() + self._policy.lease_s
+        self._last_seen = time.monotonic()
+
+    async def run(self) -> None:
+        """Fire timers, give up, reap and place, for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._forever("timers", self.fire, self._until_next))
+            group.create_task(self._forever("leases", self.reap, self._pause))
+            group.create_task(self._forever("placement", self._control.place_waiting, self._pause))
+
+    async def _forever(self, name: str, work: Callable[[], Awaitable[None]], pause: Callable[[], Awaitable[float]]):
+        while True:
+            try:
+                await work()
+                await asyncio.sleep(await pause())
+            except Exception as error:
+                log.warning("%s: %s", name, error, exc_info=not isinstance(error, OSError))
+                await asyncio.sleep(self._policy.poll_s)
+
+    async def _pause(self) -> float:
+        return self._policy.poll_s
+
+    async def _until_next(self) -> float:
+        """Seconds until the next deadline that is known, at most `poll_s`: a sooner one may come meanwhile."""
+        found = await self._control.transactions.run(lambda conn: rows.one(conn, _SOONEST))
+        left = found["left"] if found else None
+        return self._policy.poll_s if left is None else min(self._policy.poll_s, max(0.005, float(left)))
+
+    async def fire(self) -> None:
+        """Everything whose time has come."""
+        run = self._control.transactions.run
+        await self._each(
+            """SELECT DISTINCT session AS id FROM waits
+               WHERE state = 'open' AND deadline <= clock_timestamp() LIMIT %s""",
+            self._settle,
+        )
+        await self._each(
+            "SELECT id FROM sessions WHERE give_up_at <= clock_timestamp() LIMIT %s",
+            lambda s: run(lambda conn: sessions.give_up(conn, s)),
+        )
+        await self._each(
+            "SELECT id FROM sessions WHERE cancel_by <= clock_timestamp() LIMIT %s",
+            lambda s: run(lambda conn: sessions.end_cancel(conn, s)),
+        )
+
+    async def reap(self) -> None:
+        """Recover what lost its node. A lease counts as run out only once this process has seen the database for a full
+        lease without a gap: during an outage nobody could renew."""
+        now = time.monotonic()
+        if now - self._last_seen > max(2 * self._policy.poll_s, self._policy.lease_s / 3):
+            self._reap_from = now + self._policy.lease_s
+        await self._control.recover_lost(expired=now >= self._reap_from)
+        done = time.monotonic()
+        if done - now > self._policy.lease_s / 3:
+            self._reap_from = done + self._policy.lease_s
+        self._last_seen = done
+        await self._control.transactions.run(_tidy)
+
+    async def _settle(self, session: str) -> None:
+        async def fn(conn: Conn) -> None:
+            row = await rows.load(conn, session, lock=True)
+            await waits.settle(conn, row, self._policy)
+
+        await self._control.transactions.run(fn)
+
+    async def _each(self, query: str, act: Callable[[str], Awaitable[None]]) -> None:
+        found = await self._control.transactions.db.fetch(query, (_BATCH,))
+        for (session,) in found:
+            with contextlib.suppress(NotFound):  # erased meanwhile
+                await act(session)
+
+
+async def _tidy(conn: Conn) -> None:
+    await conn.execute("DELETE FROM assignments WHERE action = 'kill' AND at < now() - interval '1 hour'")

@@ -1,0 +1,131 @@
+"""Choosing a node and telling it what to do. A revision is drawn under the node's row lock, so a node that asks for
+"everything after N" misses nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rethaw.control import rows, wakeups
+from rethaw.control.policy import Policy
+from rethaw.control.rows import Conn, Row
+from rethaw.model.enums import Reason, State
+from rethaw.model.ids import new_generation
+from rethaw.model.types import Assignment, Boot, SnapshotInfo
+
+_ON_NODE = [state.value for state in State if state.on_node]
+
+
+async def snapshot_row(conn: Conn, snapshot: str) -> dict[str, Any] | None:
+    return await rows.one(conn, "SELECT * FROM snapshots WHERE id = %s", (snapshot,))
+
+
+def snapshot_info(found: dict[str, Any]) -> SnapshotInfo:
+    info = SnapshotInfo.model_validate_json(found["info"])
+    return info.model_copy(update={"unusable": found["unusable"], "created_at": found["created_at"]})
+
+
+async def usable(conn: Conn, row: Row, *, before: int | None = None) -> list[SnapshotInfo]:
+    """Usable snapshots of the current attempt on the path, newest first; `before`: with a smaller seq only."""
+    found = await rows.many(
+        conn,
+        """SELECT s.* FROM snapshots s JOIN rethaw_path(%s, %s) p ON s.line = p.line AND s.seq <= p.upto
+           WHERE s.session = %s AND s.attempt = %s AND s.unusable IS NULL AND NOT s.erased AND s.seq < %s
+           ORDER BY s.seq DESC, s.created_at DESC""",
+        (row.id, row.line, row.id, row.attempt, 2**62 if before is None else before),
+    )
+    return [snapshot_info(r) for r in found]
+
+
+async def assign(conn: Conn, row: Row, action: str, *, reason: Reason = Reason.NONE, **more: Any) -> None:
+    """Tell the session's node to do `action` about its current life. The row is locked and has a node."""
+    assert row.node is not None and row.generation is not None
+    bumped = await rows.one(
+        conn, "UPDATE nodes SET revision = revision + 1 WHERE id = %s RETURNING revision", (row.node,)
+    )
+    if bumped is None:
+        return
+    assignment = Assignment(
+        session=row.id,
+        action=action,  # type: ignore[arg-type] - checked by the model
+        generation=row.generation,
+        line=row.line,
+        attempt=row.attempt,
+        agent=row.agent,
+        reason=reason,
+        revision=bumped["revision"],
+        **more,
+    )
+    await conn.execute(
+        """INSERT INTO assignments (node, revision, session, generation, action, body)
+           VALUES (%s, %s, %s, %s, %s, %s)""",
+        (row.node, bumped["revision"], row.id, row.generation, action, assignment.model_dump_json()),
+    )
+    wakeups.note(wakeups.NODE_CHANNEL, row.node)
+
+
+async def clear(conn: Conn, session: str, *, keep_kill: bool = True) -> None:
+    """The session's state moved on: what was assigned is no longer to be done."""
+    await conn.execute(
+        "DELETE FROM assignments WHERE session = %s AND (action <> 'kill' OR NOT %s)", (session, keep_kill)
+    )
+
+
+async def choose(conn: Conn, memory_bytes: int, policy: Policy, only: str | None = None) -> dict[str, Any] | None:
+    """A node with a valid lease and room (row locked), `only` that one if given."""
+    live = await rows.many(
+        conn,
+        """SELECT * FROM nodes WHERE lease_until > now() AND (%s::text IS NULL OR id = %s)
+           ORDER BY registered_at FOR UPDATE""",
+        (only, only),
+    )
+    for node in live:
+        used = await rows.one(
+            conn,
+            "SELECT coalesce(sum(memory_bytes), 0) AS n FROM sessions WHERE node = %s AND state = ANY(%s)",
+            (node["id"], _ON_NODE),
+        )
+        limit = int(node["memory_bytes"] * policy.overcommit)
+        if memory_bytes <= node["memory_bytes"] and int(used["n"] if used else 0) + memory_bytes <= limit:
+            return node
+    return None
+
+
+async def cursor(conn: Conn, row: Row) -> int:
+    """Up to which number the path has consumed the inbox."""
+    found = await rows.one(
+        conn,
+        """SELECT coalesce(max(m.number), 0) AS n FROM inbox_moves m
+           JOIN rethaw_path(%s, %s) p ON m.line = p.line AND m.seq <= p.upto WHERE m.session = %s""",
+        (row.id, row.line, row.id),
+    )
+    return int(found["n"]) if found else 0
+
+
+async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
+    """Give a session that needs a node (queued, or resuming or recovering without one) to a node, if one has room.
+
+    What the new life starts from is `row.restored`: a snapshot, restored where its files are, or nothing: a boot."""
+    info: SnapshotInfo | None = None
+    only: str | None = None
+    if row.restored is not None:
+        found = await snapshot_row(conn, row.restored)
+        assert found is not None, f"snapshot {row.restored} of session {row.id} has no row"
+        info, only = snapshot_info(found), found["node"]
+    node = await choose(conn, row.memory_bytes, policy, only)
+    if node is None:
+        return row
+    place = {"node": node["id"], "incarnation": node["incarnation"]}
+    if row.state in (State.CREATED, State.QUEUED):
+        row = await rows.move(conn, row, State.STARTING, generation=new_generation(), **place)
+    else:
+        await rows.update(conn, row.id, **place)
+        row = await rows.load(conn, row.id)
+    await clear(conn, row.id)
+    if info is not None:
+        await assign(conn, row, "restore", reason=row.reason, snapshot=info)
+    else:
+        fresh = row.attempt > 1 or row.crashes > 0
+        boot = Boot(args=json.loads(row.args), cursor=await cursor(conn, row), fresh=fresh)
+        await assign(conn, row, "start", reason=row.reason, boot=boot)
+    return row

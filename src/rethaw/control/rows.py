@@ -1,0 +1,203 @@
+"""The session row: reading it under lock, checking the fence, moving it with its event, showing it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, LiteralString
+
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from rethaw.control import transitions, wakeups
+from rethaw.control.crashloop import Level, Loop
+from rethaw.db.pool import Connection
+from rethaw.log.writer import append_in
+from rethaw.model.enums import Desired, EventType, Reason, State
+from rethaw.model.errors import Fenced, NotFound
+from rethaw.model.types import AgentSpec, Event, Fence, NewEvent, SessionView
+
+Conn = Connection
+# suspended by policy: whatever it waits for resumes it
+POLICY_REASONS = (Reason.IDLE, Reason.PROVIDER_HOLD, Reason.NODE_STOPPED)
+
+
+async def many(conn: Conn, query: LiteralString | sql.Composed, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """All rows of `query`."""
+    async with conn.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(query, params)
+        return await cursor.fetchall() if cursor.description else []
+
+
+async def one(conn: Conn, query: LiteralString | sql.Composed, params: Sequence[Any] = ()) -> dict[str, Any] | None:
+    """The first row of `query`."""
+    found = await many(conn, query, params)
+    return found[0] if found else None
+
+
+async def one_named(conn: Conn, query: LiteralString, params: dict[str, Any]) -> dict[str, Any]:
+    """The one row that `query`, with named parameters, always has."""
+    async with conn.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(query, params)
+        found = await cursor.fetchone()
+    assert found is not None
+    return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """A session as stored (columns described in the migration)."""
+
+    id: str
+    generation: str | None
+    line: int
+    attempt: int
+    last_seq: int
+    created_at: datetime
+    agent: AgentSpec
+    key: str | None
+    args: str
+    memory_bytes: int
+    state: State
+    desired: Desired
+    reason: Reason
+    detail: str | None
+    node: str | None
+    incarnation: str | None
+    snapshot: str | None
+    exit_code: int | None
+    degraded: bool
+    updated_at: datetime
+    state_since: datetime
+    give_up_at: datetime | None
+    wake: bool
+    crashes: int
+    published_seq: int
+    attempt_line: int
+    attempt_seq: int
+    restored: str | None
+    life_progress: int
+    loop_level: int
+    loop_deaths: int
+    loop_total: int
+    loop_high: int
+    loop_line: int | None
+    loop_seq: int | None
+    crash_asked: bool
+
+    @property
+    def loop(self) -> Loop:
+        return Loop(Level(self.loop_level), self.loop_deaths, self.loop_total, self.loop_high)
+
+    @property
+    def policy_suspended(self) -> bool:
+        return self.state == State.SUSPENDED and self.reason in POLICY_REASONS and self.desired == Desired.RUNNING
+
+
+_SPECS = {"agent", "args"}
+_COLUMNS = sql.SQL(", ").join(sql.Identifier("p" if field.name in _SPECS else "s", field.name) for field in fields(Row))
+_SELECT = sql.SQL("SELECT {} FROM sessions s JOIN session_specs p ON p.session = s.id ").format(_COLUMNS)
+
+
+def _row(values: dict[str, Any]) -> Row:
+    values["agent"] = AgentSpec.model_validate_json(values["agent"])
+    values["state"] = State(values["state"])
+    values["desired"] = Desired(values["desired"])
+    values["reason"] = Reason(values["reason"])
+    return Row(**values)
+
+
+async def select(conn: Conn, where: LiteralString | sql.Composed, params: Sequence[Any] = ()) -> list[Row]:
+    """Rows of `sessions` (as `s`) that `where`, the rest of the statement, finds."""
+    clause = where if isinstance(where, sql.Composed) else sql.SQL(where)
+    return [_row(values) for values in await many(conn, _SELECT + clause, params)]
+
+
+def unknown(session: str) -> NotFound:
+    return NotFound(f"there is no session {session}", remedy="`rethaw ls` shows those there are", session=session)
+
+
+async def load(conn: Conn, session: str, *, lock: bool = False) -> Row:
+    """The row of `session`, locked until the transaction ends if `lock`. Raises NotFound."""
+    found = await select(conn, "WHERE s.id = %s FOR UPDATE OF s" if lock else "WHERE s.id = %s", (session,))
+    if not found:
+        raise unknown(session)
+    return found[0]
+
+
+async def fenced(conn: Conn, fence: Fence, *, lock: bool = True) -> Row:
+    """The row of the fence's session, locked. Raises Fenced when another life owns it by now."""
+    row = await load(conn, fence.session, lock=lock)
+    if row.generation != fence.generation:
+        raise Fenced(
+            f"generation {fence.generation} of session {fence.session} is over",
+            remedy="another life owns the session: stop this one",
+            session=fence.session,
+            generation=fence.generation,
+        )
+    return row
+
+
+async def update(conn: Conn, session: str, **columns: Any) -> None:
+    """Set columns of the row, which the caller has locked."""
+    sets = sql.SQL(", ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name in columns)
+    query = sql.SQL("UPDATE sessions SET {}, updated_at = now() WHERE id = %s").format(sets)
+    await conn.execute(query, [*columns.values(), session])
+
+
+async def append(conn: Conn, session: str, *events: NewEvent) -> list[Event]:
+    """Append on the session's current line. Control decides under the row's lock, so it needs no generation."""
+    wakeups.note(wakeups.SESSION_CHANNEL, session)
+    return await append_in(conn, session, events, generation=None, notify=False)
+
+
+def state_event(state: State, reason: Reason, detail: str | None, **more: Any) -> NewEvent:
+    data: dict[str, Any] = {"state": state.value, "reason": reason.value}
+    if detail:
+        data["detail"] = detail
+    return NewEvent(type=EventType.SESSION_STATE, data={**data, **{k: v for k, v in more.items() if v is not None}})
+
+
+async def move(
+    conn: Conn,
+    row: Row,
+    state: State,
+    *,
+    reason: Reason = Reason.NONE,
+    detail: str | None = None,
+    events: Sequence[NewEvent] = (),
+    reported: bool = False,
+    **columns: Any,
+) -> Row:
+    """Move the locked row, with `events` and then its session.state event. Raises Conflict naming both states."""
+    transitions.check(row.id, row.state, state, reported=reported)
+    more = {"node": columns.get("node"), "exit_code": columns.get("exit_code")}
+    await append(conn, row.id, *events, state_event(state, reason, detail, **more))
+    since = sql.SQL("UPDATE sessions SET state_since = now() WHERE id = %s")
+    await conn.execute(since, (row.id,))
+    await update(conn, row.id, state=state.value, reason=reason.value, detail=detail, **columns)
+    return await load(conn, row.id)
+
+
+def view(row: Row) -> SessionView:
+    return SessionView(
+        id=row.id,
+        agent=row.agent,
+        key=row.key,
+        state=row.state,
+        desired=row.desired,
+        reason=row.reason,
+        detail=row.detail,
+        generation=row.generation,
+        line=row.line,
+        attempt=row.attempt,
+        last_seq=row.last_seq,
+        node=row.node,
+        snapshot=row.snapshot,
+        exit_code=row.exit_code,
+        degraded=row.degraded,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        crashes=row.crashes,
+    )

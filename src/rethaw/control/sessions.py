@@ -1,0 +1,278 @@
+"""What people ask of sessions: start, list, suspend, resume, cancel, crash, snapshot, erase."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+from psycopg import sql
+
+from rethaw.control import placement, recovery, rows
+from rethaw.control.endings import finish
+from rethaw.control.policy import Policy
+from rethaw.control.rows import Conn, Row
+from rethaw.log.writer import create_session_in, erase_in
+from rethaw.model.enums import Desired, EventType, Reason, State
+from rethaw.model.errors import AmbiguousId, Conflict, InvalidInput, KeyReused, NotFound
+from rethaw.model.types import AgentSpec, NewEvent
+
+_UNPLACED = (State.CREATED, State.QUEUED)
+
+
+def canonical(value: Any) -> str:
+    """One JSON text for equal values. Raises InvalidInput for what JSON or UTF-8 cannot express."""
+    try:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"args are no JSON: {error}", remedy="use strings, numbers, lists and objects") from error
+    return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
+
+
+def _check_agent(agent: AgentSpec) -> None:
+    if not agent.name or len(agent.name) > 200 or "\0" in agent.name:
+        raise InvalidInput(f"{agent.name[:80]!r} cannot name an agent", remedy="use 1 to 200 characters")
+    if not agent.command and agent.entry is None:
+        raise InvalidInput(f"agent {agent.name} has nothing to run", remedy="give a command or an entry")
+    if agent.entry is not None and agent.code is None:
+        raise InvalidInput(f"agent {agent.name} has entry {agent.entry!r} but no code", remedy="upload its code first")
+    if any("\0" in part for part in (*agent.command, *agent.env.keys(), *agent.env.values(), agent.workdir)):
+        raise InvalidInput(f"agent {agent.name}: command, env and workdir cannot hold NUL")
+    if agent.memory_bytes <= 0 or agent.pids <= 0:
+        raise InvalidInput(f"agent {agent.name} has {agent.memory_bytes} bytes of memory and {agent.pids} pids")
+
+
+async def create(
+    conn: Conn, session: str, agent: AgentSpec, args: dict[str, Any], key: str | None, policy: Policy
+) -> tuple[Row, bool]:
+    """The session, and whether it is new. With a known `key`: the existing one, or KeyReused for other arguments."""
+    _check_agent(agent)
+    if key is not None and (not 0 < len(key) <= 500 or "\0" in key):
+        raise InvalidInput(f"{key[:80]!r} cannot be a key", remedy="use 1 to 500 characters, no NUL")
+    spec, text = canonical(agent.model_dump(mode="json")), canonical(args)
+    if key is not None:
+        # Two callers with one key: the second waits here until the first has committed.
+        await conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (key,))
+    former = await rows.select(conn, "WHERE s.id = %s OR (%s::text IS NOT NULL AND s.key = %s)", (session, key, key))
+    if former:
+        row = former[0]
+        if row.key == key and (canonical(row.agent.model_dump(mode="json")), row.args) != (spec, text):
+            raise KeyReused(
+                f"key {key!r} belongs to session {row.id}, started with another agent or other arguments",
+                remedy="use a new key, or the same agent and arguments",
+                session=row.id,
+            )
+        return row, row.id == session
+    await create_session_in(conn, session)
+    await conn.execute("INSERT INTO session_specs (session, agent, args) VALUES (%s, %s, %s)", (session, spec, text))
+    await rows.update(conn, session, attempt=1, key=key, agent_name=agent.name, memory_bytes=agent.memory_bytes)
+    if agent.max_duration_s is not None:
+        until = sql.SQL("UPDATE sessions SET give_up_at = now() + make_interval(secs => %s) WHERE id = %s")
+        await conn.execute(until, (agent.max_duration_s, session))
+    born = (
+        await rows.append(
+            conn,
+            session,
+            NewEvent(
+                type=EventType.SESSION_CREATED, data={"agent": agent.name, "key": key} if key else {"agent": agent.name}
+            ),
+        )
+    )[0]
+    await rows.update(conn, session, attempt_line=born.line, attempt_seq=born.seq)
+    row = await placement.dispatch(conn, await rows.load(conn, session), policy)
+    if row.state == State.CREATED:
+        row = await rows.move(conn, row, State.QUEUED, detail=await no_room(conn, row))
+    return row, True
+
+
+async def no_room(conn: Conn, row: Row) -> str:
+    """Why no node takes the session now."""
+    live = await rows.many(conn, "SELECT id, memory_bytes FROM nodes WHERE lease_until > now()")
+    if not live:
+        return "no node is alive"
+    if all(node["memory_bytes"] < row.memory_bytes for node in live):
+        return f"no node has the {row.memory_bytes} bytes of memory it asks for"
+    return "no node has room"
+
+
+async def resolve(conn: Conn, text: str, *, table: str = "sessions", prefix: str = "s_") -> str:
+    """The full id that `text` begins, with or without its prefix. Raises NotFound, AmbiguousId."""
+    kind = {"sessions": "session", "snapshots": "snapshot"}[table]
+    if text and "\0" not in text:
+        body = text.removeprefix(prefix)
+        like = prefix + body.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+        query = sql.SQL("SELECT id FROM {} WHERE id = %s OR id LIKE %s ORDER BY id LIMIT 5")
+        found = [r["id"] for r in await rows.many(conn, query.format(sql.Identifier(table)), (text, like))]
+        if text in found:
+            return text
+        if len(found) == 1:
+            return str(found[0])
+        if found:
+            raise AmbiguousId(
+                f"{text!r} fits {', '.join(found)}{' and more' if len(found) == 5 else ''}",
+                remedy="write more characters of it",
+                matches=found,
+            )
+    raise NotFound(f"there is no {kind} {text!r}", remedy="`rethaw ls` shows those there are")
+
+
+async def find(
+    conn: Conn, state: State | None, agent: str | None, limit: int, cursor: str | None
+) -> tuple[list[Row], str | None]:
+    """Newest first; the second is the cursor of the next page."""
+    found = await rows.select(
+        conn,
+        """WHERE (%s::text IS NULL OR s.state = %s) AND (%s::text IS NULL OR s.agent_name = %s)
+           AND (%s::text IS NULL OR s.id < %s) ORDER BY s.id DESC LIMIT %s""",
+        (state, state, agent, agent, cursor, cursor, limit + 1),
+    )
+    return found[:limit], found[limit - 1].id if len(found) > limit else None
+
+
+def _not_over(row: Row, what: str) -> None:
+    if row.state.final:
+        raise Conflict(
+            f"session {row.id} is {row.state.value}: it cannot be {what}", remedy="start a new one", state=row.state
+        )
+
+
+async def suspend(conn: Conn, session: str) -> Row:
+    """A person wants it suspended; it stays so until a person resumes it."""
+    row = await rows.load(conn, session, lock=True)
+    _not_over(row, "suspended")
+    if row.state in _UNPLACED:
+        raise Conflict(f"session {row.id} is {row.state.value}: there is nothing to suspend yet", state=row.state)
+    if row.desired == Desired.CANCELLED:
+        raise Conflict(f"session {row.id} is being cancelled")
+    first = row.desired != Desired.SUSPENDED
+    await rows.update(conn, row.id, desired=Desired.SUSPENDED.value)
+    row = await rows.load(conn, row.id)
+    if row.state == State.SUSPENDED and row.reason != Reason.REQUESTED:
+        return await rows.move(conn, row, State.SUSPENDED, reason=Reason.REQUESTED)
+    if row.state in (State.RUNNING, State.WAITING) and (first or not await _pending(conn, row, "suspend")):
+        await placement.assign(conn, row, "suspend", reason=Reason.REQUESTED)
+    return row
+
+
+async def resume(conn: Conn, session: str, policy: Policy) -> Row:
+    """A person wants it running."""
+    row = await rows.load(conn, session, lock=True)
+    _not_over(row, "resumed")
+    if row.desired == Desired.CANCELLED:
+        raise Conflict(f"session {row.id} is being cancelled")
+    await rows.update(conn, row.id, desired=Desired.RUNNING.value)
+    row = await rows.load(conn, row.id)
+    if row.state == State.SUSPENDED:
+        return await recovery.resume(conn, row, policy)
+    await conn.execute("DELETE FROM assignments WHERE session = %s AND action = 'suspend'", (row.id,))
+    return row
+
+
+async def cancel(conn: Conn, session: str, now: bool, policy: Policy) -> Row:
+    """End it: at once, or with the agent's grace period if it has a sandbox. Repeating it is fine."""
+    row = await rows.load(conn, session, lock=True)
+    if row.state == State.CANCELLED:
+        return row
+    _not_over(row, "cancelled")
+    if now or not row.state.on_node or row.node is None:
+        await rows.update(conn, row.id, desired=Desired.CANCELLED.value)
+        row = await rows.load(conn, row.id)
+        return await finish(conn, row, State.CANCELLED, reason=Reason.CANCELLED)
+    if row.desired != Desired.CANCELLED:
+        await rows.update(conn, row.id, desired=Desired.CANCELLED.value)
+        until = sql.SQL("UPDATE sessions SET cancel_by = now() + make_interval(secs => %s) WHERE id = %s")
+        await conn.execute(until, (row.agent.grace_s + policy.cancel_slack_s, row.id))
+        row = await rows.load(conn, row.id)
+        await placement.assign(conn, row, "cancel", reason=Reason.CANCELLED)
+    return row
+
+
+async def crash(conn: Conn, session: str) -> Row:
+    """Kill its sandbox, as a crash would."""
+    row = await rows.load(conn, session, lock=True)
+    _not_over(row, "crashed")
+    if not row.state.on_node or row.node is None:
+        raise Conflict(f"session {row.id} is {row.state.value}: it has no sandbox to crash", remedy="resume it first")
+    await rows.update(conn, row.id, crash_asked=True)
+    await placement.assign(conn, row, "crash", reason=Reason.REQUESTED)
+    return await rows.load(conn, row.id)
+
+
+async def ask_snapshot(conn: Conn, session: str) -> tuple[Row, datetime]:
+    """Tell the node to take one. The time is the database's: a snapshot created after it is the answer."""
+    row = await rows.load(conn, session, lock=True)
+    _not_over(row, "snapshot")
+    clock = await rows.one(conn, "SELECT clock_timestamp() AS now")
+    if row.state in (State.RUNNING, State.WAITING, State.SUSPENDING):
+        await placement.assign(conn, row, "snapshot", reason=Reason.REQUESTED)
+    elif row.state in _UNPLACED:
+        raise Conflict(f"session {row.id} is {row.state.value}: there is nothing to take a snapshot of yet")
+    assert clock is not None
+    return row, clock["now"]
+
+
+async def erase(conn: Conn, session: str, force: bool) -> dict[str, Any]:
+    """Delete it whole; its snapshots' rows stay until the node has deleted the files. Returns the tombstone."""
+    row = await rows.load(conn, session, lock=True)
+    if not row.state.final and row.state != State.SUSPENDED:
+        if not force:
+            raise Conflict(
+                f"session {row.id} is {row.state.value}: only an ended or suspended one can be removed",
+                remedy="cancel it first, or force it",
+                state=row.state,
+            )
+        row = await finish(conn, row, State.CANCELLED, reason=Reason.CANCELLED)
+    await conn.execute("UPDATE snapshots SET erased = true WHERE session = %s", (session,))
+    await conn.execute("DELETE FROM assignments WHERE session = %s AND action <> 'kill'", (session,))
+    await erase_in(conn, session)
+    return await tombstone(conn, session)
+
+
+async def tombstone(conn: Conn, session: str) -> dict[str, Any]:
+    found = await rows.one(conn, "SELECT * FROM tombstones WHERE session = %s", (session,))
+    if found is None:
+        raise rows.unknown(session)
+    return found
+
+
+async def _pending(conn: Conn, row: Row, action: str) -> bool:
+    return bool(
+        await rows.many(
+            conn,
+            "SELECT 1 FROM assignments WHERE session = %s AND generation = %s AND action = %s",
+            (row.id, row.generation, action),
+        )
+    )
+
+
+async def place(conn: Conn, session: str, policy: Policy) -> None:
+    """Try again to give a session that waits for a node to one."""
+    row = await rows.load(conn, session, lock=True)
+    if row.node is not None or row.state.final:
+        return
+    if row.state == State.SUSPENDED:
+        if row.reason == Reason.NODE_STOPPED and row.desired == Desired.RUNNING:
+            await recovery.resume(conn, row, policy)
+    elif row.state in (*_UNPLACED, State.RESUMING, State.RECOVERING):
+        await placement.dispatch(conn, row, policy)
+
+
+async def give_up(conn: Conn, session: str) -> None:
+    """Its longest duration is over."""
+    row = await rows.load(conn, session, lock=True)
+    if row.state.final or row.give_up_at is None:
+        return
+    over = await rows.one(conn, "SELECT clock_timestamp() >= %s AS over", (row.give_up_at,))
+    if over is not None and over["over"]:
+        limit = f"{row.agent.max_duration_s:g} s"
+        await finish(conn, row, State.FAILED, reason=Reason.MAX_DURATION, detail=f"it took longer than {limit}")
+
+
+async def end_cancel(conn: Conn, session: str) -> None:
+    """Its node did not report the end of a cancelled session in time."""
+    row = await rows.load(conn, session, lock=True)
+    if not row.state.final and row.desired == Desired.CANCELLED:
+        await finish(
+            conn, row, State.CANCELLED, reason=Reason.CANCELLED, detail="it did not end within its grace period"
+        )

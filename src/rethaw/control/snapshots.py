@@ -1,0 +1,168 @@
+"""The rows of snapshots: commit under the fence, choose, retire. Files are the node's."""
+
+from __future__ import annotations
+
+from rethaw.control import placement, recovery, rows
+from rethaw.control.outbox import publish
+from rethaw.control.policy import Policy
+from rethaw.control.rows import Conn
+from rethaw.control.wakeups import Transactions
+from rethaw.db.notify import NotifyHub
+from rethaw.db.pool import Database
+from rethaw.model import faults
+from rethaw.model.enums import EventType
+from rethaw.model.errors import Conflict, InvalidInput, NotFound
+from rethaw.model.types import Fence, NewEvent, SnapshotInfo
+
+
+class Catalog:
+    """`model.ports.SnapshotCatalog` over PostgreSQL."""
+
+    def __init__(self, db: Database, hub: NotifyHub | None = None, policy: Policy | None = None) -> None:
+        self._db = Transactions(db, hub)
+        self._policy = policy or Policy()
+
+    async def commit(self, fence: Fence, info: SnapshotInfo) -> SnapshotInfo:
+        """Insert the row, append snapshot.created, publish what the snapshot contains. Idempotent by its id."""
+        faults.point("catalog.commit.before")
+        result = await self._db.run(lambda conn: _commit(conn, fence, info))
+        faults.point("catalog.commit.after")
+        return result
+
+    async def get(self, snapshot: str) -> SnapshotInfo:
+        """Raises NotFound."""
+
+        async def fn(conn: Conn) -> SnapshotInfo:
+            found = await placement.snapshot_row(conn, snapshot)
+            if found is None:
+                raise NotFound(f"there is no snapshot {snapshot}", remedy="`rethaw snapshot ls` shows those there are")
+            return placement.snapshot_info(found)
+
+        return await self._db.run(fn)
+
+    async def list(self, session: str) -> list[SnapshotInfo]:
+        """All of the session, oldest first, abandoned and unusable ones included."""
+
+        async def fn(conn: Conn) -> list[SnapshotInfo]:
+            found = await rows.many(
+                conn, "SELECT * FROM snapshots WHERE session = %s AND NOT erased ORDER BY seq, created_at", (session,)
+            )
+            return [placement.snapshot_info(r) for r in found]
+
+        return await self._db.run(fn)
+
+    async def mark_unusable(self, fence: Fence, snapshot: str, why: str) -> None:
+        """Never chosen again; logged once."""
+
+        async def fn(conn: Conn) -> None:
+            row = await rows.fenced(conn, fence)
+            await recovery.mark_unusable(conn, row, snapshot, why)
+
+        await self._db.run(fn)
+
+    async def superfluous(self, node: str) -> list[SnapshotInfo]:
+        """What retention lets go: everything of erased sessions, and of the others what is neither needed for recovery
+        nor young and within the session's budget (DESIGN §7; older than that, one an hour)."""
+        return await self._db.run(lambda conn: _superfluous(conn, node, self._policy))
+
+    async def forget(self, snapshot: str) -> None:
+        """The files are gone, the row goes. Raises Conflict for one that its session would be restored from."""
+
+        async def fn(conn: Conn) -> None:
+            using = await rows.one(
+                conn,
+                """SELECT id FROM sessions WHERE (snapshot = %s OR restored = %s)
+                   AND state NOT IN ('completed', 'failed', 'cancelled')""",
+                (snapshot, snapshot),
+            )
+            found = await placement.snapshot_row(conn, snapshot)
+            if using is not None and found is not None and found["unusable"] is None:
+                raise Conflict(f"session {using['id']} still needs snapshot {snapshot}", remedy="keep its files")
+            await conn.execute("DELETE FROM snapshots WHERE id = %s", (snapshot,))
+
+        await self._db.run(fn)
+
+
+async def _commit(conn: Conn, fence: Fence, info: SnapshotInfo) -> SnapshotInfo:
+    row = await rows.fenced(conn, fence)
+    former = await placement.snapshot_row(conn, info.id)
+    if former is not None:
+        return placement.snapshot_info(former)
+    if row.state.final:
+        raise Conflict(f"session {row.id} is {row.state.value}: it takes no snapshot", remedy="discard the files")
+    if not 0 < info.seq <= row.last_seq:
+        raise InvalidInput(f"snapshot {info.id} is of seq {info.seq}, the log of {row.id} ends at {row.last_seq}")
+    if info.session != row.id or info.line != row.line or info.attempt != row.attempt or row.node is None:
+        raise InvalidInput(
+            f"snapshot {info.id} is of line {info.line}, attempt {info.attempt} of {info.session}, its fence of line "
+            f"{row.line}, attempt {row.attempt} of {row.id}"
+        )
+    await conn.execute(
+        """INSERT INTO snapshots (id, session, node, parent, line, attempt, seq, info, why, stored_bytes)
+           VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)""",
+        (
+            info.id,
+            row.id,
+            row.node,
+            info.parent,
+            info.line,
+            info.attempt,
+            info.seq,
+            info.model_dump_json(),
+            info.why,
+            info.stored_bytes,
+        ),
+    )
+    data = {
+        "snapshot": info.id,
+        "parent": info.parent,
+        "seq": info.seq,
+        "paused_ms": info.paused_ms,
+        "durable_ms": info.durable_ms,
+        "stored_bytes": info.stored_bytes,
+        "why": info.why,
+    }
+    await rows.append(conn, row.id, NewEvent(type=EventType.SNAPSHOT_CREATED, data=data))
+    await publish(conn, row, info.seq)
+    newest = (await placement.usable(conn, row))[0]
+    await rows.update(conn, row.id, snapshot=newest.id)
+    faults.point("catalog.commit.inside")
+    done = await placement.snapshot_row(conn, info.id)
+    assert done is not None
+    return placement.snapshot_info(done)
+
+
+async def _superfluous(conn: Conn, node: str, policy: Policy) -> list[SnapshotInfo]:
+    found = await rows.many(
+        conn,
+        """SELECT *, extract(epoch FROM clock_timestamp() - created_at) AS age,
+                  date_trunc('hour', created_at) AS hour
+           FROM snapshots WHERE node = %s ORDER BY session, seq DESC, created_at DESC""",
+        (node,),
+    )
+    out: list[SnapshotInfo] = []
+    sessions = {r["session"] for r in found if not r["erased"]}
+    needed: set[str] = set()
+    for session in sessions:
+        for row in await rows.select(conn, "WHERE s.id = %s", (session,)):
+            if not row.state.final:
+                usable = await placement.usable(conn, row)
+                kept = usable[: policy.keep_newest]
+                needed |= {s.id for s in kept} | {s.parent for s in kept[:1] if s.parent}
+                needed |= {s for s in (row.snapshot, row.restored) if s}
+    spent: dict[str, int] = {}
+    hours: set[tuple[str, object]] = set()
+    for record in found:
+        session = record["session"]
+        keep = record["id"] in needed
+        if not keep and not record["erased"] and record["unusable"] is None:
+            young = float(record["age"]) <= policy.keep_s
+            first_of_hour = (session, record["hour"]) not in hours
+            within = spent.get(session, 0) + record["stored_bytes"] <= policy.keep_bytes
+            keep = within and (young or first_of_hour)
+        if keep:
+            spent[session] = spent.get(session, 0) + record["stored_bytes"]
+            hours.add((session, record["hour"]))
+        else:
+            out.append(placement.snapshot_info(record))
+    return out

@@ -1,0 +1,129 @@
+"""What a session did and waits for, told from its rows and its log."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from rethaw.control import placement, rows
+from rethaw.control.rows import POLICY_REASONS, Conn
+from rethaw.control.sessions import no_room
+from rethaw.model.enums import Desired, State
+
+_COUNTS = """
+SELECT
+    (SELECT count(*) FROM exchanges WHERE session = %(s)s) AS exchanges,
+    (SELECT count(*) FROM events WHERE session = %(s)s AND type = 'exchange.upstream') AS upstream_calls,
+    (SELECT count(*) FROM events WHERE session = %(s)s AND type = 'exchange.served') AS served_from_log,
+    (SELECT coalesce(sum((data->>'tokens')::numeric), 0) FROM events
+     WHERE session = %(s)s AND type = 'exchange.served' AND jsonb_typeof(data->'tokens') = 'number')
+        AS tokens_not_paid_twice,
+    (SELECT coalesce(sum((t.usage::jsonb->>'input_tokens')::numeric), 0) FROM exchanges x
+     JOIN exchange_state t USING (id) WHERE x.session = %(s)s AND t.usage IS NOT NULL) AS input_tokens,
+    (SELECT coalesce(sum((t.usage::jsonb->>'output_tokens')::numeric), 0) FROM exchanges x
+     JOIN exchange_state t USING (id) WHERE x.session = %(s)s AND t.usage IS NOT NULL) AS output_tokens,
+    (SELECT count(*) FROM events WHERE session = %(s)s AND type = 'snapshot.created') AS snapshots,
+    (SELECT count(*) FROM events WHERE session = %(s)s AND type = 'snapshot.restored') AS restores,
+    (SELECT coalesce(sum(stored_bytes), 0) FROM snapshots WHERE session = %(s)s AND NOT erased) AS stored_bytes
+"""
+
+
+async def stats(conn: Conn, session: str) -> dict[str, int]:
+    """Counts over all lines. `snapshots`: ever taken; `stored_bytes`: of those still kept."""
+    row = await rows.load(conn, session)
+    found = await rows.one_named(conn, _COUNTS, {"s": session})
+    return {"crashes": row.crashes, **{name: int(value) for name, value in found.items()}}
+
+
+async def why(conn: Conn, session: str) -> dict[str, Any]:
+    """Waiting for what, since when, what wakes it, the last snapshot, where it would resume."""
+    row = await rows.load(conn, session)
+    waiting = [_wait(r) for r in await _open_waits(conn, session, row.attempt)]
+    for found in await _open_exchanges(conn, session):
+        waiting.append(
+            {
+                "kind": "exchange",
+                "name": found["id"],
+                "since": found["created_at"].isoformat(),
+                "wakes_it": "the model provider's answer",
+            }
+        )
+    if row.state == State.SUSPENDED and not (row.reason in POLICY_REASONS and row.desired == Desired.RUNNING):
+        waiting.append(
+            {
+                "kind": "person",
+                "name": None,
+                "since": row.state_since.isoformat(),
+                "wakes_it": f"rethaw resume {row.id}",
+            }
+        )
+    elif row.node is None and row.state in (State.CREATED, State.QUEUED, State.RESUMING, State.RECOVERING):
+        waiting.append(
+            {
+                "kind": "node",
+                "name": None,
+                "since": row.state_since.isoformat(),
+                "wakes_it": f"a node with room ({await no_room(conn, row)})",
+            }
+        )
+    last, resume_at = None, None
+    if row.snapshot is not None and (known := await placement.snapshot_row(conn, row.snapshot)) is not None:
+        last = {
+            "id": known["id"],
+            "seq": known["seq"],
+            "why": known["why"],
+            "node": known["node"],
+            "at": known["created_at"].isoformat(),
+            "stored_bytes": known["stored_bytes"],
+        }
+    if not row.state.final:
+        resume_at = (
+            f"snapshot {last['id']} (event {last['seq']})" if last is not None else "a boot from the context log"
+        )
+    return {
+        "state": row.state.value,
+        "desired": row.desired.value,
+        "reason": row.reason.value,
+        "detail": row.detail,
+        "since": row.state_since.isoformat(),
+        "waiting_for": [] if row.state.final else waiting,
+        "last_snapshot": last,
+        "would_resume_at": resume_at,
+    }
+
+
+async def _open_waits(conn: Conn, session: str, attempt: int) -> list[dict[str, Any]]:
+    return await rows.many(
+        conn,
+        "SELECT * FROM waits WHERE session = %s AND attempt = %s AND state = 'open' ORDER BY opened_seq",
+        (session, attempt),
+    )
+
+
+async def _open_exchanges(conn: Conn, session: str) -> list[dict[str, Any]]:
+    return await rows.many(
+        conn,
+        """SELECT x.id, x.created_at FROM exchanges x JOIN exchange_state t USING (id)
+           WHERE x.session = %s AND t.state = 'open' ORDER BY x.seq""",
+        (session,),
+    )
+
+
+def _wait(found: dict[str, Any]) -> dict[str, Any]:
+    deadline: datetime | None = found["deadline"]
+    by = f"{deadline.isoformat(timespec='seconds')}" if deadline is not None else None
+    session, name = found["session"], found["name"]
+    wakes = {
+        "inbox": f"a message (rethaw send {session} ...)",
+        "signal": f"signal {name!r} (rethaw signal {session} {name})",
+        "timer": "time",
+    }[found["kind"]]
+    if by is not None:
+        wakes = f"time: {by}" if found["kind"] == "timer" else f"{wakes}, or time: {by}"
+    return {
+        "kind": found["kind"],
+        "name": name,
+        "since": found["opened_at"].isoformat(),
+        "wakes_it": wakes,
+        "deadline": deadline.isoformat() if deadline is not None else None,
+    }

@@ -1,0 +1,306 @@
+"""Waits of a session's guest: inbox, signal, timer. Rows and events.
+
+A wait belongs to the line that opened it. After a crash it is as it was at the snapshot; repeated with the same id and
+the same arguments it keeps its first deadline and gets what it got before, unless the path gave that to another."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from datetime import datetime
+from typing import Any
+
+from rethaw.control import rows
+from rethaw.control.policy import Policy
+from rethaw.control.recovery import resume
+from rethaw.control.rows import Conn, Row
+from rethaw.model.enums import EventType, State
+from rethaw.model.errors import Conflict, InvalidInput, NotFound
+from rethaw.model.types import NewEvent, WaitSpec, WaitState
+
+_ON_ITS_WAY_S = 2.0  # an outcome told to the node this shortly before it froze the guest may not have got there
+_FIND = "SELECT * FROM waits WHERE session = %s AND attempt = %s AND id = %s"
+
+
+class Addresses:
+    """Callback addresses. A token is an HMAC of the wait, so the same wait has the same address after a restart, and
+    the database holds its hash only: who reads the database cannot answer in a person's place."""
+
+    def __init__(self, public_url: str, secret: bytes) -> None:
+        self._base = public_url.rstrip("/")
+        self._secret = secret
+
+    def token(self, session: str, attempt: int, wait: str) -> str:
+        return hmac.new(self._secret, f"{session}\0{attempt}\0{wait}".encode(), hashlib.sha256).hexdigest()
+
+    def url(self, token: str) -> str:
+        return f"{self._base}/v1/callbacks/{token}"
+
+    @staticmethod
+    def hash(token: str) -> str:
+        return hashlib.sha256(token.encode()).hexdigest()
+
+
+async def find(conn: Conn, session: str, attempt: int, wait: str) -> dict[str, Any] | None:
+    return await rows.one(conn, _FIND, (session, attempt, wait))
+
+
+async def open_wait(conn: Conn, row: Row, attempt: int, spec: WaitSpec, addresses: Addresses) -> WaitState:
+    """Open or repeat a wait of the locked row's current attempt."""
+    if attempt != row.attempt:
+        raise Conflict(f"attempt {attempt} of session {row.id} is over", remedy=f"its current one is {row.attempt}")
+    _check(spec)
+    found = await find(conn, row.id, attempt, spec.id)
+    if found is not None and found["state"] == "done" and _same(found, spec):
+        await _given(conn, row, found)
+        return await _state(conn, row, found, addresses)
+    if found is not None and not _same(found, spec):
+        if found["state"] == "open":
+            await _close(
+                conn, row, found, "cancelled", EventType.WAIT_CANCELLED, {"why": "opened with other arguments"}
+            )
+        found = {**found, "state": "stale", "deadline": None, "opened_at": None, "item": _kept_item(found, spec)}
+    if found is None or found["state"] in ("stale", "cancelled"):
+        found = await _open(conn, row, attempt, spec, found)
+        if spec.kind == "signal":
+            await conn.execute(
+                """INSERT INTO callbacks (hash, session, attempt, wait) VALUES (%s, %s, %s, %s)
+                   ON CONFLICT (hash) DO NOTHING""",
+                (addresses.hash(addresses.token(row.id, attempt, spec.id)), row.id, attempt, spec.id),
+            )
+    if await _try(conn, row, found):
+        found = await find(conn, row.id, attempt, spec.id)
+        assert found is not None
+        await _given(conn, row, found)
+    return await _state(conn, row, found, addresses)
+
+
+async def look(conn: Conn, row: Row, attempt: int, wait: str, addresses: Addresses) -> WaitState:
+    """The wait as it stands. Raises NotFound, and Conflict when it was cancelled."""
+    found = await find(conn, row.id, attempt, wait)
+    if found is None:
+        raise NotFound(f"session {row.id} has no wait {attempt}/{wait}", remedy="open it first")
+    if found["state"] in ("cancelled", "stale"):
+        raise Conflict(f"wait {wait} of session {row.id} is {found['state']}", remedy="open it again")
+    if found["state"] == "done":
+        await _given(conn, row, found)
+    return await _state(conn, row, found, addresses)
+
+
+async def cancel(conn: Conn, row: Row, attempt: int, wait: str) -> None:
+    """The guest does not want it any more. What is done stays done."""
+    found = await find(conn, row.id, attempt, wait)
+    if found is not None and found["state"] == "open":
+        await _close(conn, row, found, "cancelled", EventType.WAIT_CANCELLED, {"why": "by the agent"})
+    elif found is not None and found["state"] == "done":
+        await _given(conn, row, found)
+
+
+async def settle(conn: Conn, row: Row, policy: Policy) -> Row:
+    """Complete every open wait of the locked row that can be; wake the session if policy suspended it."""
+    done = False
+    for found in await rows.many(
+        conn,
+        "SELECT * FROM waits WHERE session = %s AND attempt = %s AND state = 'open' ORDER BY opened_seq",
+        (row.id, row.attempt),
+    ):
+        done = await _try(conn, row, found) or done
+    if not done:
+        return row
+    row = await rows.load(conn, row.id)
+    if row.policy_suspended:
+        return await resume(conn, row, policy)
+    if row.state == State.SUSPENDING:
+        await rows.update(conn, row.id, wake=True)
+        return await rows.load(conn, row.id)
+    return row
+
+
+async def unheard(conn: Conn, row: Row, seq: int, open_calls: tuple[str, ...] | None) -> str | None:
+    """A wait whose outcome the guest as captured at `seq` may not have heard of. `open_calls`: the waits that it is
+    known to be still waiting for; None: the node does not say, so everything unsure counts."""
+    calls = None if open_calls is None else list(open_calls)
+    found = await rows.one(
+        conn,
+        """SELECT id FROM waits WHERE session = %s AND attempt = %s AND state = 'done'
+           AND CASE WHEN %s::text[] IS NOT NULL THEN id = ANY(%s::text[])
+                    ELSE given_at IS NULL OR done_seq > %s OR given_at > %s - make_interval(secs => %s) END LIMIT 1""",
+        (row.id, row.attempt, calls, calls, seq, row.state_since, _ON_ITS_WAY_S),
+    )
+    return None if found is None else str(found["id"])
+
+
+def _check(spec: WaitSpec) -> None:
+    if spec.kind == "timer" and spec.timeout_s is None:
+        raise InvalidInput(f"timer {spec.id} has no time", remedy="give timeout_s")
+    if spec.kind == "signal" and not spec.name:
+        raise InvalidInput(f"wait {spec.id} names no signal", remedy="give name")
+    if spec.timeout_s is not None and not 0 <= spec.timeout_s <= 10 * 366 * 86_400:
+        raise InvalidInput(f"wait {spec.id} would take {spec.timeout_s:g} s", remedy="at most ten years")
+
+
+def _same(found: dict[str, Any], spec: WaitSpec) -> bool:
+    same = found["kind"] == spec.kind and found["name"] == spec.name and found["timeout_s"] == spec.timeout_s
+    return same and (spec.kind != "inbox" or found["after"] == spec.after)
+
+
+def _kept_item(found: dict[str, Any], spec: WaitSpec) -> str | None:
+    same_signal = found["kind"] == spec.kind == "signal" and found["name"] == spec.name
+    return found["item"] if same_signal else None
+
+
+async def _open(conn: Conn, row: Row, attempt: int, spec: WaitSpec, former: dict[str, Any] | None) -> dict[str, Any]:
+    data: dict[str, Any] = {"wait": spec.id, "kind": spec.kind}
+    if spec.name is not None:
+        data["name"] = spec.name
+    if spec.timeout_s is not None:
+        data["timeout_s"] = spec.timeout_s
+    event = (await rows.append(conn, row.id, NewEvent(type=EventType.WAIT_OPENED, data=data)))[0]
+    opened = await rows.one(
+        conn,
+        """INSERT INTO waits (session, attempt, id, kind, name, after, timeout_s, state, deadline, opened_line,
+                              opened_seq, item)
+           VALUES (%s, %s, %s, %s, %s, %s, %s, 'open',
+                   coalesce(%s::timestamptz, now() + make_interval(secs => %s::float8)), %s, %s, %s)
+           ON CONFLICT (session, attempt, id) DO UPDATE SET
+               kind = excluded.kind, name = excluded.name, after = excluded.after, timeout_s = excluded.timeout_s,
+               state = 'open', deadline = excluded.deadline, opened_line = excluded.opened_line,
+               opened_seq = excluded.opened_seq, item = excluded.item, opened_at = coalesce(%s, now()),
+               done_line = NULL, done_seq = NULL, given_at = NULL, timed_out = false, number = NULL, payload = NULL
+           RETURNING *""",
+        (
+            row.id,
+            attempt,
+            spec.id,
+            spec.kind,
+            spec.name,
+            spec.after,
+            spec.timeout_s,
+            former["deadline"] if former else None,
+            spec.timeout_s,
+            event.line,
+            event.seq,
+            former["item"] if former else None,
+            former["opened_at"] if former else None,
+        ),
+    )
+    assert opened is not None
+    return opened
+
+
+async def _try(conn: Conn, row: Row, found: dict[str, Any]) -> bool:
+    """Complete an open wait if what it waits for is there, or its time is over."""
+    if found["kind"] == "inbox":
+        message = await rows.one(
+            conn,
+            "SELECT * FROM inbox WHERE session = %s AND number > %s ORDER BY number LIMIT 1",
+            (row.id, found["after"]),
+        )
+        if message is not None:
+            await _done(
+                conn, row, found, number=message["number"], item=message["id"], payload=bytes(message["payload"])
+            )
+            return True
+    elif found["kind"] == "signal":
+        signal = await _signal_for(conn, row, found)
+        if signal is not None:
+            seq = await _done(conn, row, found, item=signal["id"], payload=bytes(signal["payload"]))
+            await conn.execute(
+                "INSERT INTO signal_uses (signal, attempt, wait, line, seq) VALUES (%s, %s, %s, %s, %s)",
+                (signal["id"], found["attempt"], found["id"], row.line, seq),
+            )
+            return True
+    deadline: datetime | None = found["deadline"]
+    if deadline is not None:
+        over = await rows.one(conn, "SELECT clock_timestamp() >= %s AS over", (deadline,))
+        if over is not None and over["over"]:
+            await _done(conn, row, found, timed_out=True)
+            return True
+    return False
+
+
+async def _signal_for(conn: Conn, row: Row, found: dict[str, Any]) -> dict[str, Any] | None:
+    """The signal that the wait had before, else one addressed to it, else the oldest of its name; none that another
+    wait of the path has used."""
+    return await rows.one(
+        conn,
+        """SELECT s.* FROM signals s
+           WHERE s.session = %s AND s.name = %s
+             AND (s.for_wait IS NULL OR s.for_attempt < %s OR (s.for_attempt = %s AND s.for_wait = %s))
+             AND NOT EXISTS (
+                 SELECT 1 FROM signal_uses u JOIN rethaw_path(%s, %s) p ON u.line = p.line AND u.seq <= p.upto
+                 WHERE u.signal = s.id AND (u.attempt, u.wait) <> (%s, %s))
+           ORDER BY (s.id = %s) DESC NULLS LAST, (s.for_wait IS NOT NULL) DESC, s.position LIMIT 1""",
+        (
+            row.id,
+            found["name"],
+            found["attempt"],
+            found["attempt"],
+            found["id"],
+            row.id,
+            row.line,
+            found["attempt"],
+            found["id"],
+            found["item"] or "",
+        ),
+    )
+
+
+async def _given(conn: Conn, row: Row, found: dict[str, Any]) -> None:
+    await conn.execute(
+        """UPDATE waits SET given_at = clock_timestamp()
+           WHERE session = %s AND attempt = %s AND id = %s AND given_at IS NULL""",
+        (row.id, found["attempt"], found["id"]),
+    )
+
+
+async def _done(
+    conn: Conn,
+    row: Row,
+    found: dict[str, Any],
+    *,
+    timed_out: bool = False,
+    number: int | None = None,
+    item: str | None = None,
+    payload: bytes | None = None,
+) -> int:
+    data: dict[str, Any] = {"kind": found["kind"], "timed_out": timed_out}
+    more = {"name": found["name"], "number": number, "item": item}
+    data |= {k: v for k, v in more.items() if v is not None}
+    seq = await _close(conn, row, found, "done", EventType.WAIT_COMPLETED, data)
+    await conn.execute(
+        """UPDATE waits SET timed_out = %s, number = %s, item = coalesce(%s, item), payload = %s
+           WHERE session = %s AND attempt = %s AND id = %s""",
+        (timed_out, number, item, payload, row.id, found["attempt"], found["id"]),
+    )
+    return seq
+
+
+async def _close(
+    conn: Conn, row: Row, found: dict[str, Any], state: str, event: EventType, data: dict[str, Any]
+) -> int:
+    done = (await rows.append(conn, row.id, NewEvent(type=event, data={"wait": found["id"], **data})))[0]
+    await conn.execute(
+        """UPDATE waits SET state = %s, done_line = %s, done_seq = %s, given_at = NULL
+           WHERE session = %s AND attempt = %s AND id = %s""",
+        (state, done.line, done.seq, row.id, found["attempt"], found["id"]),
+    )
+    return done.seq
+
+
+async def _state(conn: Conn, row: Row, found: dict[str, Any], addresses: Addresses) -> WaitState:
+    done = found["state"] == "done"
+    url = None
+    if found["kind"] == "signal":
+        url = addresses.url(addresses.token(row.id, found["attempt"], found["id"]))
+    return WaitState(
+        id=found["id"],
+        done=done,
+        timed_out=bool(found["timed_out"]),
+        number=found["number"] if done else None,
+        item=found["item"] if done and not found["timed_out"] else None,
+        name=found["name"],
+        payload=bytes(found["payload"]) if done and found["payload"] is not None else None,
+        url=url,
+        deadline=found["deadline"],
+    )

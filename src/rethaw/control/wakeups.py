@@ -1,0 +1,47 @@
+"""Transactions of control, and waking those who wait for what they change. A notification is a hint, sent after the
+commit; everybody who waits polls behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import TypeVar
+
+from rethaw.db.notify import NotifyHub
+from rethaw.db.pool import Connection, Database
+from rethaw.log.writer import CHANNEL as SESSION_CHANNEL
+
+NODE_CHANNEL = "rethaw_node"  # the payload is the node's id
+
+T = TypeVar("T")
+_noted: ContextVar[set[tuple[str, str]] | None] = ContextVar("rethaw_control_noted", default=None)
+
+
+def note(channel: str, key: str) -> None:
+    """Whoever waits for (channel, key) is to look again once the current transaction has committed."""
+    noted = _noted.get()
+    if noted is not None:
+        noted.add((channel, key))
+
+
+class Transactions:
+    """Runs each operation in one transaction (repeated while the database is away), then wakes who waits for it."""
+
+    def __init__(self, db: Database, hub: NotifyHub | None) -> None:
+        self.db = db
+        self.hub = hub
+
+    async def run(self, fn: Callable[[Connection], Awaitable[T]]) -> T:
+        noted: set[tuple[str, str]] = set()
+        token = _noted.set(noted)
+        try:
+            result = await self.db.run(fn)
+        finally:
+            _noted.reset(token)
+        if self.hub is not None:
+            for channel, key in noted:
+                self.hub.publish(channel, key)
+        return result
+
+
+__all__ = ["NODE_CHANNEL", "SESSION_CHANNEL", "Transactions", "note"]
