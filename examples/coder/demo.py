@@ -65,18 +65,16 @@ class Demo:
         self.session = ""
         self.seen = 0  # newest event whose output was shown
         self.shown = ""  # what the agent wrote
+        self.inside = False  # a line of the agent's that has not ended
         self.started = time.monotonic()
 
     # ------------------------------------------------------------ parts
 
     def start_provider(self) -> dict[str, Any]:
         """The scripted model, as a process of its own; what rethaw.toml says about it."""
-        self.provider = subprocess.Popen(
-            [sys.executable, "-m", "rethaw.testing.provider"]
-            + ["--script", str(HERE / "script.py"), "--journal", str(self.work / "calls.jsonl")],  # noqa: RUF005
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, "-m", "rethaw.testing.provider", "--script", str(HERE / "script.py")]
+        command += ["--journal", str(self.work / "calls.jsonl")]
+        self.provider = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.provider.stdout is not None
         url = json.loads(self.provider.stdout.readline())["url"]
         return {"openai": {"base_url": url, "key": "none", "auth": "bearer", "format": "openai"}}
@@ -115,7 +113,7 @@ class Demo:
                 text = base64.b64decode(event["body"]).decode(errors="replace")
                 self.shown += text
                 for part in text.splitlines(keepends=True):
-                    fresh = "" if getattr(self, "inside", False) else "   [cyan]|[/cyan] "
+                    fresh = "" if self.inside else "   [cyan]|[/cyan] "
                     out.print(fresh, end="")
                     out.print(part.rstrip("\n"), end="", markup=False, style="cyan")
                     self.inside = not part.endswith("\n")
@@ -123,7 +121,7 @@ class Demo:
                         out.print()
 
     def end_line(self) -> None:
-        if getattr(self, "inside", False):
+        if self.inside:
             out.print()
             self.inside = False
 
