@@ -102,9 +102,9 @@ class Pump:
     async def _try(self, deadline: float | None) -> _Later | None:
         """None once the exchange is closed."""
         run = self.run
+        sent, run.sent = run.sent, True  # until we know better: a cancelled try may have been sent
         try:
             async with self.upstream.send(self.provider, run.meta, self.auth_at, self.body) as answer:
-                run.sent = True
                 later = await self._later(answer, deadline)
                 if later is not None and later.answer is None:
                     return later
@@ -113,11 +113,11 @@ class Pump:
         except NOT_SENT as error:
             if run.head is not None:
                 raise
+            run.sent = sent
             return _Later(f"{self.provider.name} cannot be reached: {error}", hold.pause(run.tries, None))
         except BROKEN as error:
             if run.head is not None:
                 raise
-            run.sent = True
             text = f"{self.provider.name} closed the connection before it answered: {error or type(error).__name__}"
             return _Later(text, hold.pause(run.tries, None), possibly_paid=True)
 
