@@ -1,0 +1,207 @@
+"""The steps that make trees: Debian, Python packages, byte code. Each raises ImageError with its last lines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from rethaw.images import mirrors
+from rethaw.images.spec import BASE_PACKAGES, SUITES
+from rethaw.model.errors import ImageError
+
+STEP_TIMEOUT_S = 1800.0
+_LAST_LINES = 12
+_EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/lintian/*")
+_INCLUDED = ("/usr/share/doc/*/copyright", "/usr/share/locale/locale.alias")
+DIST_PACKAGES = "usr/local/lib/python{}/dist-packages"
+_GLIBC_MINOR = {"bookworm": 36}  # newest manylinux tag that the suite's libc takes
+
+
+async def _run(what: str, argv: list[str], progress: Callable[[str], None], env: dict[str, str] | None = None) -> None:
+    """Run a step in its own process group; its lines go to `progress`."""
+    lines: deque[str] = deque(maxlen=_LAST_LINES)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise ImageError(f"{argv[0]} is not installed", remedy=f"apt install {argv[0]}") from None
+    assert process.stdout is not None
+
+    async def read(stream: asyncio.StreamReader) -> int:
+        while chunk := await stream.readline():
+            # Progress bars rewrite their line.
+            line = chunk.decode(errors="replace").rstrip().rpartition("\r")[2]
+            if line:
+                lines.append(line)
+                progress(line)
+        return await process.wait()
+
+    try:
+        code = await asyncio.wait_for(read(process.stdout), STEP_TIMEOUT_S)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), 10)
+            os.killpg(process.pid, signal.SIGKILL)
+        if isinstance(error, TimeoutError):
+            raise ImageError(f"{what} took longer than {STEP_TIMEOUT_S:.0f}s", remedy="check the mirror") from None
+        raise
+    if code != 0:
+        said = "\n  ".join(lines)
+        raise ImageError(f"{what} failed ({argv[0]} exited with {code}):\n  {said}", remedy="correct it and try again")
+
+
+async def debian(suite: str, packages: tuple[str, ...], rootfs: Path, progress: Callable[[str], None]) -> None:
+    """A minimal Debian with the base packages and `packages` in `rootfs` (made)."""
+    if os.geteuid() != 0:
+        raise ImageError("only root can build an image", remedy="start the server as root")
+    found = await asyncio.to_thread(mirrors.find, suite)
+    include = ",".join(sorted({*BASE_PACKAGES, *packages}))
+    argv = ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", f"--include={include}"]
+    argv += [f"--aptopt={option}" for option in found.options]
+    argv += [f"--dpkgopt=path-exclude={pattern}" for pattern in _EXCLUDED]
+    argv += [f"--dpkgopt=path-include={pattern}" for pattern in _INCLUDED]
+    argv += [suite, str(rootfs), *found.sources]
+
+    def told(line: str) -> None:
+        # Of mmdebstrap's hundreds of lines only its own steps are news; "I: " marks them.
+        if re.match(r"(I|W|E): ", line):
+            progress(f"debian: {line[3:]}")
+
+    await _run(f"building Debian {suite} with {include}", argv, told)
+    await asyncio.to_thread(_settle, rootfs)
+
+
+def _settle(rootfs: Path) -> None:
+    """What a sandbox without network and without an installer needs to be sane. Blocking."""
+    _replace(rootfs / "etc/hosts", "127.0.0.1 localhost agent\n::1 localhost ip6-localhost ip6-loopback\n")
+    _replace(rootfs / "etc/hostname", "agent\n")
+    # No name server: an empty file would make the resolver wait for one on loopback.
+    _replace(
+        rootfs / "etc/resolv.conf",
+        "# there is no network here; HTTP goes through $HTTP_PROXY\noptions timeout:1 attempts:1\n",
+    )
+    for name in ("app", ".rethaw"):
+        (rootfs / name).mkdir(exist_ok=True)
+    for pattern in (
+        "var/cache/apt/*",
+        "var/lib/apt/lists/*",
+        "var/cache/debconf/*-old",
+        "var/log/*.log",
+        "var/log/apt/*",
+    ):
+        for path in rootfs.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    """A new file, never a write into one that other trees share."""
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+    path.chmod(0o644)
+
+
+async def link_copy(source: Path, target: Path) -> None:
+    """A tree of hard links to `source`."""
+    await _run(f"copying {source}", ["cp", "-al", "--", str(source), str(target)], lambda _: None)
+
+
+def _installer(suite: str, target: Path) -> list[str]:
+    """argv of an installer that can install for another Python than its own."""
+    version = SUITES[suite]
+    machine = platform.machine()
+    if importlib.util.find_spec("pip") is not None:
+        platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(_GLIBC_MINOR[suite], 4, -1)]
+        platforms += [
+            f"manylinux2014_{machine}",
+            f"manylinux2010_{machine}",
+            f"manylinux1_{machine}",
+            f"linux_{machine}",
+        ]
+        argv = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--no-compile"]
+        argv += [
+            "--progress-bar=off",
+            "--root-user-action=ignore",
+            "--implementation=cp",
+            f"--python-version={version}",
+        ]
+        argv += [f"--abi=cp{version.replace('.', '')}", "--abi=abi3", "--abi=none"]
+        argv += [f"--platform={name}" for name in platforms]
+        return [*argv, "--only-binary=:all:", f"--target={target}"]
+    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+    if uv is not None:
+        where = f"{machine}-manylinux_2_{_GLIBC_MINOR[suite]}"
+        argv = [uv, "pip", "install", f"--python-version={version}", f"--python-platform={where}"]
+        return [*argv, "--only-binary=:all:", f"--target={target}"]
+    raise ImageError("neither pip nor uv is here to install Python packages", remedy=f"{sys.executable} -m ensurepip")
+
+
+async def python_packages(
+    suite: str, requirements: tuple[str, ...], rootfs: Path, progress: Callable[[str], None]
+) -> None:
+    """Install wheels for the tree's own python3. Nothing of them is executed on the host."""
+    target = rootfs / DIST_PACKAGES.format(SUITES[suite])
+    target.mkdir(parents=True, exist_ok=True)
+    argv = _installer(suite, target)
+    progress(f"pip: installing {' '.join(requirements)}")
+
+    def told(line: str) -> None:
+        if line.startswith(("Downloading", "Installing", "Successfully", "ERROR", "Resolved", "Installed")):
+            progress(f"pip: {line}")
+
+    await _run(
+        f"installing {' '.join(requirements)}", [*argv, *requirements], told, {**os.environ, "PYTHONNOUSERSITE": "1"}
+    )
+    await asyncio.to_thread(_scripts, target / "bin", rootfs / "usr/local/bin")
+    await byte_compile(rootfs, target)
+
+
+def _scripts(source: Path, target: Path) -> None:
+    """Console scripts name the host's interpreter; give them the tree's, and a place on PATH. Blocking."""
+    if not source.is_dir():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        data = path.read_bytes()
+        if data.startswith(b"#!") and b"python" in data.partition(b"\n")[0]:
+            data = b"#!/usr/bin/python3\n" + data.partition(b"\n")[2]
+        goal = target / path.name
+        goal.unlink(missing_ok=True)
+        goal.write_bytes(data)
+        goal.chmod(0o755)
+    shutil.rmtree(source)
+
+
+async def byte_compile(rootfs: Path, directory: Path) -> None:
+    """Compile what is under `directory` with the tree's python3: a read-only base cannot cache at run time.
+
+    The byte code is checked against nothing later (its sources never change), which saves a look at each source."""
+    inside = "/" + directory.relative_to(rootfs).as_posix()
+    argv = ["chroot", str(rootfs), "/usr/bin/python3", "-I", "-S", "-m", "compileall", "-q", "-j", "1"]
+    argv += ["--invalidation-mode", "unchecked-hash", inside]
+    try:
+        await _run(f"compiling {inside}", argv, lambda _: None, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+    except ImageError:
+        # A package may ship a file that is no Python of this version (a template, a test): the rest is compiled.
+        if not any(directory.rglob("*.pyc")):
+            raise
