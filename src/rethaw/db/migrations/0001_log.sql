@@ -68,7 +68,6 @@ CREATE TABLE segments (
     parts       bytea NOT NULL,
     PRIMARY KEY (session, key)
 );
-ALTER TABLE segments ALTER COLUMN parts SET STORAGE EXTERNAL;
 
 -- What never changes of an exchange. The request is the expansion of head, then chain, then tail.
 CREATE TABLE exchanges (
