@@ -104,9 +104,6 @@ class RunningServer:
         """Start the server and return once it answers. Raises Unavailable with the end of its log."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self._images.mkdir(parents=True, exist_ok=True)
-        images = self.data_dir / "images"
-        if not images.exists():
-            images.symlink_to(self._images)
         self.config_file.write_text(toml(self._config))
         with contextlib.suppress(FileNotFoundError):
             (self.data_dir / "server.json").unlink()
@@ -180,7 +177,6 @@ class RunningServer:
         processes.sweep(self.data_dir)
         shutil.rmtree(staging_for(self.data_dir), ignore_errors=True)
         if self._own:
-            (self.data_dir / "images").unlink(missing_ok=True)
             shutil.rmtree(self.root, ignore_errors=True)
 
     # ------------------------------------------------------------ what is where
@@ -218,6 +214,7 @@ class RunningServer:
             "RETHAW_DATA_DIR": str(self.data_dir),
             "RETHAW_LISTEN": f"127.0.0.1:{self.port}",
             "RETHAW_CONFIG": str(self.config_file),
+            "RETHAW_IMAGES": str(self._images),
         }
         return kept | own | self._extra_env
 
