@@ -35,22 +35,23 @@ SETTINGS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Checked settings. `database_url` None: the embedded PostgreSQL. `public_url` is what callback addresses begin
-    with, no trailing slash. `source` is the file they came from, None when there was none."""
+    """Checked settings. `port` 0: any free one. `public_url` is what callback addresses begin with, no trailing slash,
+    None when that is the listen address. `database_url` None: the embedded PostgreSQL. `source` is the file they came
+    from, None when there was none."""
 
     data_dir: Path
     host: str
     port: int
-    public_url: str
+    public_url: str | None
     database_url: str | None
     log_level: int
     providers: Providers
     source: Path | None = None
 
-    @property
-    def url(self) -> str:
-        """Where a client on this machine reaches the server."""
-        return _url(_reachable(self.host), self.port)
+    def url_at(self, port: int) -> str:
+        """Where a client on this machine reaches a server that listens on `port`."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def load(
@@ -91,7 +92,7 @@ def load(
         data_dir=data_dir,
         host=host,
         port=port,
-        public_url=_public_url(*value("public_url", None)) or _url(_reachable(host), port),
+        public_url=_public_url(*value("public_url", None)),
         database_url=_database_url(*value("database_url", None)),
         log_level=_log_level(*value("log_level", "info")),
         providers=_providers(table.get("providers", {}), where, env),
@@ -137,17 +138,9 @@ def _listen(text: str | None, where: str) -> tuple[str, int]:
             valid_host = bool(ipaddress.ip_address(bare))
         except ValueError:
             valid_host = False
-    if not (colon and valid_host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    if not (colon and valid_host and port.isascii() and port.isdigit() and int(port) < 65536):
         raise InvalidInput(f"{where} = {text!r} is not HOST:PORT", remedy=f'write it like "{DEFAULT_LISTEN}"')
     return bare, int(port)
-
-
-def _reachable(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _public_url(text: str | None, where: str) -> str | None:

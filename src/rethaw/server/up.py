@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
@@ -16,7 +17,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -98,14 +99,15 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _database(config: Config, say: Say) -> AsyncIterator[tuple[Database, EmbeddedPostgres | None]]:
+async def _database(config: Config, say: Say) -> AsyncGenerator[tuple[Database, EmbeddedPostgres | None]]:
     postgres: EmbeddedPostgres | None = None
     keeper: asyncio.Task[None] | None = None
     if config.database_url is None:
         postgres = EmbeddedPostgres(config.data_dir / "pg", run_dir=config.data_dir / "run")
         started = time.monotonic()
         dsn = await postgres.start()
-        say(f"PostgreSQL {postgres.version} in {config.data_dir / 'pg'} ({time.monotonic() - started:.1f} s)")
+        major = postgres.binaries.major if postgres.binaries else ""
+        say(f"PostgreSQL {major} in {config.data_dir / 'pg'} ({time.monotonic() - started:.1f} s)")
         keeper = asyncio.ensure_future(postgres.supervise())
     else:
         dsn = config.database_url
@@ -155,13 +157,14 @@ async def _run(
     on_ready: Callable[[str, str], None],
 ) -> None:
     data, incarnation = config.data_dir, new_generation()
-    port = sock.getsockname()[1]
-    url = config.url_at(port)
-    public_url = config.public_url or url
+    default_public = config.public_url == config.url
+    config = dataclasses.replace(config, port=sock.getsockname()[1])  # 0 in the configuration: any free port
+    url = config.url
+    public_url = url if default_public else config.public_url
     token = token_of(data)
     async with NotifyHub(db) as hub:
         context_log = Log(db, hub)
-        catalog = Catalog(db)
+        catalog = Catalog(db, hub)
         control = Control(db, context_log, hub, public_url=public_url, secret=token.encode())
         engine = GvisorEngine(data)
         await engine.build()
@@ -176,7 +179,7 @@ async def _run(
             log=context_log,
             control=control,
             catalog=catalog,
-            providers=tuple(config.providers.names),
+            providers=tuple(config.providers.names()),
         )
         node = Node(parts)
         await node.start()
@@ -196,7 +199,6 @@ async def _run(
                 app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none"
             )
         )
-        server.install_signal_handlers = lambda: None  # ours end the node first
         tasks = [
             asyncio.ensure_future(ControlLoops(control).run()),
             asyncio.ensure_future(node.run()),
@@ -224,8 +226,9 @@ async def _run(
 
 
 async def _serve_api(server: uvicorn.Server, sock: socket.socket) -> None:
+    # Server.serve would take SIGTERM for itself; here the node ends before the API does.
     with contextlib.suppress(asyncio.CancelledError):
-        await server.serve(sockets=[sock])
+        await server._serve(sockets=[sock])  # pyright: ignore[reportPrivateUsage]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
