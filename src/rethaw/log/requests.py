@@ -18,12 +18,12 @@ _LOOK = 64 * 1024  # new bytes from which asking what is stored is cheaper than 
 _LOOK_SEGMENTS = 8
 
 _STORED = (
-    "SELECT true, key FROM segments WHERE session = %s AND key = ANY(%s::bytea[])"
-    " UNION ALL SELECT false, digest FROM content WHERE session = %s AND digest = ANY(%s::bytea[])"
+    "SELECT true, key FROM segments WHERE session = %s AND key = ANY(%b::bytea[])"
+    " UNION ALL SELECT false, digest FROM content WHERE session = %s AND digest = ANY(%b::bytea[])"
 )
 _EXPAND = (
     "WITH RECURSIVE c AS (SELECT k AS root, s.prev, s.parts, 0 AS depth"
-    " FROM unnest(%s::bytea[]) k JOIN segments s ON s.session = %s AND s.key = k"
+    " FROM unnest(%b::bytea[]) k JOIN segments s ON s.session = %s AND s.key = k"
     " UNION ALL SELECT c.root, s.prev, s.parts, c.depth + 1 FROM c JOIN segments s ON s.session = %s AND s.key = c.prev)"
     " SELECT root, parts FROM c ORDER BY root, depth DESC"
 )
@@ -126,7 +126,7 @@ async def rebuild(conn: Connection, session: str, keys: Sequence[bytes | None]) 
 async def contents(conn: Connection, session: str, digests: Iterable[bytes]) -> dict[bytes, bytes]:
     """Contents by digest."""
     cursor = await conn.execute(
-        "SELECT digest, data, codec, size FROM content WHERE session = %s AND digest = ANY(%s::bytea[])",
+        "SELECT digest, data, codec, size FROM content WHERE session = %s AND digest = ANY(%b::bytea[])",
         (session, list(digests)),
         binary=True,
     )

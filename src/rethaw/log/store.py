@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -71,7 +71,7 @@ class Log:
         """See LogSink. An event without a key gets one that readers do not see, so that a repeat finds it."""
         if not events:
             return []
-        own = uuid.uuid4().hex
+        own = secrets.token_urlsafe(9)  # 72 bits, unique within the session is enough
         keys = [f"{encoding.OWN_KEY}{own}.{i}" if e.key is None else None for i, e in enumerate(events)]
         rows = await encoding.rows(events, keys)
 
@@ -177,8 +177,8 @@ class Log:
                 row = await _one(
                     conn,
                     f"SELECT {_X} FROM rethaw_begin_exchange(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s,"
-                    " %s::bytea[], %s::int[], %s::smallint[], %s::bytea[],"
-                    " %s::bytea[], %s::bytea[], %s::bigint[], %s::bytea[])",
+                    " %b::bytea[], %b::int[], %b::smallint[], %b::bytea[],"
+                    " %b::bytea[], %b::bytea[], %b::bigint[], %b::bytea[])",
                     (fence.session, fence.generation, ident, key, exchanges.dump(meta), encoding.dump_data(data), owner,
                      len(body), plan.head, plan.chain, plan.tail, c.digests, c.sizes, c.codecs, c.contents,
                      c.keys, c.prevs, c.totals, c.parts),
@@ -308,7 +308,7 @@ class Log:
                     faults.point("log.response.before_commit")
                     received, applied = await _one(
                         conn,
-                        "SELECT * FROM rethaw_append_response(%s, %s, %s, %s, %s, %s, %s, %s::int[], %s::bigint[])",
+                        "SELECT * FROM rethaw_append_response(%s, %s, %s, %s, %s, %s, %s, %b::int[], %b::bigint[])",
                         (exchange, epoch, exchanges.dump(head), b.start, b.size, b.codec, b.data, b.lens, b.ats),
                     )
                     faults.point("log.response.after_commit")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import psycopg
+from psycopg.rows import tuple_row
 
 from rethaw.db.pool import Connection, translated
 from rethaw.log import encoding
@@ -15,9 +16,10 @@ from rethaw.model.types import Event, NewEvent
 
 CHANNEL = "rethaw_log"  # NOTIFY channel; the payload is the session's id
 
+_APPEND_ONE = "SELECT * FROM rethaw_append_one(%s, %s, %s, %s, %s, %s::int, %s::smallint, %b, %s)"
 _APPEND = (
     "SELECT * FROM rethaw_append(%s, %s, %s::text[], %s::text[], %s::text[], %s::int[], %s::smallint[],"
-    " %s::bytea[], %s)"
+    " %b::bytea[], %s)"
 )
 
 
@@ -58,13 +60,14 @@ async def append_rows(
     notify: bool,
 ) -> list[Event]:
     """`append_in` with the events encoded already (a repeat need not compress them again)."""
+    columns = (rows.types, rows.datas, rows.keys, rows.sizes, rows.codecs, rows.bodies)
+    one = len(events) == 1
+    params = (session, generation, *((column[0] for column in columns) if one else columns), notify)
     try:
-        cursor = await conn.execute(
-            _APPEND,
-            (session, generation, rows.types, rows.datas, rows.keys, rows.sizes, rows.codecs, rows.bodies, notify),
-            binary=True,
-        )
-        answer = await cursor.fetchall()
+        # The cursor is made by hand: the connection may have a row factory of its owner's.
+        async with conn.cursor(row_factory=tuple_row, binary=True) as cursor:
+            await cursor.execute(_APPEND_ONE if one else _APPEND, params)
+            answer = await cursor.fetchall()
     except psycopg.Error as e:
         own = translated(e)
         if own is None:
@@ -72,7 +75,7 @@ async def append_rows(
         raise own from e
     out: list[Event] = []
     for event, row in zip(events, answer, strict=True):
-        if row[4] is None:
+        if not row[4]:
             out.append(
                 Event(
                     session=session, seq=row[0], line=row[1], attempt=row[2], at=row[3],
@@ -80,7 +83,7 @@ async def append_rows(
                 )
             )  # fmt: skip
         else:
-            out.append(event_of(session, row))
+            out.append(event_of(session, (*row[:4], *row[5:])))
     return out
 
 

@@ -163,67 +163,80 @@ $$;
 
 -- ---------------------------------------------------------------- events
 
--- Appends events in order. The o_ columns from o_type on are NULL for a new event, and hold the first one for a repeat.
+-- The first event with this key that is on the path of p_line.
+CREATE FUNCTION rethaw_find(p_session text, p_line int, p_key text) RETURNS SETOF events LANGUAGE sql STABLE AS $$
+    SELECT e.* FROM events e
+    WHERE e.session = p_session AND e.key = p_key
+      AND (rethaw_stays(e.type) OR EXISTS (
+          SELECT 1 FROM rethaw_path(p_session, p_line) p WHERE p.line = e.line AND e.seq <= p.upto))
+    ORDER BY e.seq LIMIT 1
+$$;
+
+CREATE FUNCTION rethaw_refuse(p_session text, p_generation text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_generation text;
+BEGIN
+    SELECT s.generation INTO v_generation FROM sessions s WHERE s.id = p_session;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'session %', p_session USING ERRCODE = 'RT002';
+    END IF;
+    RAISE EXCEPTION 'session % has generation %, not %', p_session, coalesce(v_generation, 'none'), p_generation
+        USING ERRCODE = 'RT001';
+END $$;
+
+-- Appends one event. o_repeat: it was there already, then the o_ columns from o_type on hold it.
+CREATE FUNCTION rethaw_append_one(
+    p_session text, p_generation text, p_type text, p_data text, p_key text, p_size int, p_codec smallint,
+    p_body bytea, p_notify boolean,
+    OUT o_seq bigint, OUT o_line int, OUT o_attempt int, OUT o_at timestamptz, OUT o_repeat boolean,
+    OUT o_type text, OUT o_key text, OUT o_data jsonb, OUT o_size int, OUT o_codec smallint, OUT o_body bytea
+) LANGUAGE plpgsql AS $$
+DECLARE
+    e events;
+BEGIN
+    o_at := clock_timestamp();
+    UPDATE sessions s SET last_seq = s.last_seq + 1
+    WHERE s.id = p_session AND (p_generation IS NULL OR s.generation = p_generation)
+    RETURNING s.last_seq, s.line, s.attempt INTO o_seq, o_line, o_attempt;
+    IF NOT FOUND THEN
+        PERFORM rethaw_refuse(p_session, p_generation);
+    END IF;
+    o_repeat := false;
+    IF p_key IS NOT NULL AND EXISTS (SELECT 1 FROM events v WHERE v.session = p_session AND v.key = p_key) THEN
+        SELECT * INTO e FROM rethaw_find(p_session, o_line, p_key);
+        IF e.seq IS NOT NULL THEN
+            UPDATE sessions SET last_seq = last_seq - 1 WHERE id = p_session;
+            o_seq := e.seq; o_line := e.line; o_attempt := e.attempt; o_at := e.at; o_repeat := true;
+            o_type := e.type; o_key := e.key; o_data := e.data;
+            o_size := e.size; o_codec := e.codec; o_body := e.body;
+            RETURN;
+        END IF;
+    END IF;
+    INSERT INTO events (session, seq, line, attempt, type, key, data, size, codec, body, at)
+    VALUES (p_session, o_seq, o_line, o_attempt, p_type, p_key, p_data::jsonb, p_size, p_codec, p_body, o_at);
+    IF p_notify THEN
+        PERFORM pg_notify('rethaw_log', p_session);
+    END IF;
+END $$;
+
+-- The same for several, in order.
 CREATE FUNCTION rethaw_append(
     p_session text, p_generation text, p_types text[], p_datas text[], p_keys text[], p_sizes int[],
     p_codecs smallint[], p_bodies bytea[], p_notify boolean
 ) RETURNS TABLE (
-    o_seq bigint, o_line int, o_attempt int, o_at timestamptz,
+    o_seq bigint, o_line int, o_attempt int, o_at timestamptz, o_repeat boolean,
     o_type text, o_key text, o_data jsonb, o_size int, o_codec smallint, o_body bytea
 ) LANGUAGE plpgsql AS $$
 DECLARE
-    v_last bigint; v_generation text; v_line int; v_attempt int; v_next bigint; r record;
+    r record;
 BEGIN
-    SELECT s.last_seq, s.generation, s.line, s.attempt INTO v_last, v_generation, v_line, v_attempt
-    FROM sessions s WHERE s.id = p_session FOR UPDATE;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'session %', p_session USING ERRCODE = 'RT002';
-    END IF;
-    IF p_generation IS NOT NULL AND v_generation IS DISTINCT FROM p_generation THEN
-        RAISE EXCEPTION 'session % has generation %, not %', p_session, v_generation, p_generation
-            USING ERRCODE = 'RT001';
-    END IF;
-    v_next := v_last;
     FOR r IN SELECT u.* FROM unnest(p_types, p_datas, p_keys, p_sizes, p_codecs, p_bodies)
              AS u (type, data, key, size, codec, body)
     LOOP
-        IF r.key IS NOT NULL THEN
-            SELECT e.seq, e.line, e.attempt, e.at, e.type, e.key, e.data, e.size, e.codec, e.body
-            INTO o_seq, o_line, o_attempt, o_at, o_type, o_key, o_data, o_size, o_codec, o_body
-            FROM events e
-            WHERE e.session = p_session AND e.key = r.key
-              AND (rethaw_stays(e.type) OR EXISTS (
-                  SELECT 1 FROM rethaw_path(p_session, v_line) p WHERE p.line = e.line AND e.seq <= p.upto))
-            ORDER BY e.seq LIMIT 1;
-            IF FOUND THEN
-                RETURN NEXT;
-                CONTINUE;
-            END IF;
-        END IF;
-        v_next := v_next + 1;
-        o_seq := v_next; o_line := v_line; o_attempt := v_attempt; o_at := clock_timestamp();
-        o_type := NULL; o_key := NULL; o_data := NULL; o_size := NULL; o_codec := NULL; o_body := NULL;
-        INSERT INTO events (session, seq, line, attempt, type, key, data, size, codec, body, at)
-        VALUES (p_session, o_seq, v_line, v_attempt, r.type, r.key, r.data::jsonb, r.size, r.codec, r.body, o_at);
-        RETURN NEXT;
+        RETURN QUERY SELECT * FROM rethaw_append_one(
+            p_session, p_generation, r.type, r.data, r.key, r.size, r.codec, r.body, p_notify);
     END LOOP;
-    IF v_next > v_last THEN
-        UPDATE sessions SET last_seq = v_next WHERE id = p_session;
-        IF p_notify THEN
-            PERFORM pg_notify('rethaw_log', p_session);
-        END IF;
-    END IF;
 END $$;
-
--- The one event that comes with a change of an exchange. Returns its seq, and whether it is new.
-CREATE FUNCTION rethaw_append_one(
-    p_session text, p_generation text, p_type text, p_data text, p_key text, p_size int, p_codec smallint,
-    p_body bytea, OUT o_seq bigint, OUT o_line int, OUT o_attempt int, OUT o_new boolean, OUT o_data jsonb
-) LANGUAGE sql AS $$
-    SELECT a.o_seq, a.o_line, a.o_attempt, a.o_type IS NULL, a.o_data
-    FROM rethaw_append(p_session, p_generation, ARRAY[p_type], ARRAY[p_data], ARRAY[p_key], ARRAY[p_size],
-                       ARRAY[p_codec], ARRAY[p_body], false) a
-$$;
 
 
 -- ---------------------------------------------------------------- exchanges
@@ -238,8 +251,8 @@ DECLARE
     a record;
 BEGIN
     SELECT * INTO a FROM rethaw_append_one(
-        p_session, p_generation, 'exchange.requested', p_data, p_key, 0, 0::smallint, NULL);
-    IF NOT a.o_new THEN
+        p_session, p_generation, 'exchange.requested', p_data, p_key, 0, 0::smallint, NULL, false);
+    IF a.o_repeat THEN
         RETURN QUERY SELECT * FROM exchange_rows WHERE id = a.o_data->>'exchange';
         RETURN;
     END IF;
@@ -268,8 +281,7 @@ BEGIN
     END IF;
     SELECT s.generation INTO v_generation FROM sessions s WHERE s.id = o_session FOR UPDATE;
     IF p_generation IS NOT NULL AND v_generation IS DISTINCT FROM p_generation THEN
-        RAISE EXCEPTION 'session % has generation %, not %', o_session, v_generation, p_generation
-            USING ERRCODE = 'RT001';
+        PERFORM rethaw_refuse(o_session, p_generation);
     END IF;
     SELECT s.state, s.epoch, s.owner INTO o_state, o_epoch, o_owner
     FROM exchange_state s WHERE s.id = p_exchange FOR UPDATE;
@@ -294,7 +306,7 @@ BEGIN
         END IF;
         UPDATE exchange_state SET epoch = epoch + 1, owner = p_owner WHERE id = p_exchange;
         IF p_type IS NOT NULL THEN
-            PERFORM rethaw_append_one(x.o_session, p_generation, p_type, p_data, p_key, p_size, p_codec, p_body);
+            PERFORM rethaw_append_one(x.o_session, p_generation, p_type, p_data, p_key, p_size, p_codec, p_body, false);
         END IF;
     END IF;
     RETURN QUERY SELECT * FROM exchange_rows WHERE id = p_exchange;
@@ -350,7 +362,7 @@ BEGIN
         UPDATE exchange_state
         SET state = CASE WHEN state = 'orphaned' THEN state ELSE p_state END, owner = NULL, usage = p_usage
         WHERE id = p_exchange;
-        PERFORM rethaw_append_one(x.o_session, NULL, p_type, p_data, p_key, p_size, p_codec, p_body);
+        PERFORM rethaw_append_one(x.o_session, NULL, p_type, p_data, p_key, p_size, p_codec, p_body, false);
     ELSIF x.o_state NOT IN (p_state, 'orphaned') THEN
         RAISE EXCEPTION 'exchange % is % already, it cannot become %', p_exchange, x.o_state, p_state
             USING ERRCODE = 'RT004';
@@ -364,7 +376,7 @@ CREATE FUNCTION rethaw_adopt_exchange(
 BEGIN
     PERFORM rethaw_lock_exchange(p_exchange, p_session, p_generation);
     PERFORM rethaw_append_one(
-        p_session, p_generation, 'exchange.adopted', p_data, p_key, 0, 0::smallint, NULL);
+        p_session, p_generation, 'exchange.adopted', p_data, p_key, 0, 0::smallint, NULL, false);
     RETURN QUERY SELECT * FROM exchange_rows WHERE id = p_exchange;
 END $$;
 
@@ -378,7 +390,7 @@ BEGIN
     IF x.o_state NOT IN ('orphaned', 'torn') THEN
         UPDATE exchange_state SET state = 'orphaned' WHERE id = p_exchange;
         PERFORM rethaw_append_one(
-            p_session, p_generation, 'exchange.orphaned', p_data, p_key, 0, 0::smallint, NULL);
+            p_session, p_generation, 'exchange.orphaned', p_data, p_key, 0, 0::smallint, NULL, false);
     END IF;
 END $$;
 
@@ -393,8 +405,7 @@ BEGIN
         RAISE EXCEPTION 'session %', p_session USING ERRCODE = 'RT002';
     END IF;
     IF v_generation IS DISTINCT FROM p_generation THEN
-        RAISE EXCEPTION 'session % has generation %, not %', p_session, v_generation, p_generation
-            USING ERRCODE = 'RT001';
+        PERFORM rethaw_refuse(p_session, p_generation);
     END IF;
     RETURN QUERY
     WITH p AS MATERIALIZED (
