@@ -12,6 +12,7 @@ from rethaw.model.types import Fence, NewEvent
 
 log = logging.getLogger("rethaw.node")
 _PIECE = 256 * 1024
+_LULL_S = 0.01
 
 
 class Outputs:
@@ -34,13 +35,30 @@ class Outputs:
         ended = self._ended.setdefault(name, asyncio.Event())
         position = stream.base
         await stream.ack(self.offsets.get(name, 0))
-        while (data := await stream.read()) is not None:
-            self._active()
-            skip = max(0, self.offsets.get(name, 0) - position)
-            position += len(data)
-            for start in range(skip, len(data), _PIECE):
-                await self._store(name, data[start : start + _PIECE])
-            await stream.ack(self.offsets.get(name, 0))
+        reading: asyncio.Task[bytes | None] | None = None
+        try:
+            data: bytes | None = b""
+            while data is not None:
+                reading = reading or asyncio.ensure_future(stream.read())
+                data, reading = await reading, None
+                piece = bytearray(data or b"")
+                while data is not None and len(piece) < _PIECE:
+                    # A line often comes as several writes: what follows at once belongs to the same event.
+                    reading = asyncio.ensure_future(stream.read())
+                    await asyncio.wait({reading}, timeout=_LULL_S)
+                    if not reading.done():
+                        break
+                    data, reading = reading.result(), None
+                    piece += data or b""
+                self._active()
+                skip = max(0, self.offsets.get(name, 0) - position)
+                position += len(piece)
+                if len(piece) > skip:
+                    await self._store(name, bytes(piece[skip:]))
+                await stream.ack(self.offsets.get(name, 0))
+        finally:
+            if reading is not None:
+                reading.cancel()
         ended.set()
 
     async def _store(self, name: str, data: bytes) -> None:

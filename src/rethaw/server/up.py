@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import fcntl
 import json
 import logging
@@ -157,10 +156,8 @@ async def _run(
     on_ready: Callable[[str, str], None],
 ) -> None:
     data, incarnation = config.data_dir, new_generation()
-    default_public = config.public_url == config.url
-    config = dataclasses.replace(config, port=sock.getsockname()[1])  # 0 in the configuration: any free port
-    url = config.url
-    public_url = url if default_public else config.public_url
+    url = config.url_at(sock.getsockname()[1])
+    public_url = config.public_url or url
     token = token_of(data)
     async with NotifyHub(db) as hub:
         context_log = Log(db, hub)

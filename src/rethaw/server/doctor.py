@@ -1,0 +1,121 @@
+"""What this machine needs to run agents, looked at without a server. Only an engine's probe proves that agents run; the
+other checks say what to install when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rethaw.db import binaries
+from rethaw.engines.base import Engine, ProbeReport
+from rethaw.engines.cgroups import detect
+from rethaw.engines.gvisor.engine import GvisorEngine
+from rethaw.model.errors import RethawError
+from rethaw.sdk.sizes import human_bytes
+from rethaw.server.config import Config
+
+_DISK_LEAST = 2 << 30  # an image, and some snapshots
+_STAGING = Path("/dev/shm")  # DESIGN §7: a pause ends once the engine has written into memory
+_STAGING_LEAST = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `needed`: agents cannot run without it. `remedy` is empty when `ok`."""
+
+    name: str
+    ok: bool
+    said: str
+    remedy: str = ""
+    needed: bool = True
+
+
+def of_report(report: ProbeReport) -> Finding:
+    """An engine's probe as a finding."""
+    times = ((report.boot_ms, "boot"), (report.save_ms, "save"), (report.restore_ms, "restore"))
+    took = ", ".join(f"{name} {ms:.0f} ms" for ms, name in times if ms is not None)
+    said = f"{report.version}: {report.detail}" + (f" ({took})" if took else "")
+    return Finding(report.engine, report.ok, said, report.remedy)
+
+
+async def examine(config: Config, timeout_s: float = 60.0) -> AsyncIterator[Finding]:
+    """Each check as soon as it is done; the probe of the engine, the longest, at the end. Needs root."""
+    yield _python()
+    yield await asyncio.to_thread(_postgres, config)
+    yield _disk(config.data_dir)
+    yield _staging()
+    yield _limits()
+    yield _builder()
+    for name in config.providers.names():
+        yield _provider(config, name)
+    with tempfile.TemporaryDirectory(prefix="rethaw-doctor-") as scratch:
+        engine: Engine = GvisorEngine(Path(scratch))
+        # Its warnings repeat what the findings say.
+        logging.getLogger("rethaw.engines").setLevel(logging.ERROR)
+        try:
+            yield of_report(await engine.probe(timeout_s))
+        finally:
+            await engine.close()
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding(
+        "python", sys.version_info >= (3, 11), f"{version} ({sys.executable})", "install Python 3.11 or newer"
+    )
+
+
+def _postgres(config: Config) -> Finding:
+    if config.database_url is not None:
+        return Finding("postgresql", True, "the one that database_url names")
+    try:
+        recorded = config.data_dir / "pg" / "PG_VERSION"
+        major = int(recorded.read_text()) if recorded.exists() else None
+        found = binaries.choose(major)
+    except RethawError as e:
+        return Finding("postgresql", False, e.message, e.remedy or "")
+    except (OSError, ValueError) as e:
+        return Finding("postgresql", False, f"{config.data_dir / 'pg'} cannot be read: {e}", "run this as root")
+    return Finding("postgresql", True, f"{found.major} from {found.origin} ({found.bin})")
+
+
+def _disk(path: Path) -> Finding:
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    usage = shutil.disk_usage(existing)
+    ok = usage.free >= _DISK_LEAST and os.access(existing, os.W_OK)
+    said = f"{human_bytes(usage.free)} free for {path}"
+    return Finding("disk", ok, said, f"make room for {human_bytes(_DISK_LEAST)} or set data_dir to another disk")
+
+
+def _staging() -> Finding:
+    if not _STAGING.is_dir():
+        return Finding("staging", False, f"there is no {_STAGING}", f"mount a tmpfs at {_STAGING}")
+    free = shutil.disk_usage(_STAGING).free
+    remedy = f"enlarge it: mount -o remount,size=2G {_STAGING}"
+    return Finding("staging", free >= _STAGING_LEAST, f"{human_bytes(free)} free in {_STAGING}", remedy, needed=False)
+
+
+def _limits() -> Finding:
+    found = detect()
+    remedy = "mount cgroup v2 with the memory and pids controllers"
+    return Finding("limits", not found.notes, found.notes or f"cgroup v{found.version}", remedy, needed=False)
+
+
+def _builder() -> Finding:
+    path = shutil.which("mmdebstrap")
+    return Finding("images", path is not None, path or "mmdebstrap is missing", "apt install mmdebstrap")
+
+
+def _provider(config: Config, name: str) -> Finding:
+    try:
+        provider = config.providers.get(name)
+    except RethawError as e:
+        return Finding(f"provider {name}", False, e.message, e.remedy or "", needed=False)
+    return Finding(f"provider {name}", True, provider.base_url, needed=False)
