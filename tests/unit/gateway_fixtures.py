@@ -115,7 +115,10 @@ class MemoryLog:
     async def begin_exchange(self, fence: Fence, meta: RequestMeta, body: bytes, owner: str) -> Exchange:
         await self._enter(fence)
         exchange = new_id("x")
-        event = self._add(EventType.EXCHANGE_REQUESTED, {"exchange": exchange, "request_bytes": len(body)})
+        data = {"exchange": exchange, "request_bytes": len(body)}
+        event = self._add(EventType.EXCHANGE_REQUESTED, data, key=f"x:{meta.guest_id}:{meta.digest}")
+        if event.data["exchange"] != exchange:
+            return self.rows[event.data["exchange"]].x
         x = Exchange(id=exchange, session=self.session, attempt=self.attempt, line=self.line, seq=event.seq, meta=meta,
                      request_bytes=len(body), state=ExchangeState.OPEN, epoch=1, owner=owner)  # fmt: skip
         self.rows[exchange] = _Row(x, body)
@@ -419,7 +422,7 @@ class Rig:
 
     async def until(self, condition: Any, timeout_s: float = 10.0) -> None:
         async with asyncio.timeout(timeout_s):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - any condition
                 await asyncio.sleep(0.002)
 
     def events(self, *kinds: EventType) -> list[str]:

@@ -15,7 +15,7 @@ from rethaw.gateway.run import FINAL, Broken, Client, Run
 from rethaw.gateway.shared import Shared
 from rethaw.model import faults
 from rethaw.model.enums import EventType, ExchangeState
-from rethaw.model.errors import NotFound, ProviderError, RethawError
+from rethaw.model.errors import Conflict, NotFound, ProviderError, RethawError
 from rethaw.model.ports import GuestStream
 from rethaw.model.types import Exchange, RequestMeta, ResponseHead
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rethaw.gateway")
 
-_RECENT = 64  # newest exchange.requested events looked at for a request that was durable but not yet accepted
 _SCAN_S = 5.0
 
 
@@ -63,13 +62,15 @@ class Intake:
             return run
         if x.state is not ExchangeState.OPEN:
             raise Broken(f"exchange {x.id} is {x.state.value}")
-        owner = self._shared.owner
-        if held or head_held:
-            x = await self._session.fenced(lambda fence: sink.take_over(fence, x.id, owner))
-            await sink.finish_exchange(x.id, x.epoch, ExchangeState.TORN, None, revive.torn(x, held))
+        owner, former = self._shared.owner, x
+        event = None if held or head_held else revive.reissued(x)
+        try:
+            x = await self._session.fenced(lambda fence: sink.take_over(fence, former.id, owner, event))
+        except Conflict as error:  # it was closed a moment ago
+            raise Broken(str(error)) from None
+        if event is None:
+            await sink.finish_exchange(x.id, x.epoch, ExchangeState.TORN, None, revive.torn(former, held))
             raise Broken("upstream was lost in the middle of this answer")
-        event = revive.reissued(x)
-        x = await self._session.fenced(lambda fence: sink.take_over(fence, x.id, owner, event))
         body = await sink.read_request(x.id)
         run = runs[x.id] = Run(sink, batcher, x)
         self._start(run, None, body)
@@ -96,13 +97,18 @@ class Intake:
 
     async def _find_or_begin(self, life: Life, request: Request, digest: str, body: bytes) -> Run:
         meta, provider_error = self._meta(request, digest, body)
-        run = await self._hung_up(life, meta) or await self._of_tail(life, meta) or await self._unaccepted(life, meta)
+        run = await self._hung_up(life, meta) or await self._of_tail(life, meta)
         if run is not None:
             return run
         sink, owner = self._log, self._shared.owner
         faults.point("gateway.request.before_durable")
         x = await sink.begin_exchange(life.fence, meta, body, owner)
         faults.point("gateway.request.durable")
+        if x.state is not ExchangeState.OPEN or x.owner != owner or x.head is not None or self._session.known(x.id):
+            # The path has this very call: the snapshot was taken between making it durable and telling the guest.
+            run = self._session.known(x.id) or await self._from_log(x)
+            run.adopted = True
+            return run
         run = self._session.runs[x.id] = Run(sink, self._shared.batcher, x)
         run.live = True
         if provider_error is not None:
@@ -182,33 +188,6 @@ class Intake:
             raise
         run.adopted = True
         return run
-
-    async def _unaccepted(self, life: Life, meta: RequestMeta) -> Run | None:
-        """After a restore: the snapshot was taken between making this very request durable and telling the guest. The
-        path then has it, under the guest's own id, which is used once on each path."""
-        if not life.restored:
-            return None
-        if life.recent is None:
-            life.recent = await self._recent()
-        x = life.recent.get((meta.guest_id, meta.digest))
-        if x is None or x.attempt != life.attempt:
-            return None
-        del life.recent[(meta.guest_id, meta.digest)]
-        log.info("exchange %s: found again by its guest id %s", x.id, meta.guest_id)
-        try:
-            run = self._session.known(x.id) or await self._from_log(x)
-        except Broken:
-            return None
-        run.adopted = True
-        return run
-
-    async def _recent(self) -> dict[tuple[str, str], Exchange]:
-        """The exchanges that the path requested last, by guest id and digest."""
-        session = self._session.id
-        last = await self._log.last_seq(session)
-        events = await self._log.read(session, max(0, last - _RECENT), types=[EventType.EXCHANGE_REQUESTED])
-        known = await asyncio.gather(*(self._log.exchange(str(e.data["exchange"])) for e in events[-8:]))
-        return {(x.meta.guest_id, x.meta.digest): x for x in known}
 
     # ------------------------------------------------------------ step 3: another path
 

@@ -14,7 +14,7 @@ from rethaw.gateway.batch import Batcher
 from rethaw.gateway.usage import header, is_event_stream, terminal_at, usage_of
 from rethaw.model import faults
 from rethaw.model.enums import EventType, ExchangeState
-from rethaw.model.errors import Fenced, InvalidInput, NotFound, RethawError, TooLarge
+from rethaw.model.errors import Conflict, Fenced, InvalidInput, NotFound, RethawError, TooLarge
 from rethaw.model.ports import LogSink
 from rethaw.model.types import EXCHANGE_LIMIT, MIB, Chunk, Exchange, NewEvent, ResponseHead, Usage
 
@@ -41,7 +41,7 @@ class Broken(Exception):
     """The answer ends here, as it did upstream."""
 
 
-FINAL = (Fenced, NotFound, InvalidInput, TooLarge)  # errors of the log that trying again does not mend
+FINAL = (Fenced, NotFound, Conflict, InvalidInput, TooLarge)  # errors of the log that trying again does not mend
 
 
 class Run:

@@ -31,7 +31,7 @@ from rethaw.model.errors import (
     Unavailable,
 )
 from rethaw.model.ports import GuestStream
-from rethaw.model.types import EXCHANGE_LIMIT, AgentSpec, Exchange, Fence, NewEvent
+from rethaw.model.types import EXCHANGE_LIMIT, AgentSpec, Fence, NewEvent
 
 log = logging.getLogger("rethaw.gateway")
 
@@ -57,7 +57,6 @@ class Life:
     delivered_live: bool = False  # the agent has a whole answer that its former line never had
     line: int | None = None
     over: bool = False  # the process tree exited
-    recent: dict[tuple[str, str], Exchange] | None = None  # see Intake: requested last on the path, by guest id
 
 
 class SessionGateway:

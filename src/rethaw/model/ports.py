@@ -41,7 +41,8 @@ class LogSink(Protocol):
     async def last_seq(self, session: str) -> int: ...
 
     async def begin_exchange(self, fence: Fence, meta: RequestMeta, body: bytes, owner: str) -> Exchange:
-        """Make a request durable: content parts, exchange row (OPEN, epoch 1, owned by `owner`), exchange.requested."""
+        """Make a request durable: content parts, exchange row (OPEN, epoch 1, owned by `owner`), exchange.requested.
+        A call that the path holds already (same guest id and digest) is returned as it stands."""
         ...
 
     async def adopt_exchange(self, fence: Fence, exchange: str, guest_id: str, how: str) -> Exchange:
