@@ -1,0 +1,1 @@
+"""The command line: thin over the SDK. `main.main` is the entry point."""

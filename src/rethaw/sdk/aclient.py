@@ -94,7 +94,7 @@ class AsyncClient:
         """Rows of the server's nodes."""
         return await self.run(calls.nodes())
 
-    async def doctor(self) -> Any:
+    async def doctor(self) -> list[dict[str, Any]]:
         """Reports of the server's engines, after a guest went through each."""
         return await self.run(calls.doctor())
 

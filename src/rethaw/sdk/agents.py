@@ -314,7 +314,7 @@ def find(file: Path | str, name: str | None = None) -> Agent[..., Any]:
     path = Path(file).absolute()
     if not path.is_file():
         raise NotFound(f"there is no file {str(file)!r}", remedy="name the agent's Python file")
-    everything: dict[str, object] = vars(_load(path))
+    everything = cast("dict[str, object]", vars(_load(path)))
     here = {key: cast("Agent[..., Any]", value) for key, value in everything.items() if isinstance(value, Agent)}
     mine = {key: value for key, value in here.items() if value.file == path}
     if name is not None:

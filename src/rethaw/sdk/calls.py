@@ -317,10 +317,12 @@ def nodes() -> Call[list[dict[str, Any]]]:
     return Call("GET", "/v1/nodes", lambda b: cast("list[dict[str, Any]]", _rows(b, "nodes")))
 
 
-def doctor() -> Call[Any]:
-    return Call("POST", "/v1/doctor", json.loads, content=b"{}", wait_s=120)
+def doctor() -> Call[list[dict[str, Any]]]:
+    return Call(
+        "POST", "/v1/doctor", lambda b: cast("list[dict[str, Any]]", _rows(b, "reports")), content=b"{}", wait_s=120
+    )
 
 
 def _rows(body: bytes, name: str) -> Any:
     value: Any = json.loads(body)
-    return value if isinstance(value, list) else value[name]
+    return cast("Any", value if isinstance(value, list) else value[name])

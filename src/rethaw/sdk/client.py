@@ -93,7 +93,7 @@ class Client:
         """Rows of the server's nodes."""
         return self.run(calls.nodes())
 
-    def doctor(self) -> Any:
+    def doctor(self) -> list[dict[str, Any]]:
         """Reports of the server's engines, after a guest went through each."""
         return self.run(calls.doctor())
 

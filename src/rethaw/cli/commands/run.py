@@ -1,0 +1,194 @@
+"""`rethaw run`: start a session and watch it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from rethaw.cli import output
+from rethaw.cli.app import Flag, Json
+from rethaw.cli.connect import client
+
+if TYPE_CHECKING:
+    from rethaw.model.types import AgentSpec
+    from rethaw.sdk.agents import Options
+    from rethaw.sdk.client import Client, Session
+
+_INTERRUPTED = 130
+
+
+def run(
+    target: Annotated[str | None, Parameter(show=False)] = None,
+    /,
+    *rest: Annotated[str, Parameter(show=False)],
+    image: str | None = None,
+    detach: Annotated[bool, Flag, Parameter(name=("--detach", "-d"))] = False,
+    key: str | None = None,
+    name: str | None = None,
+    env: Annotated[list[str] | None, Parameter(name=("--env", "-e"), negative="")] = None,
+    memory: str | None = None,
+    durability: str | None = None,
+    idle_suspend: str | None = None,
+    max_duration: str | None = None,
+    workdir: str | None = None,
+    json: Json = False,
+) -> int:
+    """Start a session and watch its output. Ctrl-C detaches; the session goes on.
+
+    Of FILE.py it takes the function with @rethaw.agent over it (NAME if there
+    are several). Options that are not listed here are that function's
+    arguments, by name, typed as it says; after "--" all are. With --image, what
+    follows "--" is any command. The result is printed at the end, and the exit
+    code is the session's.
+
+    For example:
+      rethaw run examples/hello.py
+      rethaw run research.py::researcher --topic "heat pumps" --depth 3
+      rethaw run -d --key nightly-2026-01-01 report.py
+      rethaw run --image base -- sh -c 'echo hello; sleep 5'
+
+    Parameters
+    ----------
+    image:
+        Run a command in this image; "base" is Debian with Python, git and ripgrep.
+    detach:
+        Print the session's id and return at once.
+    key:
+        Starting again with this key gives the same session.
+    name:
+        The agent's name; else the function's or the command's.
+    env:
+        NAME=VALUE for the agent's environment; may be given again. No secrets: snapshots keep them.
+    memory:
+        What the sandbox may use, like 1GiB.
+    durability:
+        What an answer of the model survives: local, replicated or relaxed.
+    idle_suspend:
+        How long it may wait before it is suspended, like 20s; "never".
+    max_duration:
+        End it after so long.
+    workdir:
+        Directory that it starts in.
+    """
+    given: dict[str, Any] = {
+        "name": name,
+        "env": _environment(env) if env else None,
+        "memory": memory,
+        "durability": durability,
+        "idle_suspend": idle_suspend,
+        "max_duration": max_duration,
+        "workdir": workdir,
+    }
+    given = {option: value for option, value in given.items() if value is not None}
+    with client(patient=not detach) as connection:
+        if image is not None:
+            command = [*([target] if target is not None else []), *rest]
+            session = connection.sessions.start(_of_command(image, command, given), key=key)
+        else:
+            session = _of_file(connection, target, list(rest), given, key)
+        if detach:
+            if json:
+                output.emit(session.view)
+            else:
+                output.data(session.id)
+            return 0
+        return _watch(connection, session, json)
+
+
+def _of_command(image: str, command: list[str], given: dict[str, Any]) -> AgentSpec:
+    from rethaw.model.errors import InvalidInput, NotFound
+    from rethaw.sdk.agents import options
+
+    if image != "base":
+        raise NotFound(f"there is no image {image!r}", remedy="use --image base, or an Image in a Python file")
+    if not command:
+        raise InvalidInput("no command is given", remedy="write rethaw run --image base -- COMMAND ARG ...")
+    name = given.pop("name", None) or PurePosixPath(command[0]).name or "command"
+    return _overridden(options(name), given).spec(command=tuple(command))
+
+
+def _of_file(
+    connection: Client, target: str | None, tokens: list[str], given: dict[str, Any], key: str | None
+) -> Session[Any]:
+    from rethaw.cli.arguments import parse
+    from rethaw.model.errors import InvalidInput
+    from rethaw.sdk.agents import Agent, find
+
+    if target is None:
+        raise InvalidInput("nothing to run is named", remedy="write rethaw run FILE.py, or --image base -- COMMAND")
+    file, _, chosen = target.partition("::")
+    found = find(file, chosen or None)
+    args = parse(found.function, tokens)
+    changed = Agent[..., Any](found.function, _overridden(found.options, given), key=key)
+    package = changed.package()
+    connection.blobs.put(package.data)
+    return connection.sessions.start(changed.spec(package.digest), args, key=key)
+
+
+def _overridden(base: Options, given: dict[str, Any]) -> Options:
+    """`base` with what the command line says, checked as in Python."""
+    from rethaw.sdk.agents import options
+
+    if given.get("idle_suspend") == "never":
+        given = {**given, "idle_suspend": None}
+    checked = options(given.get("name") or base.name, **{k: v for k, v in given.items() if k != "name"})
+    changes = {field: getattr(checked, field) for field in given}
+    if "env" in changes:
+        changes["env"] = {**base.env, **changes["env"]}
+    return dataclasses.replace(base, **changes)
+
+
+def _environment(pairs: list[str]) -> dict[str, str]:
+    from rethaw.model.errors import InvalidInput
+
+    out: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InvalidInput(f"--env {pair!r} has no '='", remedy="write --env NAME=VALUE")
+        out[name] = value
+    return out
+
+
+def _watch(connection: Client, session: Session[Any], json: bool) -> int:
+    from rethaw.cli import attach
+    from rethaw.model.enums import State
+    from rethaw.sdk import calls
+
+    output.note(f"session {session.id}; Ctrl-C detaches")
+    try:
+        attach.follow(connection, session.id, all_to_stderr=json)
+        view = connection.patient(calls.get(session.id))
+        outcome = connection.patient(calls.result(session.id, 0))
+    except KeyboardInterrupt:
+        output.note("")
+        output.note(f"detached; {session.id} goes on. Come back: rethaw logs -f {session.id}")
+        output.note(f"look at it: rethaw show {session.id}   end it: rethaw cancel {session.id}")
+        return _INTERRUPTED
+    if json:
+        output.emit({
+            "session": view.id,
+            "state": view.state.value,
+            "reason": view.reason.value,
+            "detail": view.detail,
+            "exit_code": view.exit_code,
+            "result": outcome.result,
+        })  # fmt: skip
+    elif outcome.result is not None:
+        output.data(outcome.result if isinstance(outcome.result, str) else _pretty(outcome.result))
+    if view.state is State.COMPLETED:
+        return view.exit_code or 0
+    said = output.plain(view.detail or view.reason.value)
+    sys.stdout.flush()
+    sys.stderr.write(f"rethaw: session {view.id} {view.state.value}: {said}; see `rethaw why {view.id}`\n")
+    return view.exit_code or 1
+
+
+def _pretty(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False, indent=2)

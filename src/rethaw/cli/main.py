@@ -1,0 +1,101 @@
+"""`rethaw`: parse, run one command, turn every error into one line and an exit code. Never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from rethaw import __version__
+from rethaw.cli.table import root_help
+from rethaw.model.errors import InvalidInput, RethawError
+
+_INTERRUPTED = 130
+_INTERNAL = 70  # EX_SOFTWARE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain at its exit otherwise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        return _INTERRUPTED
+    except RethawError as e:
+        return _fail(str(e), e.exit_code)
+    except Exception as e:
+        if os.environ.get("RETHAW_DEBUG"):
+            raise
+        said = f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
+        return _fail(f"internal error: {said}; RETHAW_DEBUG=1 shows where", _INTERNAL)
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        sys.stdout.write(root_help())
+        return 0
+    if args[0] == "--version":
+        sys.stdout.write(f"{__version__}\n")
+        return 0
+    if args[0] == "run":
+        from rethaw.cli.arguments import separate
+
+        args = ["run", *separate(args[1:])]
+
+    elif not args[0].startswith("-"):
+        _known(args[0])
+
+    from cyclopts import CycloptsError
+
+    from rethaw.cli.app import build
+
+    try:
+        result: object = build()(
+            args, exit_on_error=False, print_error=False, result_action="return_value", help_on_error=False
+        )
+    except CycloptsError as e:
+        raise InvalidInput(_one_line(str(e)).rstrip("."), remedy=f"see `{_help_for(args)}`") from e
+    return result if isinstance(result, int) else 0
+
+
+def _known(name: str) -> None:
+    from rethaw.cli.table import COMMANDS
+
+    names = {word for command in COMMANDS for word in (command.name.split()[0], *command.aliases)}
+    if name not in names:
+        import difflib
+
+        close = difflib.get_close_matches(name, sorted(names), 1)
+        meant = f"did you mean `rethaw {close[0]}`?" if close else "see `rethaw --help`"
+        raise InvalidInput(f"there is no command {name!r}", remedy=meant)
+
+
+def _help_for(args: list[str]) -> str:
+    from rethaw.cli.table import COMMANDS
+
+    names = {name for command in COMMANDS for name in (command.name, *command.aliases)}
+    for words in (2, 1):
+        if " ".join(args[:words]) in names:
+            return f"rethaw {' '.join(args[:words])} --help"
+    return "rethaw --help"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    sys.stderr.write(f"rethaw: {_one_line(message)}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

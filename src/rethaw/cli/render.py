@@ -1,0 +1,182 @@
+"""Events and sessions in words, for a reader. Nothing here prints."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, cast
+
+from rethaw.cli.output import ago, color, plain, state_color
+from rethaw.model.durations import human
+from rethaw.sdk.sizes import human_bytes, human_count
+
+if TYPE_CHECKING:
+    from rethaw.model.types import Event, SessionView
+    from rethaw.sdk.types import Detail, Stats, Why
+
+_BODY = 100  # characters of an event's body that are shown
+_ORDINARY = frozenset({"none", "exited", "cancelled"})  # reasons that say no more than the state
+
+
+def state_text(view: SessionView) -> str:
+    """`suspended (idle)`, with what is wrong."""
+    text = view.state.value
+    if view.reason.value not in _ORDINARY:
+        text += f" ({view.reason.value})"
+    if view.exit_code:
+        text += f" (exit code {view.exit_code})"
+    return f"{text}, durability degraded" if view.degraded else text
+
+
+def event_line(event: Event) -> str:
+    """One event: seq, time, line, type, what it says."""
+    said = " ".join(f"{key}={_value(value)}" for key, value in event.data.items() if value is not None)
+    body = "" if event.body is None else f" {_body(event.body)}"
+    at = event.at.astimezone().strftime("%H:%M:%S.%f")[:-3]
+    text = f"{event.seq:>5}  {at}  {event.line:>2}  {event.type.value:<20}  {plain(said)}{body}".rstrip()
+    return color(f"{text}  (superseded)", "2;9") if event.superseded else text
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _body(body: bytes) -> str:
+    return plain(repr(body.decode(errors="replace"))[1:-1], _BODY)
+
+
+def durability(stats: Stats) -> str:
+    """What durability did: "3 crashes, 4 model calls served from the log, 182k tokens not paid twice"."""
+    return ", ".join(
+        (
+            _count(stats.crashes, "crash", "crashes"),
+            f"{_count(stats.served_from_log, 'model call')} served from the log",
+            f"{_count(stats.tokens_not_paid_twice, 'token', shown=human_count)} not paid twice",
+        )
+    )
+
+
+def _count(number: int, one: str, many: str = "", shown: Any = str) -> str:
+    return f"{shown(number)} {one if number == 1 else many or one + 's'}"
+
+
+def agent_text(view: SessionView) -> str:
+    """What runs, in one line."""
+    agent = view.agent
+    what = agent.entry or " ".join(agent.command)
+    return plain(f"{agent.name}  {what}", 200)
+
+
+def image_text(view: SessionView) -> str:
+    image = view.agent.image
+    parts = [f"Debian {image.suite}"]
+    parts += [f"apt: {' '.join(image.apt)}"] if image.apt else []
+    parts += [f"pip: {' '.join(image.pip)}"] if image.pip else []
+    return ", ".join(parts)
+
+
+def show_lines(detail: Detail) -> list[str]:
+    """The text of `rethaw show`."""
+    view, stats = detail.view, detail.stats
+    rows = [
+        ("session", view.id),
+        ("agent", agent_text(view)),
+        ("image", image_text(view)),
+        ("state", color(state_text(view), state_color(view.state.value))),
+        ("detail", plain(view.detail or "")),
+        ("key", plain(view.key or "")),
+        ("created", f"{view.created_at.astimezone():%Y-%m-%d %H:%M:%S} ({ago(view.created_at)} ago)"),
+        ("memory", human_bytes(view.agent.memory_bytes)),
+        ("log", f"{view.last_seq} events, line {view.line}, attempt {view.attempt}"),
+        ("model", _model(stats)),
+        ("snapshots", f"{stats.snapshots}, {human_bytes(stats.stored_bytes)} stored"),
+        ("newest", view.snapshot or ""),
+        ("durability", f"{view.agent.durability.value}{', degraded' if view.degraded else ''}"),
+    ]
+    lines = [f"{name:<11} {value}" for name, value in rows if value]
+    return [*lines, "", durability(stats)]
+
+
+def _model(stats: Stats) -> str:
+    text = f"{_count(stats.exchanges, 'exchange')}, {_count(stats.upstream_calls, 'call')} to providers"
+    if stats.input_tokens or stats.output_tokens:
+        text += f", {human_count(stats.input_tokens)} tokens in, {human_count(stats.output_tokens)} out"
+    return text
+
+
+def why_lines(session: str, why: Why) -> list[str]:
+    """The text of `rethaw why`."""
+    head = why.state if why.reason in _ORDINARY else f"{why.state} ({why.reason})"
+    since = f" since {_when(why.since)}" if why.since else ""
+    lines = [color(f"{head}{since}", state_color(why.state))]
+    if why.detail:
+        lines.append(plain(why.detail))
+    for wait in why.waiting_for:
+        name = f" {wait.name!r}" if wait.name else ""
+        began = f", since {_when(wait.since)}" if wait.since else ""
+        lines.append(plain(f"waits for {wait.kind}{name}{began}"))
+        if wait.wakes_it:
+            lines.append(plain(f"  woken by: {wait.wakes_it}"))
+        elif wait.kind == "signal":
+            lines.append(plain(f"  woken by: rethaw signal {session} {wait.name} PAYLOAD"))
+    lines.append(f"last snapshot: {_place(why.last_snapshot) or 'none yet'}")
+    if why.would_resume_at is not None:
+        lines.append(f"would resume at: {_place(why.would_resume_at)}")
+    return lines
+
+
+def _when(text: str | None) -> str:
+    from datetime import datetime
+
+    try:
+        at = datetime.fromisoformat(text or "")
+    except ValueError:
+        return text or ""
+    return f"{at.astimezone():%H:%M:%S} ({ago(at)})"
+
+
+def _place(value: Any) -> str:
+    """A snapshot or a position in the log, however the server says it."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        found = cast("dict[str, Any]", value)
+        parts = [str(found[k]) if k == "id" else f"{k} {found[k]}" for k in ("id", "seq", "why", "at") if k in found]
+        return plain(", ".join(parts) or json.dumps(value))
+    return plain(f"seq {value}" if isinstance(value, int) else str(value))
+
+
+def happening(event: Event, session: str) -> str | None:
+    """What somebody who watches a session is told beside its output; None for what is no news."""
+    data = event.data
+    kind = event.type.value
+    if kind == "session.state":
+        return _state_news(data)
+    if kind == "session.crashed":
+        detail = f": {data['detail']}" if data.get("detail") else ""
+        return plain(f"crashed ({data.get('reason')}{detail}); coming back")
+    if kind == "snapshot.restored":
+        took = data.get("resume_ms")
+        return f"restored{f' in {human(float(took) / 1000)}' if took is not None else ''}"
+    if kind == "wait.opened":
+        if data.get("kind") == "signal":
+            return plain(f"waits for signal {data.get('name')!r}: rethaw signal {session} {data.get('name')} PAYLOAD")
+        return plain(f"waits for a message: rethaw send {session} TEXT") if data.get("kind") == "inbox" else None
+    if kind == "exchange.held":
+        return plain(f"the provider said {data.get('status')}; held until it answers")
+    if kind == "durability.degraded":
+        return plain(f"durability degraded: {data.get('detail') or 'snapshots cannot be saved'}")
+    if kind == "snapshot.unusable":
+        return plain(f"snapshot {data.get('snapshot')} is unusable: {data.get('why') or data.get('detail') or ''}")
+    if kind == "durability.restored":
+        return "durability restored"
+    return None
+
+
+def _state_news(data: dict[str, Any]) -> str | None:
+    state, reason = str(data.get("state")), str(data.get("reason") or "none")
+    if state not in ("suspended", "queued", "failed", "cancelled"):
+        return None
+    text = state if reason in _ORDINARY else f"{state} ({reason})"
+    return plain(f"{text}: {data['detail']}" if data.get("detail") else text)

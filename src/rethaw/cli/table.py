@@ -1,0 +1,72 @@
+"""Every command of `rethaw`, in the order of the help: where it is and what it does in one line.
+
+The help of `rethaw` itself is made of this alone, so that it comes without loading any command.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """`where` is "module:function" below `rethaw.cli.commands`. `name` has a space when it belongs to a group."""
+
+    name: str
+    where: str
+    summary: str
+    form: str = ""
+    aliases: tuple[str, ...] = ()
+
+
+GROUPS: dict[str, tuple[Command, ...]] = {
+    "Server": (
+        Command("up", "server:up", "Start everything on this machine (as root)."),
+        Command("doctor", "server:doctor", "Check that agents can run here, and say what is missing."),
+    ),
+    "Sessions": (
+        Command(
+            "run",
+            "run:run",
+            "Start a session and watch it.",
+            "FILE.py[::NAME] [--ARG VALUE ...] | --image base -- COMMAND ...",
+        ),
+        Command("ls", "look:ls", "List sessions.", aliases=("ps",)),
+        Command("show", "look:show", "Show a session, and what durability did for it.", "SESSION"),
+        Command("why", "look:why", "Say what a session waits for and what wakes it.", "SESSION"),
+        Command("events", "watch:events", "Print the context log.", "SESSION"),
+        Command("logs", "watch:logs", "Print what the program wrote.", "SESSION"),
+        Command("send", "act:send", "Send a message into a session's inbox.", "SESSION TEXT"),
+        Command("signal", "act:signal", "Complete a wait by its name.", "SESSION NAME [PAYLOAD]"),
+        Command("suspend", "act:suspend", "Freeze a session and release its memory.", "SESSION"),
+        Command("resume", "act:resume", "Let a suspended session go on.", "SESSION"),
+        Command("cancel", "act:cancel", "End a session.", "SESSION"),
+        Command("rm", "act:rm", "Erase sessions whole.", "SESSION ..."),
+        Command("crash", "act:crash", "Perform a crash, safely.", "SESSION [sandbox|node|db]"),
+        Command("snapshot ls", "look:snapshot_ls", "List a session's snapshots.", "SESSION"),
+    ),
+    "More": (Command("version", "look:version", "Print the version of this program and of the server."),),
+}
+GROUP_HELP = {"snapshot": "Snapshots of a session."}
+
+COMMANDS: tuple[Command, ...] = tuple(command for group in GROUPS.values() for command in group)
+
+
+def root_help() -> str:
+    """The text of `rethaw --help`."""
+    width = max(len(command.name) for command in COMMANDS) + 2
+    lines = ["Rethaw: AI agents that survive anything.", "", "Usage: rethaw COMMAND [OPTIONS]"]
+    for title, commands in GROUPS.items():
+        lines += ["", f"{title}:"]
+        for command in commands:
+            also = f" (also: {', '.join(command.aliases)})" if command.aliases else ""
+            lines.append(f"  {command.name:<{width}}{command.summary}{also}")
+    lines += [
+        "",
+        "A SESSION is an id or any unique beginning of one. Every command takes --json and --help.",
+        "",
+        "Begin with:",
+        "  sudo rethaw up --detach",
+        "  rethaw run examples/hello.py",
+    ]
+    return "\n".join(lines) + "\n"
