@@ -1,9 +1,9 @@
 """Memory and task limits by cgroup, version 1 or 2, whichever holds the controllers on this machine.
 
-    v1: /sys/fs/cgroup/{memory,pids}/rethaw/OWNER/NAME     v2: /sys/fs/cgroup/rethaw/OWNER/NAME
+    v1: /sys/fs/cgroup/{memory,pids,...}/rethaw/OWNER/NAME     v2: /sys/fs/cgroup/rethaw/OWNER/NAME
 
-A process joins by writing "0" to each of `Group.joins` before it becomes the engine's binary, so that everything it
-starts is inside from its first page on.
+Limits are set here; an engine that puts its processes in by itself is told `Group.path`. It may make the directory in
+hierarchies that we do not use, so all of them are cleaned.
 """
 
 from __future__ import annotations
@@ -47,20 +47,18 @@ def _counter(text: str, name: str) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """The cgroup of one sandbox. `memory` and `pids` are its directories, None where no controller limits them."""
+    """The cgroup of one sandbox. `memory` and `pids` are its directories, None where no controller limits them; `path`
+    is where it is below the root of each hierarchy in `mounts`."""
 
-    name: str
+    path: str
     memory: Path | None
     pids: Path | None
     version: int
+    mounts: tuple[Path, ...]
 
     @property
     def directories(self) -> list[Path]:
-        return list(dict.fromkeys(d for d in (self.memory, self.pids) if d is not None))
-
-    @property
-    def joins(self) -> list[Path]:
-        return [d / "cgroup.procs" for d in self.directories]
+        return [mount / self.path.lstrip("/") for mount in self.mounts]
 
     def limit(self, memory_bytes: int) -> bool:
         """Set the memory limit; False when more than that is in use (the limit then stays as it was)."""
@@ -109,8 +107,8 @@ class Group:
 
     def processes(self) -> list[int]:
         found: set[int] = set()
-        for path in self.joins:
-            found.update(int(p) for p in _read(path).split())
+        for directory in self.directories:
+            found.update(int(p) for p in _read(directory / "cgroup.procs").split())
         return sorted(found)
 
     def kill(self) -> None:
@@ -180,52 +178,51 @@ class Cgroups:
     memory: Path | None
     pids: Path | None
     version: int
+    mounts: tuple[Path, ...] = ()
     notes: str = ""
+
+    @property
+    def works(self) -> bool:
+        """Whether both limits can be set."""
+        return self.memory is not None and self.pids is not None
+
+    def group(self, owner: str, name: str) -> Group:
+        """The group of that name, whether it exists or not."""
+        path = f"/rethaw/{owner}/{name}"
+        memory = self.memory / path[1:] if self.memory else None
+        pids = self.pids / path[1:] if self.pids else None
+        return Group(path, memory, pids, self.version, self.mounts)
 
     def create(self, owner: str, name: str, memory_bytes: int, pids: int) -> Group:
         """A new group under `owner` with its limits set. Raises OSError when the kernel refuses."""
-        memory = self.memory / "rethaw" / owner / name if self.memory else None
-        tasks = self.pids / "rethaw" / owner / name if self.pids else None
-        group = Group(name, memory, tasks, self.version)
-        for directory in group.directories:
-            self._parents(directory)
+        group = self.group(owner, name)
+        for directory in dict.fromkeys(d for d in (group.memory, group.pids) if d is not None):
+            for parent in (directory.parent.parent, directory.parent):
+                parent.mkdir(exist_ok=True)
+                if self.version == 2:
+                    _write(parent / "cgroup.subtree_control", "+memory +pids")
             directory.mkdir(exist_ok=True)
-        if memory is not None:
-            group.raise_limit(memory_bytes)
-            if self.version == 2:
-                with contextlib.suppress(OSError):
-                    _write(memory / "memory.swap.max", "0")
-                _write(memory / "memory.oom.group", "1")
-        if tasks is not None:
-            _write(tasks / "pids.max", str(pids))
+        group.raise_limit(memory_bytes)
+        if group.memory is not None and self.version == 2:
+            with contextlib.suppress(OSError):
+                _write(group.memory / "memory.swap.max", "0")
+            _write(group.memory / "memory.oom.group", "1")
+        if group.pids is not None:
+            _write(group.pids / "pids.max", str(pids))
         return group
-
-    def _parents(self, directory: Path) -> None:
-        for parent in (directory.parent.parent, directory.parent):
-            parent.mkdir(exist_ok=True)
-            if self.version == 2:
-                _write(parent / "cgroup.subtree_control", "+memory +pids")
 
     def owned(self, owner: str) -> list[Group]:
         """The groups that exist under `owner`."""
         names: set[str] = set()
-        for base in filter(None, (self.memory, self.pids)):
+        for mount in self.mounts:
             with contextlib.suppress(OSError):
-                names.update(entry.name for entry in (base / "rethaw" / owner).iterdir() if entry.is_dir())
-        return [
-            Group(
-                name,
-                self.memory / "rethaw" / owner / name if self.memory else None,
-                self.pids / "rethaw" / owner / name if self.pids else None,
-                self.version,
-            )
-            for name in sorted(names)
-        ]
+                names.update(entry.name for entry in (mount / "rethaw" / owner).iterdir() if entry.is_dir())
+        return [self.group(owner, name) for name in sorted(names)]
 
     def disown(self, owner: str) -> None:
-        """Remove the directory of `owner` if nothing is left in it."""
-        for base in filter(None, (self.memory, self.pids)):
-            for directory in (base / "rethaw" / owner, base / "rethaw"):
+        """Remove the directories of `owner` if nothing is left in them."""
+        for mount in self.mounts:
+            for directory in (mount / "rethaw" / owner, mount / "rethaw"):
                 with contextlib.suppress(OSError):
                     directory.rmdir()
 
@@ -233,10 +230,12 @@ class Cgroups:
 def detect(mounts: Path = _MOUNTS) -> Cgroups:
     """What `mounts` offers. v2 counts only where it really has the controllers (hybrid machines leave it empty)."""
     v1: dict[str, Path] = {}
+    hierarchies: list[Path] = []
     v2: Path | None = None
     for line in _read(mounts).splitlines():
         _, where, kind, options, *_ = line.split()
         if kind == "cgroup":
+            hierarchies.append(Path(where))
             for name in {"memory", "pids"} & set(options.split(",")):
                 v1.setdefault(name, Path(where))
         elif kind == "cgroup2":
@@ -245,8 +244,9 @@ def detect(mounts: Path = _MOUNTS) -> Cgroups:
         try:
             _write(v2 / "cgroup.subtree_control", "+memory +pids")
         except OSError as error:
-            return Cgroups(None, None, 2, f"cgroup v2 at {v2} cannot hand out its controllers: {error}")
-        return Cgroups(v2, v2, 2)
+            return Cgroups(None, None, 2, (), f"cgroup v2 at {v2} cannot hand out its controllers: {error}")
+        return Cgroups(v2, v2, 2, (v2,))
     missing = [name for name in ("memory", "pids") if name not in v1]
-    notes = f"no cgroup controller for {' and '.join(missing)}" if missing else ""
-    return Cgroups(v1.get("memory"), v1.get("pids"), 1, notes)
+    if missing:
+        return Cgroups(None, None, 1, (), f"no cgroup controller for {' and '.join(missing)}")
+    return Cgroups(v1["memory"], v1["pids"], 1, tuple(hierarchies))

@@ -21,7 +21,7 @@ from rethaw.engines.base import ProbeReport, SandboxSpec
 from rethaw.engines.gvisor import clock as saved_clock
 from rethaw.engines.gvisor import spec as oci
 from rethaw.engines.gvisor.home import Home
-from rethaw.engines.gvisor.runsc import Builds, Runsc, call, joined, spawn
+from rethaw.engines.gvisor.runsc import Builds, Runsc, call, spawn
 from rethaw.engines.gvisor.sandbox import SECTIONS, GuestLog, GvisorSandbox
 from rethaw.model import faults
 from rethaw.model.errors import EngineError, EngineMismatch, RethawError
@@ -57,9 +57,9 @@ class GvisorEngine:
 
     def __init__(self, data_dir: Path) -> None:
         self._home = Home(data_dir.absolute())
-        self._builds = Builds(self._home.engines)
+        self._cgroups = cgroup_layout.detect()
+        self._builds = Builds(self._home.engines, ignore_cgroups=not self._cgroups.works)
         self._runsc: Runsc | None = None
-        self._cgroups: cgroup_layout.Cgroups | None = None
         self._cpu: frozenset[str] = frozenset()
         self._opening = asyncio.Lock()
         self._shelves: OrderedDict[SandboxSpec, _Shelf] = OrderedDict()
@@ -74,18 +74,12 @@ class GvisorEngine:
         async with self._opening:
             if self._runsc is None:
                 await asyncio.to_thread(self._home.open)
-                self._layout()
+                if self._cgroups.notes:
+                    log.warning("sandboxes run without limits of memory and processes: %s", self._cgroups.notes)
                 self._cpu = await asyncio.to_thread(cpu_features.features)
                 await asyncio.to_thread(cpu_features.remember, self._home.engines / "cpu", self._cpu)
                 self._runsc = await self._builds.current()
             return self._runsc
-
-    def _layout(self) -> cgroup_layout.Cgroups:
-        if self._cgroups is None:
-            self._cgroups = cgroup_layout.detect()
-            if self._cgroups.notes:
-                log.warning("sandboxes run without some limits: %s", self._cgroups.notes)
-        return self._cgroups
 
     async def build(self) -> str:
         return (await self._open()).sha256
@@ -119,14 +113,9 @@ class GvisorEngine:
     async def boot(self, spec: SandboxSpec) -> GvisorSandbox:
         runsc = await self._open()
         faults.point("engine.boot.before")
-        ahead = self._take(spec)
-        if ahead is None:
-            sandbox = await self._launch(spec, runsc, "run", "-detach")
-        else:
-            sandbox = ahead
-            await self._continue(sandbox, runsc.command(sandbox.root, "start", sandbox.id), "start")
-        faults.point("engine.boot.after")
-        return await self._hand_out(sandbox)
+        sandbox = self._take(spec) or await self._create(spec, runsc)
+        await self._continue(sandbox, "start")
+        return await self._hand_out(sandbox, "engine.boot.after")
 
     async def restore(
         self, spec: SandboxSpec, sections: dict[str, Path], *, build: str, cpu: str, clock: dict[str, object]
@@ -138,23 +127,16 @@ class GvisorEngine:
             if name not in sections or not sections[name].is_file():
                 raise EngineError(f"section {name} is missing", remedy="restore an older snapshot")
         faults.point("engine.restore.before")
-        ahead = self._take(spec) if runsc is current else None
+        sandbox = self._take(spec) if runsc is current else None
         links = self._home.path / "restore" / new_id("r")
         await asyncio.to_thread(_link, links, sections, clock)
         try:
-            if ahead is None:
-                sandbox = await self._launch(spec, runsc, "restore", "-detach", f"-image-path={links}")
-            else:
-                sandbox = ahead
-                bundle = oci.write_bundle(spec, self._home.path / "bundles")
-                argv = runsc.command(
-                    sandbox.root, "restore", "-detach", f"-bundle={bundle}", f"-image-path={links}", sandbox.id
-                )
-                await self._continue(sandbox, argv, "restore")
+            if sandbox is None:
+                sandbox = await self._create(spec, runsc)
+            await self._continue(sandbox, "restore", "-detach", f"-bundle={sandbox.bundle}", f"-image-path={links}")
         finally:
             await asyncio.to_thread(shutil.rmtree, links, True)
-        faults.point("engine.restore.after")
-        return await self._hand_out(sandbox)
+        return await self._hand_out(sandbox, "engine.restore.after")
 
     def _check_cpu(self, cpu: str) -> None:
         if cpu == cpu_features.digest(self._cpu):
@@ -174,10 +156,10 @@ class GvisorEngine:
                 cpu=cpu,
             )
 
-    async def _continue(self, sandbox: GvisorSandbox, argv: list[str], verb: str) -> None:
+    async def _continue(self, sandbox: GvisorSandbox, verb: str, *args: str) -> None:
         """Bring a created sandbox to life; it is destroyed when that fails."""
         try:
-            result = await call(argv, START_TIMEOUT_S)
+            result = await call(sandbox.runsc.command(sandbox.root, verb, *args, sandbox.id), START_TIMEOUT_S)
             if result.code != 0:
                 raise self._refused(verb, sandbox, result.err or result.out)
         except BaseException:
@@ -194,17 +176,18 @@ class GvisorEngine:
             )
         return EngineError(f"runsc {verb} failed: {text or 'it said nothing'}", remedy="see `rethaw doctor`")
 
-    async def _launch(self, spec: SandboxSpec, runsc: Runsc, verb: str, *args: str) -> GvisorSandbox:
-        """A sandbox by one runsc command (create, run, restore)."""
+    async def _create(self, spec: SandboxSpec, runsc: Runsc) -> GvisorSandbox:
+        """A sandbox that waits for `start` or `restore`."""
         id = new_id("sb")
         root = self._home.root(runsc.sha256)
-        bundle = oci.write_bundle(spec, self._home.path / "bundles")
         limit = oci.memory_limit(spec.memory_bytes)
         try:
-            group = self._layout().create(self._home.owner, id, limit, oci.task_limit(spec.pids))
+            # runsc tells the guest the limit it finds as MemTotal, and leaves a cgroup that exists as it is.
+            group = self._cgroups.create(self._home.owner, id, spec.memory_bytes, oci.task_limit(spec.pids))
+            bundle = oci.write_bundle(spec, self._home.bundle(id), None if runsc.ignore_cgroups else group.path)
         except OSError as error:
             raise EngineError(
-                f"cannot make a cgroup of {limit} bytes: {error}", remedy="see `rethaw doctor`"
+                f"cannot prepare a sandbox with {limit} bytes: {error}", remedy="see `rethaw doctor`"
             ) from error
         pid_file = root / f"{id}.pid"
         guest_in, our_in = os.pipe2(os.O_CLOEXEC)
@@ -216,15 +199,16 @@ class GvisorEngine:
             for fd in (our_in, our_out):
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-            argv = runsc.command(root, verb, *args, f"-bundle={bundle}", f"-pid-file={pid_file}", id)
+            argv = runsc.command(root, "create", f"-bundle={bundle}", f"-pid-file={pid_file}", id)
             try:
-                code = await spawn(joined(argv, group), guest_in, guest_out, guest_err, START_TIMEOUT_S)
+                code = await spawn(argv, guest_in, guest_out, guest_err, START_TIMEOUT_S)
             finally:
                 for fd in (guest_in, guest_out, guest_err):
                     os.close(fd)
             guest_log.drain()
             if code != 0:
-                raise self._refused(verb, None, guest_log.tail)
+                raise self._refused("create", None, guest_log.tail)
+            group.raise_limit(limit)
             try:
                 pid = int(pid_file.read_text())
                 sandbox = GvisorSandbox(
@@ -233,6 +217,7 @@ class GvisorEngine:
                     pid=pid,
                     runsc=runsc,
                     root=root,
+                    bundle=bundle,
                     group=group,
                     limit=limit,
                     channel=(our_in, our_out),
@@ -242,28 +227,29 @@ class GvisorEngine:
                     forget=self._live.discard,
                 )
             except (OSError, ValueError) as error:
-                raise self._refused(verb, None, guest_log.tail or str(error)) from None
+                raise self._refused("create", None, guest_log.tail or str(error)) from None
             finally:
                 pid_file.unlink(missing_ok=True)
         except BaseException:
             for fd in (our_in, our_out):
                 os.close(fd)
             guest_log.remove()
-            self._in_background(self._remove_failed(root, id, group))
+            self._in_background(self._remove_failed(runsc, root, id, group))
             raise
         self._live.add(sandbox)
         return sandbox
 
-    async def _remove_failed(self, root: Path, id: str, group: cgroup_layout.Group) -> None:
+    async def _remove_failed(self, runsc: Runsc, root: Path, id: str, group: cgroup_layout.Group) -> None:
         group.kill()
-        argv = (await self._open()).command(root, "delete", "-force", id)
         with contextlib.suppress(EngineError):
-            await call(argv, START_TIMEOUT_S)
+            await call(runsc.command(root, "delete", "-force", id), START_TIMEOUT_S)
         group.kill()
+        shutil.rmtree(self._home.bundle(id), ignore_errors=True)
         await group.remove()
 
-    async def _hand_out(self, sandbox: GvisorSandbox) -> GvisorSandbox:
+    async def _hand_out(self, sandbox: GvisorSandbox, fault_point: str) -> GvisorSandbox:
         try:
+            faults.point(fault_point)
             await sandbox.open_channel()
         except BaseException:
             self._discard(sandbox)
@@ -311,7 +297,7 @@ class GvisorEngine:
         await asyncio.sleep(pause_s)
         while len(shelf.ready) < shelf.target and not self._closed:
             try:
-                sandbox = await self._launch(spec, await self._open(), "create")
+                sandbox = await self._create(spec, await self._open())
             except (RethawError, OSError) as error:
                 log.warning("could not create a sandbox ahead: %s", error)
                 return
@@ -348,11 +334,10 @@ class GvisorEngine:
 
     def limits(self) -> str:
         """What is limited by cgroups here, for a reader."""
-        layout = self._layout()
-        return f"cgroup v{layout.version}" + (f" ({layout.notes})" if layout.notes else "")
+        return self._cgroups.notes or f"cgroup v{self._cgroups.version}"
 
     async def sweep_orphans(self) -> int:
-        return await self._home.sweep(self._layout())
+        return await self._home.sweep(self._cgroups)
 
     async def close(self) -> None:
         self._closed = True
@@ -364,7 +349,7 @@ class GvisorEngine:
             if sandbox.dead:
                 await sandbox.destroy()
                 await sandbox.cleaned()
-        await asyncio.to_thread(self._home.close, self._layout())
+        await asyncio.to_thread(self._home.close, self._cgroups)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

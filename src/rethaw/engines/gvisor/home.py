@@ -2,7 +2,7 @@
 
 DATA/run/INSTANCE/lock          held (flock) by the node process for its whole life
 DATA/run/INSTANCE/BUILD/        runsc --root, one for each build in use
-DATA/run/INSTANCE/bundles/SPEC/config.json
+DATA/run/INSTANCE/bundles/SANDBOX/config.json
 DATA/run/INSTANCE/restore/SANDBOX/   links to the sections while a restore reads them
 DATA/logs/sandbox-ID.log        standard error of a guest that wrote any
 """
@@ -64,6 +64,9 @@ class Home:
         root = self.path / build[:12]
         root.mkdir(exist_ok=True)
         return root
+
+    def bundle(self, sandbox: str) -> Path:
+        return self.path / "bundles" / sandbox
 
     def close(self, cgroups: Cgroups) -> None:
         """Give the lock back and remove what nothing uses any more. Blocking."""

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rethaw.engines.cgroups import Group
 from rethaw.model.errors import EngineError, EngineMismatch, EngineUnusable
 
 log = logging.getLogger("rethaw.engines")
@@ -31,8 +30,6 @@ _NEEDED = {
     "create": {"bundle", "pid-file"},
     "flags": {"root", "platform", "network", "overlay2", "ignore-cgroups"},
 }
-# The join happens in a shell, before runsc exists: what runsc starts must be in the cgroup from its first page on.
-_JOIN = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo 0 >"$1" || exit 97; shift; n=$((n-1)); done; exec "$@"'
 _ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
@@ -72,16 +69,13 @@ class Runsc:
     path: Path
     sha256: str
     features: Features
+    ignore_cgroups: bool = False
 
     def command(self, root: Path, *args: str) -> list[str]:
         """argv of a runsc command on the sandboxes under `root`. The same global flags on each call of a sandbox."""
-        globals_ = [
-            f"--root={root}",
-            "--platform=systrap",
-            "--network=none",
-            "--overlay2=root:memory",
-            "--ignore-cgroups",
-        ]
+        globals_ = [f"--root={root}", "--platform=systrap", "--network=none", "--overlay2=root:memory"]
+        if self.ignore_cgroups:
+            globals_.append("--ignore-cgroups")
         debug = os.environ.get("RETHAW_RUNSC_DEBUG")
         if debug:
             globals_ += ["--debug", f"--debug-log={debug}/"]
@@ -95,14 +89,6 @@ class Runsc:
         if self.features.has("checkpoint", "exclude-committed-zero-pages"):
             flags.append("-exclude-committed-zero-pages")
         return flags
-
-
-def joined(argv: Sequence[str], group: Group | None) -> list[str]:
-    """`argv`, started inside `group`."""
-    if group is None or not group.joins:
-        return list(argv)
-    joins = [str(path) for path in group.joins]
-    return ["/bin/sh", "-c", _JOIN, "rethaw", str(len(joins)), *joins, *argv]
 
 
 async def call(argv: Sequence[str], timeout_s: float) -> Result:
@@ -194,8 +180,9 @@ class Builds:
     The node runs the kept copy, not the file on PATH: a package upgrade under running sandboxes changes nothing.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, ignore_cgroups: bool) -> None:
         self._directory = directory
+        self._ignore_cgroups = ignore_cgroups
         self._known: dict[str, Runsc] = {}
         self._lock = asyncio.Lock()
 
@@ -214,7 +201,7 @@ class Builds:
                     f"{path} is runsc {features.version}, which lacks {', '.join(lacking)}", remedy=REMEDY
                 )
             kept = await asyncio.to_thread(self._keep, path, sha256, features)
-            runsc = self._known[sha256] = Runsc(kept, sha256, features)
+            runsc = self._known[sha256] = Runsc(kept, sha256, features, self._ignore_cgroups)
             return runsc
 
     async def kept(self, sha256: str) -> Runsc:
@@ -226,7 +213,7 @@ class Builds:
             path = self._directory / sha256 / "runsc"
             if path.is_file() and await asyncio.to_thread(digest, path) == sha256:
                 features = await self._features(sha256) or await learn(path)
-                runsc = self._known[sha256] = Runsc(path, sha256, features)
+                runsc = self._known[sha256] = Runsc(path, sha256, features, self._ignore_cgroups)
                 return runsc
             self._known.pop(sha256, None)
         what = "is damaged" if path.exists() else "is gone"

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,7 @@ class GvisorSandbox:
         pid: int,
         runsc: Runsc,
         root: Path,
+        bundle: Path,
         group: Group,
         limit: int,
         channel: tuple[int, int],
@@ -107,6 +109,7 @@ class GvisorSandbox:
         self.pid = pid
         self.runsc = runsc
         self.root = root
+        self.bundle = bundle
         self.group = group
         self.log = guest_log
         self._limit = limit
@@ -287,6 +290,7 @@ class GvisorSandbox:
         self.log.remove()
         self.group.kill()
         remove_state(self.root, self.id)
+        shutil.rmtree(self.bundle, ignore_errors=True)
         await self.group.remove()
         self._forget(self)
 

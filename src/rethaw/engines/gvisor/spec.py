@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +42,9 @@ def task_limit(pids: int) -> int:
     return 3 * pids + 256
 
 
-def config(spec: SandboxSpec) -> dict[str, Any]:
-    """config.json as a dictionary."""
+def config(spec: SandboxSpec, cgroup: str | None) -> dict[str, Any]:
+    """config.json as a dictionary. `cgroup` is the sandbox's own, below the root of each hierarchy; a save and its
+    restores differ in nothing else."""
     capabilities = list(CAPABILITIES)
     env = dict(spec.env)
     env.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
@@ -87,24 +86,14 @@ def config(spec: SandboxSpec) -> dict[str, Any]:
             tmpfs("/tmp", "1777"),
         ],
         "linux": {
-            "resources": {"memory": {"limit": spec.memory_bytes}},
             "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")],
+            **({"cgroupsPath": cgroup} if cgroup else {}),
         },
     }
 
 
-def digest(spec: SandboxSpec) -> str:
-    """Names the bundle of a spec: equal specs, equal digests."""
-    fields = {**asdict(spec), "rootfs": str(spec.rootfs), "config": config(spec)}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def write_bundle(spec: SandboxSpec, bundles: Path) -> Path:
-    """The bundle directory of `spec`, made on first use. Blocking."""
-    bundle = bundles / digest(spec)
-    if not (bundle / "config.json").exists():
-        bundle.mkdir(parents=True, exist_ok=True)
-        temporary = bundle / ".config.json"
-        temporary.write_text(json.dumps(config(spec)))
-        temporary.replace(bundle / "config.json")
+def write_bundle(spec: SandboxSpec, bundle: Path, cgroup: str | None) -> Path:
+    """The bundle directory of one sandbox. Blocking."""
+    bundle.mkdir(parents=True, exist_ok=True)
+    (bundle / "config.json").write_text(json.dumps(config(spec, cgroup)))
     return bundle
