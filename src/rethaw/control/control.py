@@ -17,11 +17,11 @@ from rethaw.control.waits import Addresses
 from rethaw.control.wakeups import NODE_CHANNEL, SESSION_CHANNEL, Transactions
 from rethaw.db.notify import NotifyHub
 from rethaw.db.pool import Database
+from rethaw.log.store import Log
 from rethaw.model import faults
 from rethaw.model.enums import Durability, EventType, Reason, State
 from rethaw.model.errors import Conflict, InvalidInput, WaitTimeout
 from rethaw.model.ids import new_id
-from rethaw.model.ports import LogSink
 from rethaw.model.types import (
     AgentSpec,
     Assignment,
@@ -46,7 +46,7 @@ class Control:
     def __init__(
         self,
         db: Database,
-        log: LogSink,
+        log: Log,
         hub: NotifyHub,
         *,
         public_url: str = "http://127.0.0.1:7420",
@@ -271,7 +271,9 @@ class Control:
         return view, events[-1].body if events else None
 
     async def stats(self, session: str) -> dict[str, int]:
-        return await self._run(lambda conn: stats.stats(conn, session))
+        """What `show` ends with: counts of the log over all lines, and of the snapshots."""
+        counted = await self._log.stats(session)
+        return {**counted, **await self._run(lambda conn: stats.stored(conn, session))}
 
     async def why(self, session: str) -> dict[str, Any]:
         return await self._run(lambda conn: stats.why(conn, session))

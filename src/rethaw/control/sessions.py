@@ -230,7 +230,7 @@ async def erase(conn: Conn, session: str, force: bool) -> dict[str, Any]:
 
 
 async def tombstone(conn: Conn, session: str) -> dict[str, Any]:
-    found = await rows.one(conn, "SELECT * FROM tombstones WHERE session = %s", (session,))
+    found = await rows.one(conn, "SELECT * FROM erasures WHERE session = %s", (session,))
     if found is None:
         raise rows.unknown(session)
     return found

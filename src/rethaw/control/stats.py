@@ -10,29 +10,18 @@ from rethaw.control.rows import POLICY_REASONS, Conn
 from rethaw.control.sessions import no_room
 from rethaw.model.enums import Desired, State
 
-_COUNTS = """
-SELECT
-    (SELECT count(*) FROM exchanges WHERE session = %(s)s) AS exchanges,
-    (SELECT count(*) FROM events WHERE session = %(s)s AND type = 'exchange.upstream') AS upstream_calls,
-    (SELECT count(*) FROM events WHERE session = %(s)s AND type = 'exchange.served') AS served_from_log,
-    (SELECT coalesce(sum((data->>'tokens')::numeric), 0) FROM events
-     WHERE session = %(s)s AND type = 'exchange.served' AND jsonb_typeof(data->'tokens') = 'number')
-        AS tokens_not_paid_twice,
-    (SELECT coalesce(sum((t.usage::jsonb->>'input_tokens')::numeric), 0) FROM exchanges x
-     JOIN exchange_state t USING (id) WHERE x.session = %(s)s AND t.usage IS NOT NULL) AS input_tokens,
-    (SELECT coalesce(sum((t.usage::jsonb->>'output_tokens')::numeric), 0) FROM exchanges x
-     JOIN exchange_state t USING (id) WHERE x.session = %(s)s AND t.usage IS NOT NULL) AS output_tokens,
-    (SELECT count(*) FROM events WHERE session = %(s)s AND type = 'snapshot.created') AS snapshots,
-    (SELECT count(*) FROM events WHERE session = %(s)s AND type = 'snapshot.restored') AS restores,
-    (SELECT coalesce(sum(stored_bytes), 0) FROM snapshots WHERE session = %(s)s AND NOT erased) AS stored_bytes
-"""
 
-
-async def stats(conn: Conn, session: str) -> dict[str, int]:
-    """Counts over all lines. `snapshots`: ever taken; `stored_bytes`: of those still kept."""
-    row = await rows.load(conn, session)
-    found = await rows.one_named(conn, _COUNTS, {"s": session})
-    return {"crashes": row.crashes, **{name: int(value) for name, value in found.items()}}
+async def stored(conn: Conn, session: str) -> dict[str, int]:
+    """`snapshots` and `restores`: ever; `stored_bytes`: of the snapshots that are still kept."""
+    found = await rows.one_named(
+        conn,
+        """SELECT (SELECT count(*) FROM events WHERE session = %(s)s AND type = 'snapshot.created') AS snapshots,
+                  (SELECT count(*) FROM events WHERE session = %(s)s AND type = 'snapshot.restored') AS restores,
+                  (SELECT coalesce(sum(stored_bytes), 0) FROM snapshots
+                   WHERE session = %(s)s AND NOT erased) AS stored_bytes""",
+        {"s": session},
+    )
+    return {name: int(value) for name, value in found.items()}
 
 
 async def why(conn: Conn, session: str) -> dict[str, Any]:
