@@ -1,0 +1,260 @@
+"""What does a freeze cost? `python -m benchmarks.freeze --json`, as root; needs runsc.
+
+An agent of about 50 MiB with the `openai` client loaded makes model calls in a real server; the same program, without
+Rethaw, is saved and restored by hand with `runsc` in the same run, from the same root filesystem.
+
+`pause_ms`: quiesce to thaw, from the log. `raw_pause_ms`: one `runsc checkpoint -leave-running` call. `durable_ms`:
+from the start of the pause until the snapshot's row is committed. `resume_ms`: from the log's first word of resuming
+until the agent's first output is durable in the log. `raw_resume_ms`: `runsc restore` into a sandbox created beforehand,
+until the program's first answer on its pipe. Sizes as stored, in MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from rethaw.engines.base import SandboxSpec
+from rethaw.engines.gvisor import spec as oci
+from rethaw.testing import processes
+from rethaw.testing.chaos.run import code_archive
+from rethaw.testing.provider import ProviderRequest, Reply, ScriptedProvider
+from rethaw.testing.server import RunningServer
+
+MIB = 1 << 20
+LOAD = """
+import json, os, random, sys
+import openai
+random.seed(1)
+heap = [os.urandom(1 << 20) for _ in range(8)]
+table = {i: "x%d" % random.random() for i in range(50_000)}
+def rss():
+    return int([l for l in open("/proc/self/status") if l.startswith("VmRSS")][0].split()[1]) / 1024
+"""
+AGENT = (
+    LOAD
+    + """
+def bench(ctx, turns, resumes):
+    client = openai.OpenAI()
+    messages = []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": "turn %d: what next?" % turn})
+        answer = client.chat.completions.create(model="bench", messages=messages)
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        heap[turn % 8] = os.urandom(1 << 18) + heap[turn % 8][1 << 18:]
+    print("rss", rss(), flush=True)
+    for n in range(resumes):
+        ctx.wait("go-%d" % n)
+        print("awake", n, flush=True)
+    return rss()
+"""
+)
+RAW = (
+    LOAD
+    + """
+print("ready", flush=True)
+for line in sys.stdin:
+    heap[hash(line) % 8] = os.urandom(1 << 18) + heap[hash(line) % 8][1 << 18:]
+    print("awake", line.strip(), flush=True)
+"""
+)
+
+
+def answer(request: ProviderRequest) -> Reply:
+    return Reply("thinking about it, " * 20, first_byte_s=0.6)
+
+
+# ---------------------------------------------------------------- by hand
+
+
+class ByHand:
+    """The same program under plain runsc."""
+
+    def __init__(self, rootfs: Path, work: Path) -> None:
+        self.work = work
+        spec = SandboxSpec("bench", rootfs, 512 * MIB, 512, ("/usr/bin/python3", "-c", RAW), (("PATH", "/usr/bin"),))
+        self.bundle = oci.write_bundle(spec, work)
+        self.base = [
+            shutil.which("runsc") or "runsc", "--root", str(work / "run"), "--platform=systrap", "--network=none",
+            "--overlay2=root:memory", "--ignore-cgroups",
+        ]  # fmt: skip
+        self.made: list[str] = []
+
+    def runsc(self, *args: str) -> float:
+        started = time.perf_counter()
+        subprocess.run([*self.base, *args], check=True, capture_output=True)
+        return (time.perf_counter() - started) * 1000
+
+    def begin(self, verb: str, name: str, *more: str) -> tuple[IO[str], IO[str]]:
+        guest_in, our_in = os.pipe()
+        our_out, guest_out = os.pipe()
+        with (self.work / "err").open("ab") as err:
+            command = [*self.base, verb, *more, f"-bundle={self.bundle}", name]
+            subprocess.run(command, check=True, stdin=guest_in, stdout=guest_out, stderr=err)
+        self.made.append(name)
+        os.close(guest_in)
+        os.close(guest_out)
+        return os.fdopen(our_in, "w", buffering=1), os.fdopen(our_out)
+
+    def measure(self, rounds: int) -> tuple[list[float], list[float]]:
+        say, hear = self.begin("run", "bench-0", "-detach")
+        hear.readline()
+        pauses: list[float] = []
+        resumes: list[float] = []
+        for n in range(rounds):
+            say.write(f"{n}\n")
+            hear.readline()
+            image = self.work / f"image-{n}"
+            image.mkdir()
+            flags = ("-compression=none", "-exclude-committed-zero-pages", "-leave-running", f"-image-path={image}")
+            pauses.append(self.runsc("checkpoint", *flags, "bench-0"))
+            name = f"bench-{n + 1}"
+            restored_say, restored_hear = self.begin("create", name)
+            started = time.perf_counter()
+            self.runsc("restore", "-detach", f"-bundle={self.bundle}", f"-image-path={image}", name)
+            restored_say.write("hello\n")
+            restored_hear.readline()
+            resumes.append((time.perf_counter() - started) * 1000)
+            self.remove(name)
+            shutil.rmtree(image)
+        return pauses, resumes
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self.runsc("kill", name, "KILL")
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self.runsc("delete", "-force", name)
+
+    def close(self) -> None:
+        for name in self.made:
+            self.remove(name)
+
+
+@contextlib.contextmanager
+def by_hand(rootfs: Path) -> Iterator[ByHand]:
+    work = Path(tempfile.mkdtemp(prefix="rethaw-bench-", dir="/dev/shm"))
+    hand = ByHand(rootfs, work)
+    try:
+        yield hand
+    finally:
+        hand.close()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- with Rethaw
+
+
+def at(event: dict[str, Any]) -> float:
+    return datetime.fromisoformat(event["at"]).timestamp() * 1000
+
+
+def resumes_of(events: list[dict[str, Any]]) -> list[float]:
+    """Milliseconds from each `resuming` to the next output."""
+    found: list[float] = []
+    since: float | None = None
+    for event in events:
+        if event["type"] == "session.state" and event["data"]["state"] == "resuming":
+            since = at(event)
+        elif event["type"] == "output" and since is not None:
+            found.append(at(event) - since)
+            since = None
+    return found
+
+
+def run(server: RunningServer, turns: int, rounds: int) -> tuple[list[dict[str, Any]], Path]:
+    digest = server.request("POST", "/v1/blobs", code_archive(agent=AGENT.encode()))["digest"]
+    agent = {
+        "name": "freeze", "entry": "agent.py::bench", "code": digest, "idle_suspend_s": 0.2, "image": {"pip": ["openai"]},
+    }  # fmt: skip
+    start = {"agent": agent, "args": {"turns": turns, "resumes": rounds}}
+    session = server.request("POST", "/v1/sessions", start)["id"]
+
+    def state() -> str:
+        found = server.request("GET", f"/v1/sessions/{session}")
+        if found["state"] in ("failed", "cancelled"):
+            raise RuntimeError(f"{found['state']}: {found['reason']} {found['detail']}\n{server.log_tail()}")
+        return str(found["state"])
+
+    for n in range(rounds):
+        processes.wait_until(lambda: state() == "suspended", 300, "the agent to be suspended")
+        time.sleep(0.5)  # the sandbox created ahead is filled again in the background, as it would be in life
+        server.request("POST", f"/v1/sessions/{session}/signals/go-{n}", {"payload": None})
+        processes.wait_until(lambda: state() in ("running", "waiting", "completed"), 60, "the agent to resume")
+    server.request("GET", f"/v1/sessions/{session}/result?wait_s=60", timeout_s=90)
+    events = server.events(session)
+    image = next(s["image"] for s in server.request("GET", f"/v1/sessions/{session}/snapshots")["snapshots"])
+    return events, (server.data_dir / "images" / image / "rootfs").resolve()
+
+
+async def measure(turns: int, rounds: int) -> dict[str, Any]:
+    async with ScriptedProvider(answer) as provider:
+        settings = {"base_url": provider.url, "key": "k", "auth": "bearer", "format": "openai"}
+
+        def work() -> dict[str, Any]:
+            with RunningServer(providers={"openai": settings}) as server:
+                events, rootfs = run(server, turns, rounds)
+                with by_hand(rootfs) as hand:
+                    raw_pauses, raw_resumes = hand.measure(max(rounds, 5))
+            snapshots = [e["data"] for e in events if e["type"] == "snapshot.created"]
+            calls = [s for s in snapshots if s["why"] == "exchange"]
+            resumes = resumes_of(events)
+            rss = float(_output(events).split("rss ")[1].split()[0])
+            pause, raw_pause = _p50([s["paused_ms"] for s in calls]), _p50(raw_pauses)
+            resume, raw_resume = _p50(resumes), _p50(raw_resumes)
+            return {
+                "engine": "gvisor",
+                "agent_rss_mib": round(rss, 1),
+                "pause_ms_p50": pause,
+                "raw_pause_ms_p50": raw_pause,
+                "pause_ratio": round(pause / raw_pause, 2),
+                "durable_ms_p50": _p50([s["durable_ms"] for s in calls]),
+                "resume_ms_p50": resume,
+                "raw_resume_ms_p50": raw_resume,
+                "resume_ratio": round(resume / raw_resume, 2),
+                "first_stored_mib": round(calls[0]["stored_bytes"] / MIB, 2),
+                "turn_stored_mib_p50": round(_p50([s["stored_bytes"] for s in calls[1:]]) / MIB, 2),
+                "turns": len(calls),
+                "resumes": len(resumes),
+            }
+
+        return await asyncio.to_thread(work)
+
+
+def _output(events: list[dict[str, Any]]) -> str:
+    import base64
+
+    return b"".join(base64.b64decode(e["body"]) for e in events if e["type"] == "output").decode()
+
+
+def _p50(values: list[float]) -> float:
+    return round(statistics.median(values), 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.freeze", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="nothing but the JSON object")
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=8, help="suspends and resumes")
+    args = parser.parse_args()
+    numbers = asyncio.run(measure(args.turns, args.rounds))
+    if not args.json:
+        for name, value in numbers.items():
+            sys.stdout.write(f"{name:>22} {value}\n")
+    sys.stdout.write(json.dumps(numbers) + "\n")
+
+
+if __name__ == "__main__":
+    main()
