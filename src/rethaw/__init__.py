@@ -1,3 +1,99 @@
-"""Rethaw: AI agents that survive anything."""
+"""Rethaw: AI agents that survive anything.
+
+Names load when they are first used, so that `import rethaw` in a sandbox needs only the standard library.
+"""
+
+from __future__ import annotations
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # typing's constant, without importing typing
+if TYPE_CHECKING:
+    from typing import Any
+
+    from rethaw.guest.acontext import AsyncContext
+    from rethaw.guest.context import Context
+    from rethaw.guest.protocol import Message, Signal
+    from rethaw.model import errors
+    from rethaw.model.errors import (
+        AmbiguousId,
+        ChannelBroken,
+        Conflict,
+        EngineError,
+        EngineMismatch,
+        EngineUnusable,
+        Fenced,
+        ImageError,
+        InvalidInput,
+        KeyReused,
+        NotFound,
+        ProviderError,
+        QuiesceTimeout,
+        RethawError,
+        SessionFailed,
+        SnapshotUnusable,
+        StorageFull,
+        TooLarge,
+        Unauthorized,
+        Unavailable,
+        WaitTimeout,
+    )
+    from rethaw.sdk.aclient import AsyncClient, AsyncSession
+    from rethaw.sdk.agents import Agent, agent
+    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.images import Image
+
+_ERRORS = (
+    "AmbiguousId", "ChannelBroken", "Conflict", "EngineError", "EngineMismatch", "EngineUnusable", "Fenced",
+    "ImageError", "InvalidInput", "KeyReused", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError",
+    "SessionFailed", "SnapshotUnusable", "StorageFull", "TooLarge", "Unauthorized", "Unavailable", "WaitTimeout",
+)  # fmt: skip
+_WHERE = {
+    "Agent": "rethaw.sdk.agents",
+    "agent": "rethaw.sdk.agents",
+    "AsyncClient": "rethaw.sdk.aclient",
+    "AsyncContext": "rethaw.guest.acontext",
+    "AsyncSession": "rethaw.sdk.aclient",
+    "Client": "rethaw.sdk.client",
+    "Context": "rethaw.guest.context",
+    "Image": "rethaw.sdk.images",
+    "Message": "rethaw.guest.protocol",
+    "Session": "rethaw.sdk.client",
+    "Signal": "rethaw.guest.protocol",
+    **dict.fromkeys(_ERRORS, "rethaw.model.errors"),
+}
+_IN_GUEST = ("Agent", "agent", "Image")  # these have a light form in sandboxes, where the SDK is not
+
+__all__ = [
+    "Agent", "AmbiguousId", "AsyncClient", "AsyncContext", "AsyncSession", "ChannelBroken", "Client", "Conflict",
+    "Context", "EngineError", "EngineMismatch", "EngineUnusable", "Fenced", "Image", "ImageError", "InvalidInput",
+    "KeyReused", "Message", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError", "Session", "SessionFailed",
+    "Signal", "SnapshotUnusable", "StorageFull", "TooLarge", "Unauthorized", "Unavailable", "WaitTimeout",
+    "__version__", "agent", "errors",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+    import os
+
+    if name == "errors":
+        return importlib.import_module("rethaw.model.errors")
+    where = _WHERE.get(name)
+    if where is None:
+        raise AttributeError(f"module 'rethaw' has no attribute {name!r}")
+    inside = "RETHAW_SOCKET" in os.environ
+    if inside and name in _IN_GUEST:
+        where = "rethaw.guest.definitions"
+    try:
+        value = getattr(importlib.import_module(where), name)
+    except ModuleNotFoundError as error:
+        if inside and where.startswith("rethaw.sdk"):
+            raise AttributeError(f"rethaw.{name} is not available inside a sandbox") from error
+        raise
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,187 @@
+"""AsyncContext: `Context` for asyncio. Standard library only, Python >= 3.9."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+from typing import Any, AsyncIterator, Callable, Dict, List, Optional, Set, Tuple, Union
+
+from rethaw.guest import protocol
+from rethaw.guest.context import Context
+from rethaw.guest.protocol import Message, Signal
+from rethaw.model.durations import Duration
+from rethaw.model.errors import Unavailable, WaitTimeout
+
+log = logging.getLogger("rethaw.guest")
+_Pair = Tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class AsyncContext:
+    """A session, seen from inside. Any number of calls may be open at once; cancelling a call's task cancels it."""
+
+    def __init__(self, path: Optional[str] = None) -> None:
+        self._path = protocol.socket_path(path)
+        self._about = Context(path)
+        self._free: List[_Pair] = []
+        self._loop: Optional[asyncio.AbstractEventLoop] = None
+        self._tasks: Set[asyncio.Task[None]] = set()
+
+    # ---- who this is: answered by guestd at once, so these do not need to be awaited
+
+    @property
+    def session(self) -> str:
+        """The session's id."""
+        return self._about.session
+
+    @property
+    def attempt(self) -> int:
+        """Which life of the process tree this is, from 1."""
+        return self._about.attempt
+
+    @property
+    def args(self) -> Dict[str, Any]:
+        """What the session was started with."""
+        return self._about.args
+
+    @property
+    def fresh(self) -> bool:
+        """True when an earlier life was abandoned: `history()` has its context, this process has nothing of it."""
+        return self._about.fresh
+
+    @property
+    def generation(self) -> str:
+        """A UUID that changes with each restore."""
+        return protocol.generation(self._path)
+
+    # ---- messages and signals
+
+    async def receive(self, timeout: Optional[Duration] = None) -> Message:
+        """The next inbox message; it is consumed. Raises WaitTimeout."""
+        return protocol.message_of(await self._call("receive", protocol.wait_body(timeout=timeout)), timeout)
+
+    async def messages(self, idle: Optional[Duration] = None) -> AsyncIterator[Message]:
+        """Messages as they come, until none has come for `idle`."""
+        while True:
+            try:
+                message = await self.receive(timeout=idle)
+            except WaitTimeout:
+                return
+            yield message
+
+    async def send(self, payload: Any) -> None:
+        """Put a message into the outbox. It is seen outside once a snapshot that contains this moment is durable."""
+        await self._call("send", protocol.payload_body(payload))
+
+    async def signal(self, name: str) -> Signal:
+        """A signal to wait for, with `url`: a POST of JSON to it completes it, once."""
+        ok = json.loads(await self._call("signal_url", protocol.wait_body(name)))
+        return Signal(name, ok.get("url"))
+
+    async def wait(self, name: Union[str, Signal], timeout: Optional[Duration] = None) -> Signal:
+        """Until the signal comes. Raises WaitTimeout."""
+        wanted = name.name if isinstance(name, Signal) else name
+        return protocol.signal_of(await self._call("wait", protocol.wait_body(wanted, timeout)), wanted, timeout)
+
+    # ---- time, events, snapshots
+
+    async def sleep(self, duration: Duration) -> None:
+        """Sleep; the session may be suspended meanwhile."""
+        await self._call("sleep", protocol.sleep_body(duration))
+
+    async def emit(self, name: str, **data: Any) -> None:
+        """Add an event to the session's log."""
+        await self._call("emit", protocol.emit_body(name, data))
+
+    async def snapshot(self) -> str:
+        """Take a snapshot now; returns its id once it is durable. What follows happens after it."""
+        return str(json.loads(await self._call("snapshot", b"{}"))["snapshot"])
+
+    async def history(self) -> List[Dict[str, Any]]:
+        """The events of this session so far, oldest first: {seq, type, data, body, at}."""
+        events: List[Dict[str, Any]] = []
+        while True:
+            after = int(events[-1]["seq"]) if events else 0
+            page = json.loads(await self._call("history", protocol.history_body(after)))
+            events += page["events"]
+            if not page.get("more") or not page["events"]:
+                return events
+
+    def on_restore(self, function: Callable[[str], Any]) -> Callable[[str], Any]:
+        """Call (and await, when it is a coroutine function) `function(generation)` after each restore. Usable as a
+        decorator, where a loop runs."""
+        known = self.generation
+        task = asyncio.get_running_loop().create_task(self._restores(known, function))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return function
+
+    async def _restores(self, known: str, function: Callable[[str], Any]) -> None:
+        pair = await self._connect()
+        try:
+            # a restore between reading `known` and now is told at once: guestd compares
+            await _exchange(pair, "subscribe", protocol.to_json({"generation": known}, "the generation"))
+            while True:
+                header, body = await _next(pair[0])
+                if header.get("event") == "restore":
+                    await _run(function, json.loads(body)["generation"])
+        except (OSError, ValueError, Unavailable):
+            pass
+        finally:
+            pair[1].close()
+
+    # ---- calls
+
+    async def result(self, value: Any) -> None:
+        """What the session's caller gets. The runner of @rethaw.agent functions calls this with their return value."""
+        await self._call("result", protocol.result_body(value))
+
+    async def _call(self, op: str, body: bytes) -> bytes:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # connections belong to the loop that made them
+            self._free = []
+            self._loop = loop
+        pair = self._free.pop() if self._free else await self._connect()
+        try:
+            answer = await _exchange(pair, op, body)
+        except OSError as error:
+            pair[1].close()
+            raise Unavailable(f"guestd went away: {error}") from error
+        except BaseException:
+            pair[1].close()  # its answer would be taken for the next call's; guestd cancels the call
+            raise
+        self._free.append(pair)
+        return protocol.answer_of(answer)
+
+    async def _connect(self) -> _Pair:
+        try:
+            return await asyncio.open_unix_connection(self._path)
+        except OSError:
+            protocol.no_guestd(self._path)
+
+
+async def _exchange(pair: _Pair, op: str, body: bytes) -> bytes:
+    pair[1].write(protocol.request(op, 1, body))
+    await pair[1].drain()
+    while True:
+        header, answer = await _next(pair[0])
+        if header.get("ref") in (0, 1):
+            return answer
+
+
+async def _next(reader: asyncio.StreamReader) -> Tuple[Dict[str, Any], bytes]:
+    try:
+        header = json.loads(await reader.readuntil(b"\n"))
+        return header, await reader.readexactly(header["len"])
+    except (EOFError, asyncio.LimitOverrunError):
+        raise Unavailable("guestd closed the connection") from None
+
+
+async def _run(function: Callable[[str], Any], generation: str) -> None:
+    try:
+        outcome = function(generation)
+        if inspect.isawaitable(outcome):
+            await outcome
+    except Exception:
+        log.exception("on_restore: %r failed", function)

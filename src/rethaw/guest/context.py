@@ -1,0 +1,200 @@
+"""Context: how an agent talks to Rethaw, from ordinary blocking code. Standard library only, Python >= 3.9."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Optional, Tuple, Union
+
+from rethaw.guest import protocol
+from rethaw.guest.protocol import Message, Signal
+from rethaw.model.durations import Duration
+from rethaw.model.errors import Unavailable, WaitTimeout
+
+log = logging.getLogger("rethaw.guest")
+
+
+class Connection:
+    """One connection to guestd, one call at a time."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.connect(path)
+        except OSError:
+            self._socket.close()
+            protocol.no_guestd(path)
+        self._file: BinaryIO = self._socket.makefile("rb")
+        self._ref = 0
+
+    def call(self, op: str, body: bytes) -> bytes:
+        self._ref += 1
+        self._socket.sendall(protocol.request(op, self._ref, body))
+        while True:
+            header, answer = self.next()
+            if header.get("ref") in (self._ref, 0):
+                return answer
+
+    def next(self) -> Tuple[Dict[str, Any], bytes]:
+        line = self._file.readline()
+        if line:
+            header: Dict[str, Any] = json.loads(line)
+            body = self._file.read(header["len"])
+            if len(body) == header["len"]:
+                return header, body
+        raise Unavailable("guestd closed the connection")
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+
+class Context:
+    """A session, seen from inside. May be used from several threads and processes of the sandbox at once."""
+
+    def __init__(self, path: Optional[str] = None) -> None:
+        self._path = protocol.socket_path(path)
+        self._lock = threading.Lock()
+        self._free: List[Connection] = []
+        self._pid = os.getpid()
+        self._info: Optional[Dict[str, Any]] = None
+
+    # ---- who this is
+
+    @property
+    def session(self) -> str:
+        """The session's id."""
+        return str(self._about()["session"])
+
+    @property
+    def attempt(self) -> int:
+        """Which life of the process tree this is, from 1."""
+        return int(self._about()["attempt"])
+
+    @property
+    def args(self) -> Dict[str, Any]:
+        """What the session was started with."""
+        return dict(self._about()["args"])
+
+    @property
+    def fresh(self) -> bool:
+        """True when an earlier life was abandoned: `history()` has its context, this process has nothing of it."""
+        return bool(self._about()["fresh"])
+
+    @property
+    def generation(self) -> str:
+        """A UUID that changes with each restore."""
+        return protocol.generation(self._path)
+
+    # ---- messages and signals
+
+    def receive(self, timeout: Optional[Duration] = None) -> Message:
+        """The next inbox message; it is consumed. Raises WaitTimeout."""
+        return protocol.message_of(self._call("receive", protocol.wait_body(timeout=timeout)), timeout)
+
+    def messages(self, idle: Optional[Duration] = None) -> Iterator[Message]:
+        """Messages as they come, until none has come for `idle`."""
+        while True:
+            try:
+                message = self.receive(timeout=idle)
+            except WaitTimeout:
+                return
+            yield message
+
+    def send(self, payload: Any) -> None:
+        """Put a message into the outbox. It is seen outside once a snapshot that contains this moment is durable."""
+        self._call("send", protocol.payload_body(payload))
+
+    def signal(self, name: str) -> Signal:
+        """A signal to wait for, with `url`: a POST of JSON to it completes it, once."""
+        ok = json.loads(self._call("signal_url", protocol.wait_body(name)))
+        return Signal(name, ok.get("url"))
+
+    def wait(self, name: Union[str, Signal], timeout: Optional[Duration] = None) -> Signal:
+        """Until the signal comes. Raises WaitTimeout."""
+        wanted = name.name if isinstance(name, Signal) else name
+        return protocol.signal_of(self._call("wait", protocol.wait_body(wanted, timeout)), wanted, timeout)
+
+    # ---- time, events, snapshots
+
+    def sleep(self, duration: Duration) -> None:
+        """Sleep; the session may be suspended meanwhile."""
+        self._call("sleep", protocol.sleep_body(duration))
+
+    def emit(self, name: str, **data: Any) -> None:
+        """Add an event to the session's log."""
+        self._call("emit", protocol.emit_body(name, data))
+
+    def snapshot(self) -> str:
+        """Take a snapshot now; returns its id once it is durable. What follows happens after it."""
+        return str(json.loads(self._call("snapshot", b"{}"))["snapshot"])
+
+    def history(self) -> List[Dict[str, Any]]:
+        """The events of this session so far, oldest first: {seq, type, data, body, at}."""
+        events: List[Dict[str, Any]] = []
+        while True:
+            after = int(events[-1]["seq"]) if events else 0
+            page = json.loads(self._call("history", protocol.history_body(after)))
+            events += page["events"]
+            if not page.get("more") or not page["events"]:
+                return events
+
+    def on_restore(self, function: Callable[[str], Any]) -> Callable[[str], Any]:
+        """Call `function(generation)` after each restore, in a thread of its own. Usable as a decorator."""
+        known = self.generation
+        connection = Connection(self._path)
+        connection.call("subscribe", protocol.to_json({"generation": known}, "the generation"))
+        thread = threading.Thread(
+            target=self._restores, args=(connection, function), name="rethaw-restore", daemon=True
+        )
+        thread.start()
+        return function
+
+    def _restores(self, connection: Connection, function: Callable[[str], Any]) -> None:
+        while True:
+            try:
+                header, body = connection.next()
+            except (OSError, ValueError, Unavailable):
+                return
+            if header.get("event") == "restore":
+                try:
+                    function(json.loads(body)["generation"])
+                except Exception:
+                    log.exception("on_restore: %r failed", function)
+
+    # ---- calls
+
+    def result(self, value: Any) -> None:
+        """What the session's caller gets. The runner of @rethaw.agent functions calls this with their return value."""
+        self._call("result", protocol.result_body(value))
+
+    def _about(self) -> Dict[str, Any]:
+        if self._info is None:
+            self._info = dict(json.loads(self._call("info", b"{}")))
+        return self._info
+
+    def _call(self, op: str, body: bytes) -> bytes:
+        connection = self._take()
+        try:
+            answer = connection.call(op, body)
+        except OSError as error:
+            connection.close()
+            raise Unavailable(f"guestd went away: {error}") from error
+        except BaseException:
+            connection.close()  # its answer would be taken for the next call's; guestd cancels the call
+            raise
+        with self._lock:
+            self._free.append(connection)
+        return protocol.answer_of(answer)
+
+    def _take(self) -> Connection:
+        with self._lock:
+            if self._pid != os.getpid():  # after a fork: those connections are the parent's
+                self._free = []
+                self._pid = os.getpid()
+            if self._free:
+                return self._free.pop()
+        return Connection(self._path)

@@ -1,0 +1,84 @@
+"""Runs an agent that is a Python function: `python3 -m rethaw.guest.runner agent.py::coder`.
+
+The file is looked for in RETHAW_APP (default /app). What the function returns becomes the session's result. An
+exception goes to stderr with its traceback, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, Callable, Dict, cast
+
+from rethaw.guest.acontext import AsyncContext
+from rethaw.guest.context import Context
+from rethaw.guest.definitions import Agent
+from rethaw.model.errors import InvalidInput, NotFound, RethawError
+
+
+def load(entry: str, directory: Path) -> Callable[..., Any]:
+    """The function that `entry` ("FILE.py::NAME", NAME optional when the file has one agent) names.
+    Raises NotFound, InvalidInput; what the file itself raises passes through."""
+    name_of_file, _, name = entry.partition("::")
+    path = directory / name_of_file
+    if not path.is_file():
+        raise NotFound(f"there is no file {path}", remedy="name a file of the agent's code, such as agent.py::coder")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise InvalidInput(f"{path} is not a Python file", remedy="its name has to end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    everything = vars(module)
+    agents = {key: value for key, value in everything.items() if isinstance(value, Agent)}
+    if name:
+        found = everything.get(name) or next((a for a in agents.values() if a.name == name), None)
+    else:
+        found = next(iter(agents.values())) if len(agents) == 1 else None
+    if not callable(found):
+        known = ", ".join(agents) or "none"
+        raise NotFound(f"{path} has no agent {name!r}; it defines: {known}", remedy=f"write {name_of_file}::NAME")
+    return found.function if isinstance(found, Agent) else cast("Callable[..., Any]", found)
+
+
+def run(function: Callable[..., Any]) -> None:
+    """Call it with its Context and the session's arguments, and report what it returns."""
+    context = Context()
+    args = context.args
+    if inspect.iscoroutinefunction(function):
+        value = asyncio.run(_run_async(function, args))
+    else:
+        value = function(context, **args)
+    context.result(value)
+
+
+async def _run_async(function: Callable[..., Any], args: Dict[str, Any]) -> Any:
+    return await function(AsyncContext(), **args)
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print("usage: python3 -m rethaw.guest.runner FILE.py::NAME", file=sys.stderr)
+        return 2
+    entry = sys.argv[1]
+    sys.argv = [entry.partition("::")[0]]
+    try:
+        run(load(entry, Path(os.environ.get("RETHAW_APP", "/app"))))
+    except RethawError as error:
+        traceback.print_exc()
+        print(f"rethaw: {error}", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
