@@ -73,7 +73,7 @@ class Intake:
             raise Broken("upstream was lost in the middle of this answer")
         body = await sink.read_request(x.id)
         run = runs[x.id] = Run(sink, batcher, x)
-        self._start(run, None, body)
+        self._start(run, body)
         return run
 
     # ------------------------------------------------------------ a request
@@ -116,7 +116,7 @@ class Intake:
             head, data = refusal(provider_error, anthropic=_anthropic(self._shared, meta))
             run.task = self._shared.spawn(_refuse(run, head, data))
         else:
-            self._start(run, request.auth_at, body)
+            self._start(run, body)
         if meta.model_call and life.tail:
             self._off_the_line(life, run)
         return run
@@ -128,7 +128,7 @@ class Intake:
             return request.meta(body, digest, model_call=False), error
         return request.meta(body, digest, model_call=provider.is_model_call(request.method, request.path)), None
 
-    def _start(self, run: Run, auth_at: int | None, body: bytes) -> None:
+    def _start(self, run: Run, body: bytes) -> None:
         """Begin to read the answer."""
         try:
             provider = self._shared.providers.get(run.meta.provider)
@@ -141,7 +141,6 @@ class Intake:
             run=run,
             provider=provider,
             upstream=self._shared.upstream,
-            auth_at=auth_at,
             body=body,
             hold_max_s=session.agent.hold_max_s,
             record=session.record,

@@ -43,7 +43,6 @@ class Pump:
     run: Run
     provider: Provider
     upstream: Upstream
-    auth_at: int | None
     body: bytes
     hold_max_s: float
     record: Callable[[Sequence[NewEvent]], Awaitable[object]]
@@ -104,7 +103,7 @@ class Pump:
         run = self.run
         sent, run.sent = run.sent, True  # until we know better: a cancelled try may have been sent
         try:
-            async with self.upstream.send(self.provider, run.meta, self.auth_at, self.body) as answer:
+            async with self.upstream.send(self.provider, run.meta, self.body) as answer:
                 later = await self._later(answer, deadline)
                 if later is not None and later.answer is None:
                     return later

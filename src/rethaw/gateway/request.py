@@ -73,7 +73,6 @@ class Request:
     path: str
     query: str
     headers: tuple[tuple[str, str], ...]  # order kept; hop-by-hop and secret ones left out
-    auth_at: int | None  # where among `headers` the guest's own key stood
     guest_id: str
 
     def meta(self, body: bytes, digest: str, *, model_call: bool) -> RequestMeta:
@@ -125,8 +124,8 @@ def parse(meta: Mapping[str, object]) -> Request:
         raise InvalidInput(
             f"query {query[:120]!r} has characters that a URL cannot carry", remedy="percent-encode them"
         )
-    headers, auth_at = _headers(meta.get("headers", ()))
-    return Request(provider, method, path, query, headers, auth_at, guest_id)
+    headers = _headers(meta.get("headers", ()))
+    return Request(provider, method, path, query, headers, guest_id)
 
 
 def model_name(body: bytes) -> str | None:
@@ -163,7 +162,7 @@ def _check_path(path: str) -> None:
         plain = unquote(plain, errors="replace")
 
 
-def _headers(value: object) -> tuple[tuple[tuple[str, str], ...], int | None]:
+def _headers(value: object) -> tuple[tuple[str, str], ...]:
     items = _sequence(value)
     if items is None:
         raise InvalidInput("headers of a request are not a list", remedy="the guest is not guestd")
@@ -183,13 +182,13 @@ def _headers(value: object) -> tuple[tuple[tuple[str, str], ...], int | None]:
     if size > HEADERS_LIMIT:
         raise TooLarge(f"the headers of a request have {size} bytes", remedy=f"send at most {HEADERS_LIMIT}")
     # what Connection lists is hop-by-hop too
-    hop = HOP_BY_HOP | {t.strip().lower() for n, v in pairs if n.lower() == "connection" for t in v.split(",")}
+    hop = (
+        HOP_BY_HOP
+        | SECRET_HEADERS
+        | {t.strip().lower() for n, v in pairs if n.lower() == "connection" for t in v.split(",")}
+    )
     kept: list[tuple[str, str]] = []
-    auth_at: int | None = None
     for name, text in pairs:
-        low = name.lower()
-        if low in SECRET_HEADERS:
-            auth_at = len(kept) if auth_at is None else auth_at
-        elif low not in hop:
+        if name.lower() not in hop:
             kept.append((name, text))
-    return tuple(kept), auth_at
+    return tuple(kept)

@@ -91,15 +91,13 @@ class Upstream:
             await self._http.close()
 
     @contextlib.asynccontextmanager
-    async def send(
-        self, provider: Provider, meta: RequestMeta, auth_at: int | None, body: bytes
-    ) -> AsyncGenerator[Answer, None]:
+    async def send(self, provider: Provider, meta: RequestMeta, body: bytes) -> AsyncGenerator[Answer, None]:
         """Send a request; the answer once its head is here. Raises one of NOT_SENT or BROKEN."""
         assert self._http is not None, "start() comes first"
         headers = CIMultiDict[str]()
         pairs = [(n, v) for n, v in meta.headers if n.lower() != (provider.auth_header or "").lower()]
         if provider.auth_header is not None and provider.auth_value is not None:
-            pairs.insert(len(pairs) if auth_at is None else auth_at, (provider.auth_header, provider.auth_value))
+            pairs.append((provider.auth_header, provider.auth_value))
         for name, value in pairs:
             headers.add(name, _utf8(value))
         if body or meta.method in ("POST", "PUT", "PATCH"):
