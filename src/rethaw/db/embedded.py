@@ -106,6 +106,11 @@ class EmbeddedPostgres:
     def dsn(self) -> str:
         return self._dsn(NAME, NAME)
 
+    @property
+    def admin_dsn(self) -> str:
+        """For the superuser `postgres`."""
+        return self._dsn("postgres", "postgres")
+
     def _dsn(self, user: str, dbname: str) -> str:
         return make_conninfo(host=str(self._parent / "s"), port=5432, user=user, dbname=dbname)
 
@@ -273,9 +278,7 @@ class EmbeddedPostgres:
                 raise Unavailable(f"PostgreSQL ended with {process.returncode} at its start: {self._last_words()}",
                                   remedy=f"see {self.log_file}")  # fmt: skip
             try:
-                conn = await AsyncConnection.connect(
-                    self._dsn("postgres", "postgres"), autocommit=True, connect_timeout=10
-                )
+                conn = await AsyncConnection.connect(self.admin_dsn, autocommit=True, connect_timeout=10)
                 break
             except psycopg.OperationalError as e:
                 if time.monotonic() > deadline:

@@ -1,9 +1,7 @@
 """Lines and paths: which events the session's current line sees.
 
 A line sees its parent's events up to `branch_seq`, then its own. The path of a session is its current line, back
-through the parents. What happened to the sandbox or upstream (`STAYS`) is on every path: no rollback of the guest
-undoes it. (Messages and signals are not among them: control logs those again on a line that lost them, in the order in
-which the agent will get them.)
+through the parents. What the world outside the guest did (`STAYS`) is on every path: no rollback undoes it.
 """
 
 from __future__ import annotations
@@ -24,6 +22,9 @@ STAYS: frozenset[EventType] = frozenset(
         EventType.SESSION_STATE,
         EventType.SESSION_CRASHED,
         EventType.LINE_OPENED,
+        EventType.MESSAGE_RECEIVED,
+        EventType.MESSAGE_PUBLISHED,
+        EventType.SIGNAL_RECEIVED,
         EventType.EXCHANGE_UPSTREAM,
         EventType.EXCHANGE_COMPLETED,
         EventType.EXCHANGE_FAILED,

@@ -154,6 +154,7 @@ $$;
 CREATE FUNCTION rethaw_stays(p_type text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT p_type IN (
         'session.created', 'session.state', 'session.crashed', 'line.opened',
+        'message.received', 'message.published', 'signal.received',
         'exchange.upstream', 'exchange.completed', 'exchange.failed', 'exchange.held', 'exchange.reissued',
         'exchange.torn', 'exchange.orphaned',
         'snapshot.created', 'snapshot.restored', 'snapshot.failed', 'snapshot.unusable',
