@@ -52,6 +52,7 @@ class Exchange(Stream):
             "exchange": self.exchange,
             "head_received": self.head_received,
             "received": self.inp.offset,
+            "base": self.out.base,
         }
 
     def on_accept(self, exchange: str) -> None:
