@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gateway_fixtures import Gate, Hooks, MemoryLog
+
+from rethaw.gateway import Gateway, Providers, SessionGateway
+from rethaw.model.types import AgentSpec
+from rethaw.node.link import Link, open_pipes
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
-
-from gateway_fixtures import Gate, Hooks, MemoryLog  # noqa: E402
-
-from rethaw.gateway import Gateway, Providers, SessionGateway  # noqa: E402
-from rethaw.model.types import AgentSpec  # noqa: E402
-from rethaw.node.link import Link, open_pipes  # noqa: E402
 
 
 @dataclass

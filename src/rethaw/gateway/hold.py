@@ -10,6 +10,7 @@ from datetime import UTC
 
 from rethaw.gateway.usage import decode, header
 
+BACKOFF_S = 1.0  # first pause when the provider names none
 BACKOFF_MAX_S = 60.0
 PEEK = 64 << 10  # of a 429's body, to see whether waiting helps at all
 # Said with 429, but no waiting mends them: the account must be looked after
@@ -55,7 +56,7 @@ def hopeless(headers: Sequence[tuple[str, str]], body: bytes) -> bool:
 
 def pause(tries: int, asked: float | None) -> float:
     """Seconds until the next try: what the provider asked for, else 1, 2, 4 .. 60."""
-    return asked if asked is not None else min(BACKOFF_MAX_S, 2.0 ** min(tries - 1, 10))
+    return asked if asked is not None else min(BACKOFF_MAX_S, BACKOFF_S * 2.0 ** min(tries - 1, 10))
 
 
 def jitter(pause_s: float) -> float:

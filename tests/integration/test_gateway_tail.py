@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from gateway_fixtures import Rig, make_rig
+from db_fixtures import Cluster, new_database, system_cluster
+from gateway_fixtures import PostgresLog, Rig, make_rig
 
+from rethaw.db.notify import NotifyHub
+from rethaw.db.pool import Database
 from rethaw.model.enums import EventType, ExchangeState
 from rethaw.testing.provider import Reply, ScriptedProvider, echo
 
 E = EventType
+__all__ = ["Cluster", "new_database", "system_cluster"]
 
 
 def chat(text: str, **more: Any) -> bytes:
@@ -25,10 +30,30 @@ async def provider() -> AsyncIterator[ScriptedProvider]:
         yield p
 
 
+@pytest.fixture(params=["memory", "postgres"])
+def dsn(request: pytest.FixtureRequest) -> str | None:
+    if request.param == "memory":
+        return None
+    return request.getfixturevalue("new_database")(request.getfixturevalue("system_cluster"), "migrated")
+
+
 @pytest.fixture
-async def rig(provider: ScriptedProvider) -> AsyncIterator[Rig]:
-    rig = await make_rig(provider)
-    rig.log.snapshot("s0")
+async def rig(provider: ScriptedProvider, dsn: str | None) -> AsyncIterator[Rig]:
+    if dsn is None:
+        async with a_rig(provider) as rig:
+            yield rig
+        return
+    async with Database(dsn) as db, NotifyHub(db) as hub:
+        log = await PostgresLog.begin(db, hub)
+        async with a_rig(provider, log) as rig:
+            yield rig
+        log.sync.close()
+
+
+@contextlib.asynccontextmanager
+async def a_rig(provider: ScriptedProvider, log: Any = None) -> AsyncIterator[Rig]:
+    rig = await make_rig(provider, log)
+    await rig.log.snapshot("s0")
     yield rig
     await rig.gateway.close()
 
@@ -113,9 +138,8 @@ async def test_whole_answer_whose_end_the_dead_node_could_not_write_is_served(ri
         call = rig.call(body)
         (saved,) = await rig.snapshot("s1", call)
         await rig.done(call)
-        row = rig.log.rows[call.exchange or ""]
         saved.exchange = call.exchange
-        row.x = row.x.model_copy(update={"state": ExchangeState.OPEN, "owner": "dead"})
+        rig.log.close_not_written(call.exchange or "")
         rig.session.runs.clear()
         await rig.restore("s1", saved, node_died=True)
         await rig.done(saved)
@@ -208,7 +232,7 @@ async def test_request_durable_but_not_accepted_in_the_snapshot_is_found_by_its_
     counter = rig.counter
     rig.serve(call)
     await rig.done(call)
-    rig.log.snapshot("s1")
+    await rig.log.snapshot("s1")
     rig.counters = counter
     await rig.restore("s1", saved, node_died=True)
     await rig.done(saved)
@@ -240,7 +264,7 @@ async def test_hold_survives_the_sandbox(provider: ScriptedProvider):
     await rig.quiesce(call)
     assert rig.session.held()
     saved = call.copy()
-    rig.log.snapshot("s1")
+    await rig.log.snapshot("s1")
     rig.counters = rig.counter
     await rig.session.detach()
     assert rig.session.held()

@@ -6,9 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
+import psycopg
+
+from rethaw.db.notify import NotifyHub
+from rethaw.db.pool import Database
 from rethaw.gateway import Gateway, Providers, SessionGateway
+from rethaw.log import encoding, exchanges, writer
+from rethaw.log.store import Log
 from rethaw.model.enums import Durability, EventType, ExchangeState
 from rethaw.model.errors import ChannelBroken, Fenced, NotFound, TooLarge, Unavailable
 from rethaw.model.ids import new_id
@@ -53,10 +60,10 @@ class MemoryLog:
 
     # ---- what tests do
 
-    def snapshot(self, name: str) -> None:
+    async def snapshot(self, name: str) -> None:
         self.snapshots[name] = len(self.events)
 
-    def crash(self, snapshot: str | None) -> Fence:
+    async def crash(self, snapshot: str | None) -> Fence:
         """A new line from `snapshot`, a new generation."""
         at = self.snapshots[snapshot] if snapshot else 0
         self.line += 1
@@ -74,6 +81,11 @@ class MemoryLog:
 
     def kinds(self) -> list[str]:
         return [e.type.value for e in self.events]
+
+    def close_not_written(self, exchange: str) -> None:
+        """The owner died before it could close the exchange."""
+        row = self.rows[exchange]
+        row.x = row.x.model_copy(update={"state": ExchangeState.OPEN, "owner": "dead"})
 
     # ---- LogSink
 
@@ -217,6 +229,75 @@ class MemoryLog:
             await asyncio.sleep(0.01)
 
 
+class PostgresLog(Log):
+    """The real log, with the same handles for tests. Reads of tests go over a connection of their own, synchronously."""
+
+    def __init__(self, db: Database, hub: NotifyHub) -> None:
+        super().__init__(db, hub)
+        self.session = new_id("s")
+        self.generation = "g1"
+        self.sync = psycopg.connect(db.dsn, autocommit=True)
+
+    @classmethod
+    async def begin(cls, db: Database, hub: NotifyHub) -> PostgresLog:
+        log = cls(db, hub)
+        async with db.tx() as conn:
+            await writer.create_session_in(conn, log.session)
+        log._fence("g1")
+        return log
+
+    def _fence(self, generation: str) -> Fence:
+        self.generation = generation
+        self.sync.execute("UPDATE sessions SET generation = %s, attempt = 1 WHERE id = %s", (generation, self.session))
+        return self.fence
+
+    @property
+    def fence(self) -> Fence:
+        return Fence(session=self.session, generation=self.generation)
+
+    async def snapshot(self, name: str) -> None:
+        data = {"snapshot": name, "seq": await self.last_seq(self.session)}
+        await self.append(self.fence, [NewEvent(type=EventType.SNAPSHOT_CREATED, data=data)])
+
+    async def crash(self, snapshot: str | None) -> Fence:
+        seq = 0
+        for event in self.of(EventType.SNAPSHOT_CREATED):
+            seq = event.data["seq"] if event.data["snapshot"] == snapshot else seq
+        async with self.db.tx() as conn:
+            await writer.open_line_in(conn, self.session, seq, "crash", snapshot)
+        return self._fence(self.generation + "'")
+
+    def of(self, kind: EventType) -> list[Any]:
+        rows = self.sync.execute(
+            "SELECT data FROM events WHERE session = %s AND type = %s ORDER BY seq", (self.session, kind.value)
+        )
+        return [SimpleNamespace(type=kind, data=row[0]) for row in rows]
+
+    def kinds(self) -> list[str]:
+        rows = self.sync.execute("SELECT type FROM events WHERE session = %s ORDER BY seq", (self.session,))
+        return [row[0] for row in rows]
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for row in self.sync.execute(
+            f"SELECT {exchanges.COLUMNS} FROM exchange_rows WHERE session = %s", (self.session,)
+        ).fetchall():
+            x = exchanges.exchange_of(row)
+            data = bytearray()
+            for start, size, codec, stored in self.sync.execute(
+                "SELECT start, size, codec, data FROM response_chunks WHERE exchange = %s AND epoch = %s ORDER BY start",
+                (x.id, x.epoch),
+            ).fetchall():
+                assert start == len(data)
+                data += encoding.unpack(stored, codec, size)
+            out[x.id] = SimpleNamespace(x=x, data=data)
+        return out
+
+    def close_not_written(self, exchange: str) -> None:
+        self.sync.execute("UPDATE exchange_state SET state = 'open', owner = 'dead' WHERE id = %s", (exchange,))
+
+
 @dataclass
 class Call:
     """One request in guest memory, and what is there of its answer."""
@@ -328,7 +409,7 @@ class Hooks:
 class Rig:
     """A gateway with one session, a scripted provider behind it, and guest calls in front."""
 
-    log: MemoryLog
+    log: Any
     provider: ScriptedProvider
     gateway: Gateway
     session: SessionGateway
@@ -389,7 +470,7 @@ class Rig:
         """Quiesce, remember, go on. Returns guest memory as the snapshot has it."""
         await self.quiesce(*calls)
         copies = [c.copy() for c in calls]
-        self.log.snapshot(name)
+        await self.log.snapshot(name)
         self.counters = self.counter
         self.go(*(c for c in calls if not c.ended and c.broken is None))
         return copies
@@ -411,7 +492,7 @@ class Rig:
             self.session = self.gateway.session(self.log.session, self.agent)
         else:
             await self.session.detach()
-        fence = self.log.crash(snapshot)
+        fence = await self.log.crash(snapshot)
         self.counter = self.counters
         self.gate, self.hooks = Gate(), Hooks()
         self.session.attach(fence, 1, self.gate, self.hooks)
@@ -426,7 +507,7 @@ class Rig:
                 await asyncio.sleep(0.002)
 
     def events(self, *kinds: EventType) -> list[str]:
-        return [e.type.value for e in self.log.events if e.type in kinds]
+        return [k for k in self.log.kinds() if k in kinds]
 
     def upstream_tries(self) -> int:
         return len(self.log.of(EventType.EXCHANGE_UPSTREAM))
@@ -454,8 +535,8 @@ def providers(provider: ScriptedProvider) -> Providers:
     )
 
 
-async def make_rig(provider: ScriptedProvider, **agent: Any) -> Rig:
-    log = MemoryLog()
+async def make_rig(provider: ScriptedProvider, log: Any = None, **agent: Any) -> Rig:
+    log = log or MemoryLog()
     spec = AgentSpec(name="a", **{"hold_max_s": 0.0, **agent})
     window = 5.0
     gateway = Gateway(log, providers(provider), "node-1", adopt_window_s=window, batch_ms=5)

@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from gateway_fixtures import CHAT, Gate, Rig, make_rig
 
+from rethaw.gateway import hold
 from rethaw.model.enums import Durability, EventType, ExchangeState
 from rethaw.model.errors import Fenced, QuiesceTimeout
 from rethaw.model.types import EXCHANGE_LIMIT
@@ -231,9 +232,10 @@ async def test_what_waiting_does_not_mend_is_not_held(provider: ScriptedProvider
     await rig.gateway.close()
 
 
-async def test_outage_is_held(provider: ScriptedProvider):
+async def test_outage_is_held(provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hold, "BACKOFF_S", 0.1)
     rig = await make_rig(provider, hold_max_s=30.0)
-    await provider.refuse(1.3)
+    await provider.refuse(0.3)
     call = await rig.ask(chat("hi"))
     assert call.status == 200 and provider.count == 1
     assert rig.log.of(EventType.EXCHANGE_HELD)[0].data["possibly_paid"] is False
