@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections import OrderedDict, deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ START_TIMEOUT_S = 60.0
 REFILL_PAUSE_S = 0.3  # after a sandbox was taken: whoever took it wants the CPU now
 MAX_SHELVES = 8
 MAX_AHEAD = 8
-RESTORE_MS = 200.0  # a small guest takes 60-120 ms, 1 GiB about 0.9 s; a sleep may end late, never early
+RESTORE_MS = 300.0  # a small guest takes 60-120 ms, 1 GiB about 0.9 s; a sleep may end late, never early
 RESTORE_BYTES_PER_MS = 1.2e6
 PIPE_BYTES = 256 << 10
 # Builds on which the frozen clock was checked by hand; any other is believed once its own probe has shown it.
@@ -113,27 +113,28 @@ class GvisorEngine:
     async def boot(self, spec: SandboxSpec) -> GvisorSandbox:
         runsc = await self._open()
         faults.point("engine.boot.before")
-        sandbox = self._take(spec) or await self._create(spec, runsc)
-        await self._continue(sandbox, "start")
+        sandbox = await self._begin(self._take(spec), spec, runsc, "start", list)
         return await self._hand_out(sandbox, "engine.boot.after")
 
     async def restore(
         self, spec: SandboxSpec, sections: dict[str, Path], *, build: str, cpu: str, clock: dict[str, object]
     ) -> GvisorSandbox:
         current = await self._open()
-        self._check_cpu(cpu)
         runsc = current if build == current.sha256 else await self._builds.kept(build)
+        self._check_cpu(cpu)
         for name in SECTIONS:
             if name not in sections or not sections[name].is_file():
                 raise EngineError(f"section {name} is missing", remedy="restore an older snapshot")
         faults.point("engine.restore.before")
-        sandbox = self._take(spec) if runsc is current else None
+        ahead = self._take(spec) if runsc is current else None
         links = self._home.path / "restore" / new_id("r")
-        await asyncio.to_thread(_link, links, sections, clock)
+
+        def arguments() -> list[str]:
+            _link(links, sections, clock)
+            return ["-detach", f"-image-path={links}"]
+
         try:
-            if sandbox is None:
-                sandbox = await self._create(spec, runsc)
-            await self._continue(sandbox, "restore", "-detach", f"-bundle={sandbox.bundle}", f"-image-path={links}")
+            sandbox = await self._begin(ahead, spec, runsc, "restore", arguments)
         finally:
             await asyncio.to_thread(shutil.rmtree, links, True)
         return await self._hand_out(sandbox, "engine.restore.after")
@@ -156,15 +157,31 @@ class GvisorEngine:
                 cpu=cpu,
             )
 
-    async def _continue(self, sandbox: GvisorSandbox, verb: str, *args: str) -> None:
-        """Bring a created sandbox to life; it is destroyed when that fails."""
+    async def _begin(
+        self,
+        ahead: GvisorSandbox | None,
+        spec: SandboxSpec,
+        runsc: Runsc,
+        verb: str,
+        arguments: Callable[[], list[str]],
+    ) -> GvisorSandbox:
+        """Bring a created sandbox to life (`ahead`, or a new one); it is destroyed when that fails. `arguments` is
+        called right before the command, in a thread."""
+        sandbox = ahead or await self._create(spec, runsc)
+        bundle = [f"-bundle={sandbox.bundle}"] if verb == "restore" else []
         try:
-            result = await call(sandbox.runsc.command(sandbox.root, verb, *args, sandbox.id), START_TIMEOUT_S)
-            if result.code != 0:
+            args = await asyncio.to_thread(arguments)
+            result = await call(runsc.command(sandbox.root, verb, *args, *bundle, sandbox.id), START_TIMEOUT_S)
+            if result.code == 0:
+                return sandbox
+            # What died while it waited says nothing about the next one.
+            if ahead is None or ahead.alive() or ahead.group.oom_kills():
                 raise self._refused(verb, sandbox, result.err or result.out)
         except BaseException:
             self._discard(sandbox)
             raise
+        self._discard(sandbox)
+        return await self._begin(None, spec, runsc, verb, arguments)
 
     def _refused(self, verb: str, sandbox: GvisorSandbox | None, text: str) -> EngineError:
         text = re.sub(r"\s+", " ", text).strip()[-600:]
@@ -272,7 +289,7 @@ class GvisorEngine:
     def ahead(self, spec: SandboxSpec) -> int:
         """How many of `spec` are ready now."""
         shelf = self._shelves.get(spec)
-        return sum(not sandbox.dead for sandbox in shelf.ready) if shelf else 0
+        return sum(sandbox.alive() for sandbox in shelf.ready) if shelf else 0
 
     def _take(self, spec: SandboxSpec) -> GvisorSandbox | None:
         shelf = self._shelves.get(spec)
@@ -282,10 +299,10 @@ class GvisorEngine:
         taken: GvisorSandbox | None = None
         while shelf.ready and taken is None:
             sandbox = shelf.ready.popleft()
-            if sandbox.dead:
-                self._discard(sandbox)
-            else:
+            if sandbox.alive():
                 taken = sandbox
+            else:
+                self._discard(sandbox)
         self._fill(spec, shelf, REFILL_PAUSE_S)
         return taken
 
@@ -346,7 +363,7 @@ class GvisorEngine:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         for sandbox in list(self._live):
-            if sandbox.dead:
+            if not sandbox.alive():
                 await sandbox.destroy()
                 await sandbox.cleaned()
         await asyncio.to_thread(self._home.close, self._cgroups)
@@ -366,6 +383,7 @@ class GvisorEngine:
 def _link(directory: Path, sections: dict[str, Path], notes: dict[str, object]) -> None:
     """The sections under the names that runsc wants. It follows links, so only a kernel state in which some program
     sleeps by the wall clock is copied, to move the end of that sleep."""
+    shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     saved_ns, sleeps = saved_clock.sleeps_of(notes)
     for name in SECTIONS:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import select
 import shutil
 import time
 from collections.abc import Callable
@@ -153,10 +154,10 @@ class GvisorSandbox:
             return await self._capture(directory)
 
     async def _capture(self, directory: Path) -> Capture:
-        faults.point("engine.capture.before")
         if self._exit.done():
             raise EngineError(f"sandbox {self.id} cannot be saved: {self._exit.result().detail}")
         try:
+            faults.point("engine.capture.before")
             directory.mkdir(parents=True, exist_ok=True)
             if any(directory.iterdir()):
                 raise EngineError(f"{directory} is not empty", remedy="save into a new directory")
@@ -192,7 +193,7 @@ class GvisorSandbox:
 
     def _failed_save(self, text: str, directory: Path) -> EngineError | StorageFull:
         text = re.sub(r"\s+", " ", text).strip()[-500:]
-        if self._exit.done() or not processes.command_line(self.pid):
+        if not self.alive():
             return EngineError(f"sandbox {self.id} died while it was saved: {text}")
         if "no space left" in text or "disk quota exceeded" in text:
             return StorageFull(f"no room in {directory} to save sandbox {self.id}", remedy="free some space there")
@@ -233,9 +234,9 @@ class GvisorSandbox:
     async def wait(self) -> Exit:
         return await asyncio.shield(self._exit)
 
-    @property
-    def dead(self) -> bool:
-        return self._exit.done()
+    def alive(self) -> bool:
+        """Whether its process runs right now, whatever has been noticed so far."""
+        return not self._exit.done() and not select.select([self._pidfd], [], [], 0)[0]
 
     def kill(self) -> None:
         if not self._exit.done():
