@@ -4,11 +4,12 @@
 # make lint       style, types and import rules only
 # make setup      only set this machine and .venv up
 # make lock       resolve the pinned requirements anew
+# make docs       write docs/cli.md from the commands' own help
 
 SHELL := /bin/bash
 PY := .venv/bin/python
 
-.PHONY: help demo test test-long lint setup setup-test lock
+.PHONY: help demo test test-long lint setup setup-test lock docs
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -36,3 +37,6 @@ test-long: lint
 
 lock:
 	@scripts/lock.sh
+
+docs: setup
+	@$(PY) scripts/cli_docs.py

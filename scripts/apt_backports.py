@@ -77,7 +77,7 @@ def source(found: list[dict[str, str]], suite: str) -> str | None:
     for entry in found:
         if _is(entry, suite):
             lines = [f"Types: deb\nURIs: {entry['Uris']}\nSuites: {suite}-backports\nComponents: main"]
-            lines += [f"{name}: {entry[name]}" for name in KEPT if entry.get(name)]
+            lines += [f"{name}: {entry[name]}".replace(": \n", ":\n") for name in KEPT if entry.get(name)]
             return "\n".join(lines) + "\n"
     return None
 

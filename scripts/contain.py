@@ -21,13 +21,12 @@ _GRACE_S = 10.0
 
 
 def descendants() -> dict[int, str]:
-    """Every living process below this one, with its command line."""
+    """Every process below this one, with its command line."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
             fields = stat.read_text().rpartition(")")[2].split()
-            if fields[0] not in ("Z", "X"):
-                children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+            children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
     out: dict[int, str] = {}
     todo = [os.getpid()]
     while todo:

@@ -126,8 +126,9 @@ def _usage(parameters: dict[str, inspect.Parameter], hints: dict[str, Any]) -> s
 
 
 def _value(name: str, values: list[str | None], hint: Any) -> Any:
-    if _origin(hint) in (list, tuple, set, frozenset) and (len(values) > 1 or not _looks_like(values[0], "[")):
-        inner = next(iter(typing.get_args(hint)), Any)
+    many = next((kind for kind in _choices(hint) if _origin(kind) in (list, tuple, set, frozenset)), None)
+    if many is not None and (len(values) > 1 or not _looks_like(values[0], "[", "null")):
+        inner = next(iter(typing.get_args(many)), Any)
         return [_one(name, value, inner) for value in values]
     if len(values) > 1:
         raise InvalidInput(f"--{name.replace('_', '-')} is given {len(values)} times", remedy="give it once")
@@ -190,8 +191,8 @@ def _origin(hint: Any) -> Any:
     return typing.get_origin(hint) or (cast("Any", hint) if hint in (list, tuple, set, frozenset) else None)
 
 
-def _looks_like(text: str | None, start: str) -> bool:
-    return text is not None and text.lstrip().startswith(start)
+def _looks_like(text: str | None, *starts: str) -> bool:
+    return text is not None and text.lstrip().startswith(starts)
 
 
 def _said(hint: Any) -> str:

@@ -47,8 +47,8 @@ def to_json(value: Any, what: str = "payload") -> bytes:
 
 def checked_json(text: str | bytes, what: str = "payload") -> bytes:
     """JSON text as given, byte for byte. Raises InvalidInput naming where it is no JSON."""
-    raw = text.encode("utf-8", "strict") if isinstance(text, str) else text
     try:
+        raw = text.encode() if isinstance(text, str) else text
         json.loads(raw, parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
         raise InvalidInput(f"{what} is not JSON: {e}", remedy="put quotes around text") from e

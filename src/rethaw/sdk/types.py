@@ -35,8 +35,9 @@ class Stats:
     tokens_not_paid_twice: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
-    snapshots: int = 0
-    stored_bytes: int = 0
+    snapshots: int = 0  # ever taken
+    restores: int = 0
+    stored_bytes: int = 0  # of the snapshots that are kept
 
 
 @dataclass(frozen=True)

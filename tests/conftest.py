@@ -1,0 +1,32 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# A developer's own server must never be what a test talks to.
+for _name in ("RETHAW_URL", "RETHAW_TOKEN", "RETHAW_CONFIG", "RETHAW_DATA_DIR", "RETHAW_LISTEN", "DATABASE_URL"):
+    os.environ.pop(_name, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`root`: skipped, by name, where it cannot run at all."""
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        if item.get_closest_marker("root"):
+            item.add_marker(pytest.mark.skip(reason="needs root"))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty HOME, so that credentials of tests never meet those of their user."""
+    path = tmp_path / "home"
+    path.mkdir()
+    monkeypatch.setenv("HOME", str(path))
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    yield path

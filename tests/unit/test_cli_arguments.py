@@ -1,0 +1,114 @@
+"""Arguments of an agent on the command line of `rethaw run`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+
+from rethaw.cli.app import build
+from rethaw.cli.arguments import FLAGS, VALUES, parse, separate
+from rethaw.model.errors import InvalidInput
+
+
+def agent(
+    ctx: Any,
+    task: str,
+    depth: int = 1,
+    ratio: float = 0.5,
+    dry_run: bool = False,
+    tags: list[str] | None = None,
+    config: dict[str, Any] | None = None,
+    mode: Literal["fast", "slow"] = "fast",
+    limit: int | None = None,
+    either: int | str = 0,
+    free=None,
+) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["--task", "1"], {"task": "1"}),
+        (["--task", "{}"], {"task": "{}"}),
+        (["--task=--x=y"], {"task": "--x=y"}),
+        (["--task", ""], {"task": ""}),
+        (["--depth", "-3"], {"depth": -3}),
+        (["--ratio", "2"], {"ratio": 2.0}),
+        (["--dry-run"], {"dry_run": True}),
+        (["--dry-run", "no"], {"dry_run": False}),
+        (["--dry-run=true"], {"dry_run": True}),
+        (["--tags", "a", "--tags", "2"], {"tags": ["a", "2"]}),
+        (["--tags", '["a", "b"]'], {"tags": ["a", "b"]}),
+        (["--config", '{"a": [1]}'], {"config": {"a": [1]}}),
+        (["--config", "null"], {"config": None}),
+        (["--mode", "slow"], {"mode": "slow"}),
+        (["--limit", "4"], {"limit": 4}),
+        (["--either", "4"], {"either": 4}),
+        (["--either", "four"], {"either": "four"}),
+        (["--free", "[1]"], {"free": [1]}),
+        (["--free", "text, not JSON"], {"free": "text, not JSON"}),
+        (["--free"], {"free": True}),
+    ],
+)
+def test_typed_by_the_function(tokens: list[str], expected: dict[str, Any]) -> None:
+    got = parse(agent, [*([] if "task" in expected else ["--task", "t"]), *tokens])
+    got = {k: v for k, v in got.items() if k in expected}
+    assert got == expected and [type(v) for v in got.values()] == [type(v) for v in expected.values()]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ([], "needs --task"),
+        (["--task"], "--task has no value"),
+        (["--task", "x", "--depth", "three"], "--depth = 'three' does not fit: it is no int"),
+        (["--task", "x", "--depth", "1.5"], "it is no int"),
+        (["--task", "x", "--depth", "true"], "it is no int"),
+        (["--task", "x", "--mode", "warp"], "none of the choices"),
+        (["--task", "x", "--config", "[]"], "it is no dict"),
+        (["--task", "x", "--task", "y"], "given 2 times"),
+        (["--tsak", "x"], "did you mean --task?"),
+        (["--nothing-like-it", "x"], "it takes --task str [--depth int]"),
+        (["stray"], "'stray' belongs to no argument"),
+    ],
+)
+def test_what_does_not_fit_is_named(tokens: list[str], said: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse(agent, tokens)
+    assert said in str(caught.value)
+
+
+def test_any_name_where_the_function_takes_any() -> None:
+    def open_agent(ctx: Any, **options: Any) -> None: ...
+
+    assert parse(open_agent, ["--a-b", "1", "--c=x"]) == {"a_b": 1, "c": "x"}
+
+
+@pytest.mark.parametrize(
+    ("line", "separated"),
+    [
+        ("a.py", "a.py"),
+        ("a.py --task x -d --key k", "a.py -d --key k -- --task x"),
+        ("-d --key=k a.py::b --task=x", "-d --key=k a.py::b -- --task=x"),
+        ("a.py --dry-run -d", "a.py -d -- --dry-run"),
+        ("a.py --dry-run --json", "a.py --json -- --dry-run"),
+        ("a.py --depth -3 --env A=1", "a.py --env A=1 -- --depth -3"),
+        ("a.py -- --key k -d", "a.py -- --key k -d"),
+        ("a.py --task x -- --key k", "a.py -- --task x --key k"),
+        ("--image base -- sh -c x", "--image base -- sh -c x"),
+        ("--image base sh -c x", "--image base sh -- -c x"),
+        ("", ""),
+        ("--help", "--help"),
+    ],
+)
+def test_own_options_are_told_from_the_agents(line: str, separated: str) -> None:
+    assert separate(line.split()) == separated.split()
+
+
+def test_the_lists_of_own_options_are_those_of_run() -> None:
+    flags, values = {"--help", "-h"}, set[str]()
+    for argument in build()["run"].assemble_argument_collection():
+        if argument.parameter.show is not False:
+            (flags if argument.hint is bool else values).update(argument.names)
+    assert (flags, values) == (set(FLAGS), set(VALUES))

@@ -1,0 +1,107 @@
+"""The documents say what the code does: every command, option and setting is described, every example can be read."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rethaw.cli.app import build
+from rethaw.cli.arguments import separate
+from rethaw.cli.table import COMMANDS
+from rethaw.gateway import providers
+from rethaw.model.enums import EventType
+from rethaw.server.config import SETTINGS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = sorted(p for p in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def text(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
+
+
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    """(where, text) of every code block of `language`."""
+    for path in DOCS:
+        body = path.read_text()
+        for match in re.finditer(rf"^```{language}\n(.*?)^```$", body, re.DOTALL | re.MULTILINE):
+            yield f"{path.relative_to(ROOT)}:{body.count(chr(10), 0, match.start()) + 1}", match[1]
+
+
+def test_command_line_is_described_as_it_is() -> None:
+    subprocess.run([sys.executable, ROOT / "scripts/cli_docs.py", "--check"], check=True)
+    for command in COMMANDS:
+        assert f"### rethaw {command.name}" in text("cli.md")
+
+
+def test_every_setting_is_described() -> None:
+    body = text("configuration.md")
+    for setting, variable in SETTINGS.items():
+        assert f"| `{setting}` | `{variable}` |" in body
+    described = set(re.findall(r"^\| `(\w+)` \| `[A-Z_]+` \|", body, re.MULTILINE))
+    assert described == set(SETTINGS)
+    for field in providers._FIELDS:  # pyright: ignore[reportPrivateUsage]
+        assert re.search(rf"^\| `{field}` \|", body, re.MULTILINE), field
+
+
+def test_every_event_is_described() -> None:
+    body = text("concepts.md")
+    assert [kind.value for kind in EventType if f"`{kind.value}`" not in body] == []
+
+
+def test_every_variable_that_is_read_is_described() -> None:
+    body = text("configuration.md")
+    internal = {"RETHAW_FAULTS"}  # tests only
+    for path in (ROOT / "src").rglob("*.py"):
+        if "testing" in path.parts or "guest" in path.parts:
+            continue
+        for name in re.findall(r"""(?:environ\.get\(|environ\[|env\.get\()["'](RETHAW_\w+)""", path.read_text()):
+            assert name in internal or name in body, f"{path}: {name}"
+
+
+@pytest.mark.parametrize(("where", "code"), [*blocks("python")], ids=lambda v: v if ":" in v and "\n" not in v else "")
+def test_python_examples_are_python(where: str, code: str) -> None:
+    ast.parse(code, filename=where)
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    for whole in code.replace("\\\n", " ").splitlines():
+        line = re.sub(r"\$\([^)]*\)", "s_1", whole.split(" #")[0]).split("|")[-1 if "| rethaw" in whole else 0]
+        words = shlex.split(line.removeprefix("$ ").split(" > ")[0].split(" 2> ")[0], comments=True)
+        while words and (words[0] in ("sudo", "exec") or words[0].startswith("--preserve-env") or "=" in words[0]):
+            words.pop(0)
+        if words and Path(words[0]).name == "rethaw":
+            yield words[1:]
+
+
+@pytest.mark.parametrize(
+    ("where", "code"), [b for kind in ("sh", "console", "bash") for b in blocks(kind)], ids=lambda v: v.split("\n")[0]
+)
+def test_shell_examples_are_commands(where: str, code: str) -> None:
+    app = build()
+    for words in commands(code):
+        if words not in ([], ["--help"]):
+            told = ["run", *separate(words[1:])] if words[0] == "run" else words
+            app.parse_args(told, exit_on_error=False, print_error=False)
+
+
+def test_links_lead_somewhere() -> None:
+    for path in DOCS:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"
+
+
+def test_make_targets_in_the_docs_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in DOCS:
+        for block in re.findall(r"`([^`\n]+)`|^(?:sudo )?(make [a-z-]+)$", path.read_text(), re.MULTILINE):
+            for name in re.findall(r"\bmake ([a-z-]+)", " ".join(block)):
+                assert name in targets, f"{path.relative_to(ROOT)}: make {name}"
