@@ -94,7 +94,7 @@ class Session:
 
     def outbox(self) -> list[Any]:
         found = self.house.server.request("GET", f"/v1/sessions/{self.id}/outbox?after=0")["messages"]
-        return [m["payload"] for m in found]
+        return [json.loads(base64.urlsafe_b64decode(m["payload"])) for m in found]
 
     def until(self, what: str, condition: Callable[[Session], object], timeout_s: float = 60.0) -> None:
         """Wait for `condition`; a session that failed meanwhile ends the wait with what is known."""
