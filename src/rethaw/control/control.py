@@ -172,6 +172,9 @@ class Control:
     async def resolve_snapshot(self, text: str) -> str:
         return await self._run(lambda conn: sessions.resolve(conn, text, table="snapshots", prefix="snap_"))
 
+    async def resolve_exchange(self, text: str) -> str:
+        return await self._run(lambda conn: sessions.resolve(conn, text, table="exchanges", prefix="x_"))
+
     async def list(
         self, state: State | None = None, agent: str | None = None, limit: int = 100, cursor: str | None = None
     ) -> tuple[list[SessionView], str | None]:

@@ -98,7 +98,7 @@ async def no_room(conn: Conn, row: Row) -> str:
 
 async def resolve(conn: Conn, text: str, *, table: str = "sessions", prefix: str = "s_") -> str:
     """The full id that `text` begins, with or without its prefix. Raises NotFound, AmbiguousId."""
-    kind = {"sessions": "session", "snapshots": "snapshot"}[table]
+    kind = table.removesuffix("s")
     if text and "\0" not in text:
         body = text.removeprefix(prefix)
         like = prefix + body.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"

@@ -1,0 +1,31 @@
+"""What the routes talk to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rethaw.control.control import Control
+from rethaw.control.snapshots import Catalog
+from rethaw.log.store import Log
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """`crash_hook(session, "node" | "db")` kills that part of the server; `doctor_hook()` probes its engines."""
+
+    control: Control
+    log: Log
+    catalog: Catalog
+    crash_hook: Callable[[str, str], Awaitable[None]]
+    doctor_hook: Callable[[], Awaitable[Any]]
+    blobs_dir: Path
+    heartbeat_s: float
+
+    def has_blob(self, digest: str) -> bool:
+        return _DIGEST.fullmatch(digest) is not None and (self.blobs_dir / f"{digest}.tar.gz").is_file()
