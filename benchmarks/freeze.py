@@ -236,7 +236,7 @@ async def measure(turns: int, rounds: int) -> dict[str, Any]:
 def _output(events: list[dict[str, Any]]) -> str:
     import base64
 
-    return b"".join(base64.b64decode(e["body"]) for e in events if e["type"] == "output").decode()
+    return b"".join(base64.urlsafe_b64decode(e["body"]) for e in events if e["type"] == "output").decode()
 
 
 def _p50(values: list[float]) -> float:

@@ -154,7 +154,7 @@ def house(**server: Any) -> Iterator[House]:
 
 
 def body(event: dict[str, Any]) -> bytes:
-    return base64.b64decode(event["body"]) if event["body"] else b""
+    return base64.urlsafe_b64decode(event["body"]) if event["body"] else b""
 
 
 def gapless(events: list[dict[str, Any]]) -> None:
