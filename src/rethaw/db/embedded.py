@@ -44,7 +44,8 @@ log = logging.getLogger("rethaw.db")
 NAME = "rethaw"  # of the database and its owner; the superuser is `postgres`
 READY_S = 300.0  # crash recovery may have up to max_wal_size to replay
 _LOCK_S = 15.0  # a former supervisor may still be ending
-_ORPHAN_GRACE_S = 3.0  # an orphan was sent SIGQUIT by the kernel; PostgreSQL kills its children itself after 5 s
+_ORPHAN_GRACE_S = 3.0  # an orphan was sent SIGQUIT by the kernel
+_ORPHAN_QUIT_S = 7.0  # then by us; a postmaster kills its own children 5 s after that
 _LOG_LIMIT = 16 << 20
 
 # Small: a node's memory belongs to agents. WAL is written whole (fsync, full_page_writes) but compressed.
@@ -315,7 +316,7 @@ class EmbeddedPostgres:
                 log.warning("PostgreSQL of a former life still runs in %s (%s): ending it", directory, left)
                 for pid in left if head is None or head not in left else [head]:
                     cluster.send(pid, directory, signal.SIGQUIT)
-            if waited > _ORPHAN_GRACE_S + 7 and not killed:
+            if waited > _ORPHAN_GRACE_S + _ORPHAN_QUIT_S and not killed:
                 killed = True
                 for pid in left:
                     cluster.send(pid, directory, signal.SIGKILL)

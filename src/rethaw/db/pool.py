@@ -43,6 +43,8 @@ _OWN: dict[str, tuple[type[RethawError], str]] = {
     "RT003": (Conflict, "the log is append-only"),
     "RT004": (Conflict, ""),
 }
+# None: psycopg itself refuses it (a NUL in a text). The others: no such character in the encoding, a bad \u escape.
+_UNFIT = (None, "22021", "22P02", "22P05")
 
 
 def translated(error: psycopg.Error) -> RethawError | None:
@@ -52,7 +54,7 @@ def translated(error: psycopg.Error) -> RethawError | None:
     if known is not None:
         cls, remedy = known
         return cls(f"no {text}" if cls is NotFound else text, remedy=remedy or None)
-    if isinstance(error, psycopg.DataError):
+    if isinstance(error, psycopg.DataError) and error.sqlstate in _UNFIT:
         return InvalidInput(f"the database cannot hold this value: {text}")
     return None
 
@@ -175,7 +177,7 @@ class Database:
 
         async def once() -> list[TupleRow]:
             async with self.connection() as conn:
-                cursor = await conn.execute(query.encode(), params, binary=binary)
+                cursor = await conn.execute(query.encode(), params or None, binary=binary)
                 return await cursor.fetchall()
 
         return await self.retrying(once)
