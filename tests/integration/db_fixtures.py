@@ -152,7 +152,7 @@ async def new_session(db: Database, generation: str = "g1") -> Fence:
 async def eventually(look: Callable[[], Awaitable[bool]], seconds: float = 15.0) -> None:
     """Wait until `look` says so. Fails after `seconds`."""
     async with asyncio.timeout(seconds):
-        while not await look():
+        while not await look():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 

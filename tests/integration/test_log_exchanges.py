@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -225,7 +226,7 @@ async def test_responses_are_idempotent_by_offset(log: Log, fence: Fence) -> Non
 async def test_any_response_comes_back(log: Log, fence: Fence, data: bytes, cuts: list[int], offset: int) -> None:
     x = await ask(log, fence, b"q")
     bounds = sorted({0, len(data), *(c for c in cuts if c < len(data))})
-    chunks = [chunk(a, data[a:b], a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    chunks = [chunk(a, data[a:b], a) for a, b in itertools.pairwise(bounds)]
     for n in range(1, len(chunks) + 1):
         await log.append_response(x.id, 1, None, chunks[max(0, n - 2) : n])  # each batch overlaps the last
     assert await log.read_response(x.id, 0, 1 << 20) == chunks
