@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
+from backports import zstd
 from gateway_fixtures import CHAT, Gate, Rig, make_rig
 
 from rethaw.gateway import hold
@@ -165,6 +167,33 @@ async def test_client_that_times_out_and_asks_again_gets_the_same_call(rig: Rig,
     assert [e.data["how"] for e in rig.log.of(EventType.EXCHANGE_ADOPTED)] == ["hangup"]
     after = await rig.ask(chat("hi"))  # delivered whole: the next equal request is a new one
     assert after.exchange != first.exchange and provider.count == 2
+
+
+async def test_client_that_hangs_up_while_its_request_becomes_durable(rig: Rig, provider: ScriptedProvider):
+    rig.log.slow_s = 0.1
+    first = rig.call(chat("hi"))
+    rig.serve(first)
+    await rig.until(lambda: rig.log.appends > 1)
+    await rig.hang_up(first)
+    await rig.until(lambda: rig.log.rows)
+    await rig.until(lambda: rig.session.open() == [])
+    again = await rig.ask(chat("hi"))
+    assert again.ended and provider.count == 1 and list(rig.log.rows) == [again.exchange]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd", "br"])
+async def test_last_event_of_a_compressed_stream_waits_too(rig: Rig, provider: ScriptedProvider, encoding: str):
+    plain = b'data: {"model": "m"}\n\n' * 50 + b"data: [DONE]\n\n"
+    packed = {"gzip": gzip.compress, "zstd": zstd.compress, "br": lambda x: x}[encoding](plain)
+    head = {"content-encoding": encoding}
+    provider.fail(Reply(raw=packed, content_type="text/event-stream", headers=head))
+    rig.log.slow_s = 0.05
+    call = rig.call(b"{}", path="/v1/other")
+    rig.serve(call)
+    await rig.until(lambda: call.data)
+    assert len(rig.log.rows[call.exchange or ""].data) == len(packed)
+    await rig.done(call)
+    assert call.data == packed
 
 
 async def test_parallel_equal_requests_are_two_calls(rig: Rig, provider: ScriptedProvider):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rethaw.gateway import revive
@@ -94,6 +95,16 @@ class Intake:
 
     def accepted(self, life: Life, run: Run, request: Request) -> None:
         life.intakes.pop((request.guest_id, run.meta.digest), None)
+
+    def forsaken(self, life: Life, guest_id: str, hung_up: Callable[[Run], None]) -> None:
+        """The agent hung up while its request became durable: `hung_up` once it is."""
+
+        def done(task: asyncio.Task[Run]) -> None:
+            if not task.cancelled() and task.exception() is None:
+                hung_up(task.result())
+
+        for key in [k for k in life.intakes if k[0] == guest_id]:
+            life.intakes.pop(key).add_done_callback(done)
 
     async def _find_or_begin(self, life: Life, request: Request, digest: str, body: bytes) -> Run:
         meta, provider_error = self._meta(request, digest, body)

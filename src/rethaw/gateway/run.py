@@ -11,7 +11,7 @@ import time
 from enum import StrEnum
 
 from rethaw.gateway.batch import Batcher
-from rethaw.gateway.usage import header, is_event_stream, terminal_at, usage_of
+from rethaw.gateway.usage import Decoder, header, is_event_stream, terminal_at, usage_of
 from rethaw.model import faults
 from rethaw.model.enums import EventType, ExchangeState
 from rethaw.model.errors import Conflict, Fenced, InvalidInput, NotFound, RethawError, TooLarge
@@ -79,7 +79,7 @@ class Run:
         self._head_durable = False
         self._hold_at: int | None = None  # bytes from here on wait until all that came is durable
         self._expected: int | None = None
-        self._sse = False
+        self._sse: Decoder | None = None  # of an event stream, to see its last event
         self._line_start = b""
         self._lock = asyncio.Lock()
         self._waiters: list[asyncio.Future[None]] = []
@@ -104,7 +104,11 @@ class Run:
     def feed_head(self, head: ResponseHead) -> None:
         self.head = head
         self._head_at = time.monotonic()
-        self._sse = is_event_stream(head.headers) and header(head.headers, "content-encoding") is None
+        if is_event_stream(head.headers):
+            try:
+                self._sse = Decoder(header(head.headers, "content-encoding"))
+            except ValueError:
+                self._hold_at = 0  # its last event cannot be seen: nothing goes out before it is durable
         length = header(head.headers, "content-length")
         self._expected = int(length) if length is not None and length.isdigit() and self.meta.method != "HEAD" else None
         self._batcher.mark(self)
@@ -133,12 +137,16 @@ class Run:
         so it must be durable first."""
         if self._expected is not None:
             return self.total if self.total + len(data) >= self._expected else None
-        if not self._sse:
+        if self._sse is None:
             return None
-        text = self._line_start + data
+        try:
+            plain = self._sse.feed(data)
+        except ValueError:
+            return self.total
+        text = self._line_start + plain
         at = terminal_at(text)
         if at >= 0:
-            return max(self.total, self.total + at - len(self._line_start))
+            return self.total + max(0, at - len(self._line_start)) if plain is data else self.total
         self._line_start = text[text.rfind(b"\n") + 1 :][:_LINE]
         return None
 

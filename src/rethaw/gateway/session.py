@@ -206,6 +206,10 @@ class SessionGateway:
             run = await self._run_of(life, stream)
             if run is not None:
                 await self._deliver(life, stream, run)
+        except asyncio.CancelledError:
+            if run is None and getattr(stream, "hung_up", False):
+                self._intake.forsaken(life, str(stream.meta.get("guest_id")), self._hung_up)
+            raise
         except Broken as broken:
             await stream.reset(str(broken))
         except (ChannelBroken, Fenced, Unavailable):

@@ -60,6 +60,30 @@ def decode(body: bytes, encoding: str | None) -> bytes | None:
     return None
 
 
+class Decoder:
+    """A content-encoding undone piece by piece. Raises ValueError for one that is not known here."""
+
+    def __init__(self, encoding: str | None) -> None:
+        kind = (encoding or "identity").strip().lower()
+        self._inner: Any = None
+        if kind in ("gzip", "x-gzip", "deflate"):
+            self._inner = zlib.decompressobj(wbits=47)
+        elif kind == "zstd":
+            self._inner = zstd.ZstdDecompressor()
+        elif kind != "identity":
+            raise ValueError(kind)
+
+    def feed(self, data: bytes) -> bytes:
+        """What `data` adds. Raises ValueError when it cannot be read."""
+        if self._inner is None:
+            return data
+        try:
+            out: bytes = self._inner.decompress(data, _DECODED_LIMIT)
+        except (zlib.error, zstd.ZstdError, EOFError) as error:
+            raise ValueError(str(error)) from None
+        return out
+
+
 def usage_of(headers: Sequence[tuple[str, str]], body: bytes) -> Usage | None:
     """The counts in a whole (or cut) response body."""
     try:
