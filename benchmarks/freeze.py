@@ -86,7 +86,7 @@ class ByHand:
     def __init__(self, rootfs: Path, work: Path) -> None:
         self.work = work
         spec = SandboxSpec("bench", rootfs, 512 * MIB, 512, ("/usr/bin/python3", "-c", RAW), (("PATH", "/usr/bin"),))
-        self.bundle = oci.write_bundle(spec, work)
+        self.bundle = oci.write_bundle(spec, work / "bundle", None)
         self.base = [
             shutil.which("runsc") or "runsc", "--root", str(work / "run"), "--platform=systrap", "--network=none",
             "--overlay2=root:memory", "--ignore-cgroups",
@@ -103,7 +103,9 @@ class ByHand:
         our_out, guest_out = os.pipe()
         with (self.work / "err").open("ab") as err:
             command = [*self.base, verb, *more, f"-bundle={self.bundle}", name]
-            subprocess.run(command, check=True, stdin=guest_in, stdout=guest_out, stderr=err)
+            done = subprocess.run(command, check=False, stdin=guest_in, stdout=guest_out, stderr=err)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}: {(self.work / 'err').read_text()[-600:]}")
         self.made.append(name)
         os.close(guest_in)
         os.close(guest_out)
