@@ -209,6 +209,32 @@ async def test_it_is_not_suspended_without_a_snapshot_of_this_life(w: World) -> 
         await w.report(fence, S.SUSPENDED, reason=Reason.IDLE)
 
 
+async def test_a_failed_suspension_can_be_asked_for_again(w: World) -> None:
+    session, fence = await w.start()
+    await w.control.suspend(session)
+    await w.node.one("suspend", session)
+    await w.report(fence, S.SUSPENDING, reason=Reason.REQUESTED)
+    await w.report(fence, S.RUNNING)  # the disk was full
+    assert await w.node.work() == []
+    await w.control.suspend(session)
+    await w.node.one("suspend", session)
+
+
+async def test_a_suspend_asked_for_while_policy_suspends_is_not_forgotten(w: World) -> None:
+    session, fence = await w.start()
+    await w.report(fence, S.SUSPENDING, reason=Reason.IDLE)
+    await w.control.suspend(session)
+    await w.report(fence, S.RUNNING)
+    await w.node.one("suspend", session)
+
+
+async def test_a_detail_may_hold_anything(w: World) -> None:
+    session, fence = await w.start()
+    await w.report(fence, S.FAILED, reason=Reason.EXITED, exit_code=1, detail="a\0b\ud800" + "x" * 10_000)
+    detail = (await w.control.session(session)).detail
+    assert detail is not None and detail.startswith("a\ufffdb?") and len(detail) == 4000
+
+
 async def test_a_suspend_asked_for_while_it_starts_is_carried_out_once_it_runs(w: World) -> None:
     view, _ = await w.control.create(AGENT, {})
     start = await w.node.one("start", view.id)

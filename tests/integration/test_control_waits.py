@@ -234,6 +234,32 @@ async def test_timers_fire_while_everything_else_is_idle(w: World) -> None:
         loops.cancel()
 
 
+async def test_a_short_timer_is_not_rounded_up_to_the_poll(w: World) -> None:
+    _, fence = await w.start()
+    loops = asyncio.create_task(w.loops.run())
+    try:
+        await w.hub.listening.wait()
+        took: list[float] = []
+        for n in range(5):
+            started = time.monotonic()
+            await open_(w, fence, timer(f"1.{n}", seconds=0.05))
+            assert (await poll(w, fence, f"1.{n}")).timed_out
+            took.append(time.monotonic() - started)
+        assert sorted(took)[2] < 0.5
+    finally:
+        loops.cancel()
+
+
+async def test_a_wait_with_an_impossible_name_is_refused(w: World) -> None:
+    _, fence = await w.start()
+    for bad in ("a\0", "\ud800", "x" * 300):
+        with pytest.raises(InvalidInput):
+            await open_(w, fence, signal_wait(name=bad))
+    for seconds in (float("nan"), -1.0, 1e12):
+        with pytest.raises(InvalidInput):
+            await open_(w, fence, timer(seconds=seconds))
+
+
 async def test_a_receive_times_out(w: World) -> None:
     _, fence = await w.start()
     loops = asyncio.create_task(w.loops.run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 from urllib.parse import unquote
 
 from starlette.exceptions import HTTPException
@@ -11,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rethaw.api.errors import answer, unforeseen
 from rethaw.model.errors import RethawError, TooLarge, Unauthorized
 from rethaw.model.types import MESSAGE_LIMIT, MIB
+
+log = logging.getLogger("rethaw.api")
 
 BLOB_LIMIT = 512 * MIB
 START_LIMIT = 16 * MIB
@@ -50,7 +53,8 @@ class Guard:
             await self._app(scope, self._limited(path, headers, receive), sending)
         except RethawError as error:
             if begun:
-                raise
+                log.warning("%s %s was cut off: %s", scope["method"], path, error)
+                return
             extra = {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else None
             await answer(error, extra)(scope, receive, send)
         except Exception as error:

@@ -55,7 +55,7 @@ class Control:
     ) -> None:
         self.policy = policy or Policy()
         self.transactions = Transactions(db, hub)
-        self._hub = hub
+        self.hub = hub
         self._log = log
         self._addresses = Addresses(public_url, secret or os.urandom(32))
 
@@ -305,7 +305,7 @@ class Control:
         if not 0 <= timeout_s <= 86_400:
             raise InvalidInput(f"{timeout_s!r} s is no time to wait", remedy="use 0 to 86400 seconds")
         until = time.monotonic() + timeout_s
-        with self._hub.subscribe(channel, key) as subscription:
+        with self.hub.subscribe(channel, key) as subscription:
             while (found := await look()) is None:
                 left = until - time.monotonic()
                 if left <= 0:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from rethaw.control import rows, sessions, waits
 from rethaw.control.control import Control
 from rethaw.control.rows import Conn
+from rethaw.control.wakeups import ANY, TIMER_CHANNEL
 from rethaw.model.errors import NotFound
 
 log = logging.getLogger("rethaw.control")
@@ -38,24 +39,28 @@ class ControlLoops:
     async def run(self) -> None:
         """Fire timers, give up, reap and place, for ever."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._forever("timers", self.fire, self._until_next))
-            group.create_task(self._forever("leases", self.reap, self._pause))
-            group.create_task(self._forever("placement", self._control.place_waiting, self._pause))
+            group.create_task(self._forever("timers", self._time))
+            group.create_task(self._forever("leases", self.reap))
+            group.create_task(self._forever("placement", self._control.place_waiting))
 
-    async def _forever(self, name: str, work: Callable[[], Awaitable[None]], pause: Callable[[], Awaitable[float]]):
+    async def _forever(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
                 await work()
-                await asyncio.sleep(await pause())
+                if name != "timers":
+                    await asyncio.sleep(self._policy.poll_s)
             except Exception as error:
                 log.warning("%s: %s", name, error, exc_info=not isinstance(error, OSError))
                 await asyncio.sleep(self._policy.poll_s)
 
-    async def _pause(self) -> float:
-        return self._policy.poll_s
+    async def _time(self) -> None:
+        """Fire what is due, then wait for the next deadline, or for a sooner one to be made."""
+        with self._control.hub.subscribe(TIMER_CHANNEL, ANY) as sooner:
+            await self.fire()
+            await sooner.wait(await self._until_next())
 
     async def _until_next(self) -> float:
-        """Seconds until the next deadline that is known, at most `poll_s`: a sooner one may come meanwhile."""
+        """Seconds until the next deadline that is known, at most `poll_s`."""
         found = await self._control.transactions.run(lambda conn: rows.one(conn, _SOONEST))
         left = found["left"] if found else None
         return self._policy.poll_s if left is None else min(self._policy.poll_s, max(0.005, float(left)))

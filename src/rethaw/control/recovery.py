@@ -121,6 +121,7 @@ async def unusable(conn: Conn, row: Row, snapshot: str, detail: str, policy: Pol
 
 async def mark_unusable(conn: Conn, row: Row, snapshot: str, why: str) -> None:
     """Never choose `snapshot` again. Logged once."""
+    why = rows.clean(why)
     marked = await rows.one(
         conn,
         "UPDATE snapshots SET unusable = %s WHERE id = %s AND session = %s AND unusable IS NULL RETURNING id",

@@ -37,8 +37,10 @@ async def report(conn: Conn, row: Row, change: StateChange, policy: Policy) -> R
             key = f"attempt.started:{row.generation}"
             events = (*events, NewEvent(type=EventType.ATTEMPT_STARTED, data=data, key=key))
         await placement.clear(conn, row.id)
-    columns = {"wake": False} if change.state != row.state else {}
-    coming = row.state in _COMING
+    if change.state == State.SUSPENDING:
+        await conn.execute("DELETE FROM assignments WHERE session = %s AND action = 'suspend'", (row.id,))
+    # A failed suspension that a person asked for is theirs to repeat; of another one the person's wish is still open.
+    coming = row.state in _COMING or (row.state == State.SUSPENDING and row.reason != Reason.REQUESTED)
     row = await rows.move(
         conn,
         row,
@@ -47,7 +49,7 @@ async def report(conn: Conn, row: Row, change: StateChange, policy: Policy) -> R
         detail=change.detail,
         events=events,
         reported=True,
-        **columns,
+        wake=False,
     )
     if coming and row.desired == Desired.SUSPENDED:
         await placement.assign(conn, row, "suspend", reason=Reason.REQUESTED)

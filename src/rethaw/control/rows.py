@@ -95,6 +95,7 @@ class Row:
         return self.state == State.SUSPENDED and self.reason in POLICY_REASONS and self.desired == Desired.RUNNING
 
 
+_DETAIL_LIMIT = 4000  # characters
 _SPECS = {"agent", "args"}
 _COLUMNS = sql.SQL(", ").join(sql.Identifier("p" if field.name in _SPECS else "s", field.name) for field in fields(Row))
 _SELECT = sql.SQL("SELECT {} FROM sessions s JOIN session_specs p ON p.session = s.id ").format(_COLUMNS)
@@ -112,6 +113,11 @@ async def select(conn: Conn, where: LiteralString | sql.Composed, params: Sequen
     """Rows of `sessions` (as `s`) that `where`, the rest of the statement, finds."""
     clause = where if isinstance(where, sql.Composed) else sql.SQL(where)
     return [_row(values) for values in await many(conn, _SELECT + clause, params)]
+
+
+def clean(text: str) -> str:
+    """`text` as PostgreSQL can hold it."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def unknown(session: str) -> NotFound:
@@ -172,6 +178,7 @@ async def move(
 ) -> Row:
     """Move the locked row, with `events` and then its session.state event. Raises Conflict naming both states."""
     transitions.check(row.id, row.state, state, reported=reported)
+    detail = None if detail is None else clean(detail)[:_DETAIL_LIMIT]
     more = {"node": columns.get("node"), "exit_code": columns.get("exit_code")}
     await append(conn, row.id, *events, state_event(state, reason, detail, **more))
     since = sql.SQL("UPDATE sessions SET state_since = now() WHERE id = %s")

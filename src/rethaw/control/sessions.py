@@ -214,7 +214,10 @@ async def ask_snapshot(conn: Conn, session: str) -> tuple[Row, datetime]:
 
 async def erase(conn: Conn, session: str, force: bool) -> dict[str, Any]:
     """Delete it whole; its snapshots' rows stay until the node has deleted the files. Returns the tombstone."""
-    row = await rows.load(conn, session, lock=True)
+    try:
+        row = await rows.load(conn, session, lock=True)
+    except NotFound:
+        return await tombstone(conn, session)  # the reply to the commit was lost
     if not row.state.final and row.state != State.SUSPENDED:
         if not force:
             raise Conflict(

@@ -10,7 +10,7 @@ import hmac
 from datetime import datetime
 from typing import Any
 
-from rethaw.control import rows
+from rethaw.control import rows, wakeups
 from rethaw.control.policy import Policy
 from rethaw.control.recovery import resume
 from rethaw.control.rows import Conn, Row
@@ -131,6 +131,9 @@ async def unheard(conn: Conn, row: Row, seq: int, open_calls: tuple[str, ...] | 
 
 
 def _check(spec: WaitSpec) -> None:
+    for text in (spec.id, spec.name or ""):
+        if len(text) > 200 or rows.clean(text) != text:
+            raise InvalidInput(f"{text[:80]!r} cannot name a wait", remedy="use at most 200 characters, no NUL")
     if spec.kind == "timer" and spec.timeout_s is None:
         raise InvalidInput(f"timer {spec.id} has no time", remedy="give timeout_s")
     if spec.kind == "signal" and not spec.name:
@@ -185,6 +188,8 @@ async def _open(conn: Conn, row: Row, attempt: int, spec: WaitSpec, former: dict
         ),
     )
     assert opened is not None
+    if opened["deadline"] is not None:
+        wakeups.note(wakeups.TIMER_CHANNEL, wakeups.ANY)
     return opened
 
 

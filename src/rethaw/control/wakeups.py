@@ -12,6 +12,8 @@ from rethaw.db.pool import Connection, Database
 from rethaw.log.writer import CHANNEL as SESSION_CHANNEL
 
 NODE_CHANNEL = "rethaw_node"  # the payload is the node's id
+TIMER_CHANNEL = "rethaw_timer"  # a deadline that may be the next one; the payload is ANY
+ANY = "any"
 
 T = TypeVar("T")
 _noted: ContextVar[set[tuple[str, str]] | None] = ContextVar("rethaw_control_noted", default=None)
@@ -44,4 +46,4 @@ class Transactions:
         return result
 
 
-__all__ = ["NODE_CHANNEL", "SESSION_CHANNEL", "Transactions", "note"]
+__all__ = ["ANY", "NODE_CHANNEL", "SESSION_CHANNEL", "TIMER_CHANNEL", "Transactions", "note"]
