@@ -14,6 +14,7 @@ from backports import zstd
 from gateway_fixtures import CHAT, Gate, Rig, make_rig
 
 from rethaw.gateway import hold
+from rethaw.model import faults
 from rethaw.model.enums import Durability, EventType, ExchangeState
 from rethaw.model.errors import Fenced, QuiesceTimeout
 from rethaw.model.types import EXCHANGE_LIMIT
@@ -385,3 +386,23 @@ async def test_bytes_are_those_of_the_provider(rig: Rig, provider: ScriptedProvi
         if not reply.gzip:
             assert len(call.data) == len(data)
         assert provider.calls[-2].body == body
+
+
+POINTS = (
+    "gateway.request.before_durable", "gateway.request.durable", "gateway.accepted", "gateway.upstream.before",
+    "gateway.upstream.first_byte", "gateway.response.batch", "gateway.release", "gateway.finish.before",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("point", POINTS)
+async def test_an_error_inside_is_seen_by_the_agent_and_hurts_nobody_else(rig: Rig, point: str):
+    faults.configure(f"{point}:1=raise")
+    try:
+        call = await rig.ask(chat("hi"))
+        assert point in faults.names
+    finally:
+        faults.configure("")
+    assert (call.ended and call.status == 200) or call.broken
+    other = await rig.ask(chat("again"))
+    assert other.ended and other.status == 200
+    await rig.session.flush()
