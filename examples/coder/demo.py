@@ -110,7 +110,7 @@ class Demo:
         for event in self.events(self.seen):
             self.seen = max(self.seen, event["seq"])
             if event["type"] == "output":
-                text = base64.b64decode(event["body"]).decode(errors="replace")
+                text = base64.urlsafe_b64decode(event["body"]).decode(errors="replace")
                 self.shown += text
                 for part in text.splitlines(keepends=True):
                     fresh = "" if self.inside else "   [cyan]|[/cyan] "
@@ -238,7 +238,7 @@ class Demo:
         needed = self.script.TURNS if self.scripted else len(on_path)
         gapless = [e["seq"] for e in events] == list(range(1, len(events) + 1))
         emitted = [e for e in events if e["type"] == "emitted" and e["data"].get("name") == "files"]
-        files: dict[str, str] = json.loads(base64.b64decode(emitted[-1]["body"]))["sha256"] if emitted else {}
+        files: dict[str, str] = json.loads(base64.urlsafe_b64decode(emitted[-1]["body"]))["sha256"] if emitted else {}
         as_expected = files == self.script.SHA256 if self.scripted else bool(files)
         answer = server.request("GET", f"/v1/sessions/{self.session}/result")["result"]
         kept_count = answer.startswith("I made a server") if self.scripted else True

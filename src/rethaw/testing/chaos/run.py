@@ -13,7 +13,7 @@ import random
 import signal
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,17 +102,10 @@ class Run:
         try:
             async with asyncio.timeout(self.timeout_s):
                 tasks.add(asyncio.create_task(self._keep_up()))
-                self.session = await self._insist(self._create)
+                self.session = await self._beside(tasks, self._insist(self._create))
                 self.note(f"session {self.session}")
                 tasks |= {asyncio.create_task(job) for job in (self._feed(), self._kill(), self._observe())}
-                ended = asyncio.create_task(self._insist(self._ended))
-                tasks.add(ended)  # type: ignore[arg-type]
-                while not ended.done():
-                    await asyncio.wait({*tasks}, return_when=asyncio.FIRST_COMPLETED)
-                    for task in [t for t in tasks if t.done() and t is not ended]:
-                        task.result()
-                        tasks.discard(task)
-                view = ended.result()
+                view = await self._beside(tasks, self._insist(self._ended))
                 self.note(f"ended {view['state']}")
                 self._done.set()
                 return await self._record(view)
@@ -120,6 +113,19 @@ class Run:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _beside(self, tasks: set[asyncio.Task[None]], job: Coroutine[Any, Any, T]) -> T:
+        """The result of `job`; an error of one of `tasks` if that comes first."""
+        wanted = asyncio.create_task(job)
+        try:
+            while not wanted.done():
+                await asyncio.wait({wanted, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+                for task in [t for t in tasks if t.done()]:
+                    tasks.discard(task)
+                    task.result()
+            return wanted.result()
+        finally:
+            wanted.cancel()
 
     async def _insist(self, call: Callable[[], T]) -> T:
         """`call` in a thread, until the server is there and has nothing against it."""
@@ -211,9 +217,15 @@ class Run:
                 await asyncio.to_thread(self._look)
 
     def _look(self) -> None:
-        for event in self.server.events(self.session, all_lines=True):
+        for event in self._events():
             self.observed.setdefault(event["seq"], fingerprint(event))
         self.outbox_seen.append([m["id"] for m in self._outbox()])
+
+    def _events(self) -> list[dict[str, Any]]:
+        found = self.server.events(self.session, all_lines=True)
+        for event in found:
+            event["body"] = decoded(event["body"])
+        return found
 
     def _outbox(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.server.request("GET", f"/v1/sessions/{self.session}/outbox?after=0")[
@@ -231,6 +243,10 @@ class Run:
             async with self._restarting if hit.target in ("server", "everything") else contextlib.nullcontext():
                 self.note(f"kill {hit.target} (call {self.provider.count}, turn {self.turn})")
                 killed = await asyncio.to_thread(self._strike, hit)
+                end = time.monotonic() + 10
+                while not killed and time.monotonic() < end:  # it is on its way back, or suspended
+                    await asyncio.sleep(0.05)
+                    killed = await asyncio.to_thread(self._strike, hit)
                 self.note(f"killed {killed}")
 
     def _strike(self, hit: Hit) -> list[int]:
@@ -256,9 +272,7 @@ class Run:
 
     async def _record(self, view: dict[str, Any]) -> Record:
         def gather() -> Record:
-            events = self.server.events(self.session, all_lines=True)
-            for event in events:
-                event["body"] = decoded(event["body"])
+            events = self._events()
             result = next((e["body"] for e in reversed(events) if e["type"] == "session.result"), None)
             requests: dict[str, str] = {}
             for event in events:
@@ -290,6 +304,6 @@ def decoded(body: Any) -> Any:
     if not isinstance(body, str):
         return body
     try:
-        return json.loads(base64.b64decode(body, validate=True))
+        return json.loads(base64.b64decode(body, altchars=b"-_", validate=True))
     except ValueError:
         return body
