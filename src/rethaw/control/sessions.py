@@ -13,9 +13,9 @@ from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.log.writer import create_session_in, erase_in
-from rethaw.model.enums import Desired, EventType, Reason, State
+from rethaw.model.enums import Desired, Durability, EventType, Reason, State
 from rethaw.model.errors import AmbiguousId, Conflict, InvalidInput, KeyReused, NotFound
-from rethaw.model.types import AgentSpec, NewEvent
+from rethaw.model.types import MIB, AgentSpec, NewEvent
 
 _UNPLACED = (State.CREATED, State.QUEUED)
 
@@ -30,6 +30,9 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
 
 
+MIN_MEMORY = 32 * MIB  # guestd, an interpreter and a little room
+
+
 def _check_agent(agent: AgentSpec) -> None:
     if not agent.name or len(agent.name) > 200 or "\0" in agent.name:
         raise InvalidInput(f"{agent.name[:80]!r} cannot name an agent", remedy="use 1 to 200 characters")
@@ -41,6 +44,16 @@ def _check_agent(agent: AgentSpec) -> None:
         raise InvalidInput(f"agent {agent.name}: command, env and workdir cannot hold NUL")
     if agent.memory_bytes <= 0 or agent.pids <= 0:
         raise InvalidInput(f"agent {agent.name} has {agent.memory_bytes} bytes of memory and {agent.pids} pids")
+    if agent.memory_bytes < MIN_MEMORY:
+        raise InvalidInput(
+            f"memory of {agent.memory_bytes / MIB:g} MiB is too small for agent {agent.name}",
+            remedy=f"give it at least {MIN_MEMORY // MIB} MiB",
+        )
+    if agent.durability is Durability.REPLICATED:
+        raise InvalidInput(
+            f'agent {agent.name} asks for durability "replicated", which needs an object store; none can be configured yet',
+            remedy='use "local"',
+        )
 
 
 async def create(
