@@ -20,7 +20,7 @@ from rethaw.db.pool import Connection, Database
 
 log = logging.getLogger("rethaw.db")
 
-_BATCH_S = 0.02  # between two batches of NOTIFY
+_BATCH_S = 0.05  # between two batches of NOTIFY
 _RECONNECT_S = 0.5
 
 
