@@ -74,18 +74,23 @@ async def debian(suite: str, packages: tuple[str, ...], rootfs: Path, progress: 
         raise ImageError("only root can build an image", remedy="start the server as root")
     found = await asyncio.to_thread(mirrors.find, suite)
     include = ",".join(sorted({*BASE_PACKAGES, *packages}))
+    what = f"building Debian {suite} with {include}"
     argv = ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", f"--include={include}"]
     argv += [f"--aptopt={option}" for option in found.options]
     argv += [f"--dpkgopt=path-exclude={pattern}" for pattern in _EXCLUDED]
     argv += [f"--dpkgopt=path-include={pattern}" for pattern in _INCLUDED]
-    argv += [suite, str(rootfs), *found.sources]
 
     def told(line: str) -> None:
         # Of mmdebstrap's hundreds of lines only its own steps are news; "I: " marks them.
         if re.match(r"(I|W|E): ", line):
             progress(f"debian: {line[3:]}")
 
-    await _run(f"building Debian {suite} with {include}", argv, told)
+    if packages:
+        # A misspelt name would be found after half a minute of unpacking.
+        trial = rootfs.with_name("trial")
+        await _run(what, [*argv, "--simulate", suite, str(trial), *found.sources], lambda _: None)
+        await asyncio.to_thread(shutil.rmtree, trial, True)
+    await _run(what, [*argv, suite, str(rootfs), *found.sources], told)
     await asyncio.to_thread(_settle, rootfs)
 
 

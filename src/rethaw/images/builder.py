@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -246,7 +247,7 @@ def _finish(temporary: Path, home: Path, manifest: dict[str, Any]) -> None:
     try:
         if manifest["kind"] != "composed":
             # The others can be made anew from these in a moment.
-            os.sync()
+            ctypes.CDLL(None, use_errno=True).syncfs(fd)
         if home.exists():
             shutil.rmtree(home)
         temporary.rename(home)
