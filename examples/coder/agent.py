@@ -112,7 +112,11 @@ async def ask_openai(messages: list[dict[str, Any]]) -> dict[str, Any]:
     text, calls = "", dict[int, dict[str, Any]]()
     async with AsyncOpenAI() as client:
         stream = await client.chat.completions.create(
-            model=MODEL_NAME, messages=[{"role": "system", "content": SYSTEM}, *messages], tools=TOOLS, stream=True
+            model=MODEL_NAME,
+            messages=[{"role": "system", "content": SYSTEM}, *messages],
+            tools=TOOLS,
+            stream=True,
+            stream_options={"include_usage": True},
         )
         async for chunk in stream:
             for choice in chunk.choices:

@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 AGENT = "examples/coder/agent.py"
 GOAL = "Write a tiny HTTP server that counts its requests in memory, with a test. Run both and show me."
 MODEL = os.environ.get("MODEL", "")
-out = Console(highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 def load_script() -> Any:
@@ -50,7 +50,16 @@ def step(number: int, text: str) -> None:
 
 
 def say(text: str) -> None:
-    out.print(f"   {text}", highlight=False)
+    out.print(f"   {text}", soft_wrap=True)
+
+
+TOLD = {
+    "exchange.adopted": "asked again, given the answer to the first",
+    "exchange.served": "its answer came from the log, not from the model",
+    "exchange.reissued": "cut off by the crash, called once more",
+    "exchange.torn": "cut off by the crash in the middle of its answer",
+    "exchange.orphaned": "not needed any more: the agent took another path",
+}
 
 
 class Demo:
@@ -66,6 +75,7 @@ class Demo:
         self.seen = 0  # newest event whose output was shown
         self.shown = ""  # what the agent wrote
         self.inside = False  # a line of the agent's that has not ended
+        self.told = False  # that an image is being made
         self.started = time.monotonic()
 
     # ------------------------------------------------------------ parts
@@ -90,7 +100,9 @@ class Demo:
         """A `rethaw` command, shown as a reader would type it; its standard output."""
         assert self.server is not None
         shown = " ".join(f"'{a}'" if " " in a or "{" in a else a for a in args if a != "--json")
-        out.print(f"   [dim]$ rethaw {shown.replace(self.session, self.session[:8]) if self.session else shown}[/dim]")
+        if self.session:
+            shown = shown.replace(self.session, self.session[:8])
+        out.print(f"   $ rethaw {shown}", markup=False, style="dim", soft_wrap=True)
         return self.server.cli(*args, timeout_s=timeout_s, cwd=HERE.parent.parent).stdout
 
     def events(self, after: int = 0) -> list[dict[str, Any]]:
@@ -115,7 +127,7 @@ class Demo:
                 for part in text.splitlines(keepends=True):
                     fresh = "" if self.inside else "   [cyan]|[/cyan] "
                     out.print(fresh, end="")
-                    out.print(part.rstrip("\n"), end="", markup=False, style="cyan")
+                    out.print(part.rstrip("\n"), end="", markup=False, style="cyan", soft_wrap=True)
                     self.inside = not part.endswith("\n")
                     if not self.inside:
                         out.print()
@@ -127,13 +139,17 @@ class Demo:
 
     def until(self, what: str, condition: Callable[[], Any], timeout_s: float = 300.0) -> Any:
         """Show the agent's output until `condition()` holds; its value."""
-        end = time.monotonic() + (timeout_s if self.scripted else 1800)
+        begun = time.monotonic()
+        end = begun + (timeout_s if self.scripted else 1800)
         while time.monotonic() < end:
             self.show_output()
             if value := condition():
                 self.end_line()
                 return value
             state = self.view()
+            if state["state"] in ("created", "queued", "starting") and not self.told and time.monotonic() > begun + 3:
+                self.told = True
+                say("making the agent's image: Debian with python3, git and the model's client (once, a minute)")
             if state["state"] in ("failed", "cancelled"):
                 raise RethawError(f"the session {state['state']} ({state['reason']}): {state['detail']}")
             time.sleep(0.05)
@@ -146,7 +162,7 @@ class Demo:
         say(f"model: {MODEL or 'scripted (set MODEL=openai:… or anthropic:… and a key for a real one)'}")
         t0 = time.monotonic()
         server = self.start_server()
-        say(f"server and PostgreSQL are up after {human(time.monotonic() - t0)}; the agent's image is made if needed")
+        say(f"server and PostgreSQL are up after {human(time.monotonic() - t0)}")
         answer = json.loads(self.rethaw("run", "-d", f"{AGENT}::coder", "--goal", GOAL, "--json"))
         self.session = answer["id"]
 
@@ -184,7 +200,8 @@ class Demo:
         processes.wait_until(lambda: not server.sandboxes(), 20, "the end of the sandbox")
         stored = self.latest("snapshot.created")["data"]
         say(f"no process of it is left; its last snapshot takes {stored['stored_bytes'] / 2**20:.1f} MiB on disk")
-        self.rethaw("why", self.session)
+        for line in self.rethaw("why", self.session).splitlines():
+            out.print(f"     {line}", markup=False, soft_wrap=True)
 
     def kill_everything(self, server: RunningServer) -> None:
         step(3, "Kill the server and its PostgreSQL, start them again")
@@ -314,16 +331,16 @@ def timeline(events: list[dict[str, Any]]) -> Table:
         call = f"model call {names.get(data.get('exchange', ''), 0)}"
         if kind == "exchange.completed":
             tokens = f"{data.get('input_tokens')} tokens in, {data.get('output_tokens')} out"
-            row = (call, f"status {data.get('status')}, {tokens}")
-        elif kind in ("exchange.adopted", "exchange.served", "exchange.reissued", "exchange.torn", "exchange.orphaned"):
-            row = (call, f"[yellow]{kind.partition('.')[2]}[/yellow]")
+            row = (call, tokens if data.get("status") == 200 else f"status {data.get('status')}")
+        elif kind in TOLD:
+            row = (call, f"[yellow]{TOLD[kind]}[/yellow]")
         elif kind == "snapshot.created":
             text = f"paused {data['paused_ms']:.0f} ms, durable after {data['durable_ms']:.0f} ms"
             row = (f"snapshot ({data['why']})", f"{text}, {data['stored_bytes'] / 2**20:.1f} MiB stored")
         elif kind == "snapshot.restored":
             row = ("[green]restored[/green]", f"in {data.get('resume_ms', 0):.0f} ms")
         elif kind == "session.crashed":
-            row = ("[red]crash[/red]", f"{data.get('reason')} {data.get('detail') or ''}")
+            row = ("[red]crash[/red]", f"{data.get('reason')}: {data.get('detail') or ''}")
         elif kind == "session.state":
             row = (f"[bold]{data['state']}[/bold]", data["reason"] if data.get("reason", "none") != "none" else "")
         elif kind == "signal.received":
