@@ -21,6 +21,7 @@ from rethaw.node.parts import Parts
 from rethaw.node.saver import Saver
 
 log = logging.getLogger("rethaw.node")
+_RESYNC_PAUSE_S = 0.5
 
 
 class Life:
@@ -51,6 +52,7 @@ class Life:
         self._changed = changed
         self._tasks: set[asyncio.Task[None]] = set()
         self._exit: asyncio.Task[None] | None = None
+        self._resyncing: asyncio.Task[None] | None = None
         snapshot = assignment.snapshot
         self.outputs = Outputs(parts.log, self.fence, self.attempt, snapshot.output if snapshot else {}, self.active)
         self.link = Link(
@@ -130,7 +132,23 @@ class Life:
         except Unavailable as error:
             # The database is away for longer than any retry. The guest keeps what it said; a thaw asks for it again.
             log.warning("session %s: %s", self.fence.session, error)
-            self.end(Reason.NODE_LOST, f"the database did not answer: {error}")
+            self._resync()
+            await asyncio.get_running_loop().create_future()
+
+    def _resync(self) -> None:
+        if self._resyncing is None or self._resyncing.done():
+            self._resyncing = asyncio.ensure_future(self._resync_later())
+            self._tasks.add(self._resyncing)
+            self._resyncing.add_done_callback(self._reap)
+
+    async def _resync_later(self) -> None:
+        await asyncio.sleep(_RESYNC_PAUSE_S)
+        try:
+            await self.saver.resync()
+        except RethawError as error:
+            if not self.link.closed.done():
+                log.warning("session %s: %s", self.fence.session, error)
+                self.end(Reason.GUEST_UNRESPONSIVE, str(error))
 
     def _on_malformed(self, detail: str) -> None:
         self.spawn(self._malformed(detail))

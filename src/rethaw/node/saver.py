@@ -26,6 +26,7 @@ from rethaw.node.outputs import Outputs
 from rethaw.node.parts import Parts
 
 log = logging.getLogger("rethaw.node")
+_POSITION_S = 2.0  # how much longer than the capture the guest may be kept quiet for the log's answer
 
 
 @dataclass
@@ -197,12 +198,13 @@ class Saver:
                 try:
                     capture = await self._sandbox.capture(staged)
                     faults.point("saver.captured")
+                    # Before the thaw: what the guest does after it must lie beyond the snapshot's position.
+                    seq = await _soon(position)
                     if run_on:
                         await self.thaw()
                         thawed = True
                     paused = (time.monotonic() - started) * 1000
                     faults.point("saver.thawed")
-                    seq = await position
                 finally:
                     position.cancel()
                 return _Captured(snapshot, seq, quiet.marker, output, capture, covered, started, paused)
@@ -266,3 +268,18 @@ class Saver:
         """Log a failed save that somebody asked for by name (suspend, snapshot)."""
         event = NewEvent(type=EventType.SNAPSHOT_FAILED, data={"error": str(error)})
         await self._parts.log.append(self._fence, [event])
+
+    async def resync(self) -> None:
+        """Have the guest say everything again that it has no answer to, without saving."""
+        async with self._lock:
+            await self._link.quiesce()
+            await self.thaw()
+
+
+async def _soon(position: asyncio.Future[int]) -> int:
+    try:
+        return await asyncio.wait_for(asyncio.shield(position), _POSITION_S)
+    except TimeoutError:
+        raise Unavailable(
+            f"the log did not say its position within {_POSITION_S:g} s of a capture", remedy="it is tried again"
+        ) from None

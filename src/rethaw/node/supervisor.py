@@ -17,7 +17,7 @@ from rethaw.engines.base import Sandbox, SandboxSpec
 from rethaw.gateway.gateway import SessionGateway
 from rethaw.model import faults
 from rethaw.model.enums import EventType, Reason, State
-from rethaw.model.errors import Conflict, EngineError, Fenced, ImageError, RethawError, SnapshotUnusable
+from rethaw.model.errors import Conflict, EngineError, Fenced, ImageError, RethawError, SnapshotUnusable, Unavailable
 from rethaw.model.types import AgentSpec, Assignment, Fence, NewEvent, SnapshotInfo, StateChange
 from rethaw.node.boot import start_config
 from rethaw.node.life import Life
@@ -157,9 +157,12 @@ class Supervisor:
             else:
                 await self._parts.control.report_death(fence, Reason.BOOT_FAILED, str(error))
             return
+        except Fenced:
+            raise
+        except Unavailable as error:  # the database's fault, not the agent's
+            await self._until_heard(fence, Reason.NODE_LOST, str(error))
+            return
         except (RethawError, OSError) as error:
-            if isinstance(error, Fenced):
-                raise
             await self._parts.control.report_death(fence, Reason.BOOT_FAILED, str(error))
             return
         self._reported = State.RUNNING
