@@ -50,7 +50,7 @@ async def crashed(conn: Conn, row: Row, reason: Reason, detail: str, policy: Pol
     newest = snapshots[0] if snapshots else None
     parent = _parent(snapshots)
     death = Death(
-        counted=counted and not row.crash_asked,
+        counted=counted and reason is not Reason.NODE_LOST and not row.crash_asked,
         progress=await lineage.progress(conn, row),
         at_start=row.life_progress,
         snapshot=newest is not None,
