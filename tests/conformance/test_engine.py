@@ -411,6 +411,11 @@ async def test_a_program_that_is_not_in_the_image(engine: Engine, spec: SandboxS
         await engine.boot(replace(spec, argv=("/nothing-like-that",)))
 
 
+async def test_too_little_memory_to_start_is_named(engine: Engine, spec: SandboxSpec) -> None:
+    with pytest.raises(EngineError, match="within 2 MiB"):
+        await engine.boot(replace(spec, memory_bytes=2 * MIB))
+
+
 async def test_a_root_filesystem_that_is_not_there(engine: Engine, spec: SandboxSpec, tmp_path: Path) -> None:
     with pytest.raises(EngineError):
         await engine.boot(replace(spec, rootfs=tmp_path / "nowhere"))

@@ -1,0 +1,1 @@
+"""What makes sandboxes: the interface (`base`), gVisor, and what engines share. Knows nothing of sessions."""

@@ -30,7 +30,7 @@ from rethaw.model.ids import new_id
 log = logging.getLogger("rethaw.engines")
 
 START_TIMEOUT_S = 60.0
-REFILL_PAUSE_S = 0.3  # after a sandbox was taken: whoever took it wants the CPU now
+REFILL_PAUSE_S = 0.3  # whoever has just taken or started one wants the CPU now
 MAX_SHELVES = 8
 MAX_AHEAD = 8
 RESTORE_MS = 300.0  # a small guest takes 60-120 ms, 1 GiB about 0.9 s; a sleep may end late, never early
@@ -176,20 +176,18 @@ class GvisorEngine:
                 return sandbox
             # What died while it waited says nothing about the next one.
             if ahead is None or ahead.alive() or ahead.group.oom_kills():
-                raise self._refused(verb, sandbox, result.err or result.out)
+                raise self._refused(verb, spec, sandbox.group, result.err or result.out)
         except BaseException:
             self._discard(sandbox)
             raise
         self._discard(sandbox)
         return await self._begin(None, spec, runsc, verb, arguments)
 
-    def _refused(self, verb: str, sandbox: GvisorSandbox | None, text: str) -> EngineError:
+    def _refused(self, verb: str, spec: SandboxSpec, group: cgroup_layout.Group, text: str) -> EngineError:
         text = re.sub(r"\s+", " ", text).strip()[-600:]
-        oom = sandbox is not None and sandbox.group.oom_kills() > 0
-        if oom and sandbox is not None:
+        if group.oom_kills() > 0:
             return EngineError(
-                f"runsc {verb}: out of memory within {sandbox.spec.memory_bytes >> 20} MiB",
-                remedy="raise its memory limit",
+                f"runsc {verb} ran out of memory within {spec.memory_bytes >> 20} MiB", remedy="raise the memory limit"
             )
         return EngineError(f"runsc {verb} failed: {text or 'it said nothing'}", remedy="see `rethaw doctor`")
 
@@ -224,7 +222,7 @@ class GvisorEngine:
                     os.close(fd)
             guest_log.drain()
             if code != 0:
-                raise self._refused("create", None, guest_log.tail)
+                raise self._refused("create", spec, group, guest_log.tail)
             group.raise_limit(limit)
             try:
                 pid = int(pid_file.read_text())
@@ -244,7 +242,7 @@ class GvisorEngine:
                     forget=self._live.discard,
                 )
             except (OSError, ValueError) as error:
-                raise self._refused("create", None, guest_log.tail or str(error)) from None
+                raise self._refused("create", spec, group, guest_log.tail or str(error)) from None
             finally:
                 pid_file.unlink(missing_ok=True)
         except BaseException:
@@ -284,7 +282,7 @@ class GvisorEngine:
             return
         while len(self._shelves) > MAX_SHELVES:
             self._drop(next(iter(self._shelves)))
-        self._fill(spec, shelf, 0.0)
+        self._fill(spec, shelf, REFILL_PAUSE_S)
 
     def ahead(self, spec: SandboxSpec) -> int:
         """How many of `spec` are ready now."""
