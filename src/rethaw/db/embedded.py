@@ -129,8 +129,9 @@ class EmbeddedPostgres:
         return self.dsn
 
     async def supervise(self) -> None:
-        """Start PostgreSQL again whenever it dies, until `stop` or cancellation."""
-        pause = 0.1
+        """Start PostgreSQL again whenever it dies, until `stop` or cancellation: at once, or after a pause that grows to
+        5 s while it does not start or dies within its first two seconds."""
+        pause, started = 0.0, -1e9
         while not self._stopping.is_set():
             process = self._process
             if process is not None:
@@ -138,19 +139,20 @@ class EmbeddedPostgres:
                 if self._stopping.is_set() or process is not self._process:
                     continue
                 log.warning("PostgreSQL (pid %d) ended with %s; starting it again", process.pid, code)
+            pause = 0.0 if time.monotonic() - started > 2 else min(max(0.1, pause * 2), 5.0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stopping.wait()
             try:
                 async with self._changing:
                     if not self._stopping.is_set():
+                        started = time.monotonic()
                         await self._start()
-                pause = 0.1
+                        started = time.monotonic()
             except (RethawError, OSError) as e:
-                if self._stopping.is_set():
-                    return
-                log.error("PostgreSQL does not start: %s", e)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await self._stopping.wait()
-                pause = min(pause * 2, 5.0)
+                if not self._stopping.is_set():
+                    log.error("PostgreSQL does not start: %s", e)
+                self._process = None if self.pid is None else self._process
 
     async def stop(self) -> None:
         """Fast shutdown (clients are disconnected, a checkpoint is written). Nothing of it is left running."""
