@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rethaw.control import placement, recovery, rows
 from rethaw.control.outbox import publish
 from rethaw.control.policy import Policy
@@ -81,6 +83,20 @@ class Catalog:
             await conn.execute("DELETE FROM snapshots WHERE id = %s", (snapshot,))
 
         await self._db.run(fn)
+
+    async def needed(self, node: str) -> tuple[set[str], set[str]]:
+        """Engine builds and image digests that some snapshot of `node` was made with."""
+
+        async def fn(conn: Conn) -> list[dict[str, Any]]:
+            return await rows.many(
+                conn,
+                """SELECT DISTINCT info::json ->> 'engine_build' AS build, info::json ->> 'image' AS image
+                   FROM snapshots WHERE node = %s""",
+                (node,),
+            )
+
+        found = await self._db.run(fn)
+        return {str(r["build"]) for r in found}, {str(r["image"]) for r in found}
 
 
 async def _commit(conn: Conn, fence: Fence, info: SnapshotInfo) -> SnapshotInfo:

@@ -137,6 +137,10 @@ class Engine(Protocol):
         """Copy the engine binary into the data directory (once), so that snapshots outlive upgrades; its sha256."""
         ...
 
+    async def prune_builds(self, keep: set[str]) -> list[str]:
+        """Remove kept binaries that no snapshot needs any more (`keep`: digests that some does); their digests."""
+        ...
+
     async def sweep_orphans(self) -> int:
         """Remove what dead node processes of this data directory left behind; the number of sandboxes found."""
         ...

@@ -121,6 +121,10 @@ class SnapshotCatalog(Protocol):
 
     async def forget(self, snapshot: str) -> None: ...
 
+    async def needed(self, node: str) -> tuple[set[str], set[str]]:
+        """(engine builds, images) that snapshots of this node need: both are kept as long as the snapshots."""
+        ...
+
 
 class ControlPlane(Protocol):
     """Sessions, waits and leases, as a node sees them."""

@@ -19,6 +19,7 @@ from rethaw.node.supervisor import Supervisor
 log = logging.getLogger("rethaw.node")
 _COLLECT_EVERY = 60.0
 _PARTIAL_AGE = 600.0
+_SPARE_IMAGES = 16  # beyond those in use; sandboxes created ahead stand on some of them
 
 
 def node_id(data_dir: Path) -> str:
@@ -143,6 +144,11 @@ class Node:
                 for info in await parts.catalog.superfluous(parts.node):
                     await parts.store.delete(info)
                     await parts.catalog.forget(info.id)
+                builds, images = await parts.catalog.needed(parts.node)
+                await parts.engine.prune_builds(builds | {await parts.engine.build()})
+                lives = {s.life.image for s in self._supervisors.values() if s.life is not None}
+                if not (parts.data_dir / "images").is_symlink():  # else others may use it too
+                    await parts.images.prune(images | lives, spare=_SPARE_IMAGES)
                 await self._sweep_partial()
             except RethawError as error:
                 log.info("nothing collected: %s", error)
