@@ -32,7 +32,7 @@ from rethaw.engines.gvisor import spec as oci
 from rethaw.testing import processes
 from rethaw.testing.chaos.run import code_archive
 from rethaw.testing.provider import ProviderRequest, Reply, ScriptedProvider
-from rethaw.testing.server import RunningServer
+from rethaw.testing.server import RunningServer, image_cache
 
 MIB = 1 << 20
 LOAD = """
@@ -198,7 +198,7 @@ def run(server: RunningServer, turns: int, rounds: int) -> tuple[list[dict[str, 
     server.request("GET", f"/v1/sessions/{session}/result?wait_s=60", timeout_s=90)
     events = server.events(session)
     image = next(s["image"] for s in server.request("GET", f"/v1/sessions/{session}/snapshots")["snapshots"])
-    return events, (server.data_dir / "images" / image / "rootfs").resolve()
+    return events, (image_cache() / image / "rootfs").resolve()
 
 
 async def measure(turns: int, rounds: int) -> dict[str, Any]:
