@@ -83,7 +83,18 @@ async def test_one_key_started_at_once_many_times_is_one_session(w: World) -> No
 
 @pytest.mark.parametrize(
     "change",
-    [{"name": ""}, {"command": ()}, {"entry": "a.py::f"}, {"command": ("a\0b",)}, {"memory_bytes": 0}],
+    [
+        {"name": ""},
+        {"command": ()},
+        {"entry": "a.py::f"},
+        {"command": ("a\0b",)},
+        {"memory_bytes": 0},
+        {"memory_bytes": 1 << 20},
+        {"durability": Durability.REPLICATED},
+        {"name": "\ud800"},
+        {"env": {"A": "\ud800"}},
+        {"name": "x" * 201},
+    ],
 )
 async def test_an_agent_that_cannot_be_is_refused(w: World, change: dict[str, object]) -> None:
     with pytest.raises(InvalidInput):
