@@ -208,7 +208,7 @@ async def test_a_stale_pid_file_is_no_obstacle(tmp_path: Path, pg: EmbeddedPostg
     text = (pg.data_dir / "postmaster.pid").read_text()
     lock = Path(psycopg.conninfo.conninfo_to_dict(dsn)["host"]) / ".s.PGSQL.5432.lock"  # type: ignore[arg-type]
     for pid in family:
-        os.kill(pid, signal.SIGKILL)
+        cluster.send(pid, pg.data_dir, signal.SIGKILL)
     await nobody_left(pg.data_dir)
     await pg.stop()
     owner = pg.data_dir.stat()
