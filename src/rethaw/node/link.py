@@ -462,6 +462,9 @@ class Link:
                 future.set_exception(error)
                 future.exception()  # seen: nobody may be waiting
         self._writer.close()
+        reading: asyncio.BaseTransport | None = getattr(self._reader, "_transport", None)
+        if reading is not None:  # a guest that goes on writing gets EPIPE
+            reading.close()
 
 
 async def open_pipes(read_fd: int, write_fd: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
