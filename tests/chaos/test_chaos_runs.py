@@ -1,4 +1,4 @@
-"""Seeded chaos runs: 15 of 14 turns in every run of the suite, 200 of 30 turns with `-m long`.
+"""Seeded chaos runs: 15 of 10 turns in every run of the suite, 200 of 30 turns with `-m long`.
 
 A failure prints what was killed when, and the command that runs the seed again.
 """
@@ -12,7 +12,7 @@ import pytest
 
 from rethaw.testing.chaos.__main__ import one
 
-QUICK_TURNS, TURNS = 14, 30
+QUICK_TURNS, TURNS = 10, 30
 
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which(os.environ.get("RETHAW_RUNSC", "runsc")) is None, reason="needs root and runsc"
