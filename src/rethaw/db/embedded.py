@@ -54,6 +54,7 @@ _SETTINGS = {
     "unix_socket_permissions": "0700",
     "max_connections": "60",
     "superuser_reserved_connections": "3",
+    "dynamic_shared_memory_type": "mmap",  # in its own directory: nothing is left in /dev/shm after a SIGKILL
     "shared_buffers": "64MB",
     "huge_pages": "off",
     "fsync": "on",
