@@ -147,7 +147,7 @@ class Node:
                 builds, images = await parts.catalog.needed(parts.node)
                 await parts.engine.prune_builds(builds | {await parts.engine.build()})
                 lives = {s.life.image for s in self._supervisors.values() if s.life is not None}
-                if not (parts.data_dir / "images").is_symlink():  # else others may use it too
+                if "RETHAW_IMAGES" not in os.environ:  # else others use that directory too
                     await parts.images.prune(images | lives, spare=_SPARE_IMAGES)
                 await self._sweep_partial()
             except RethawError as error:
