@@ -124,7 +124,9 @@ class MemoryLog:
     async def last_seq(self, session: str) -> int:
         return len(self.events)
 
-    async def begin_exchange(self, fence: Fence, meta: RequestMeta, body: bytes, owner: str) -> Exchange:
+    async def begin_exchange(
+        self, fence: Fence, meta: RequestMeta, body: bytes, owner: str, *, upstream: bool = False
+    ) -> Exchange:
         await self._enter(fence)
         exchange = new_id("x")
         data = {"exchange": exchange, "request_bytes": len(body)}
@@ -134,6 +136,9 @@ class MemoryLog:
         x = Exchange(id=exchange, session=self.session, attempt=self.attempt, line=self.line, seq=event.seq, meta=meta,
                      request_bytes=len(body), state=ExchangeState.OPEN, epoch=1, owner=owner)  # fmt: skip
         self.rows[exchange] = _Row(x, body)
+        if upstream:
+            sent = {"exchange": exchange, "epoch": 1, "try": 1}
+            self._add(EventType.EXCHANGE_UPSTREAM, sent, key=f"exchange.upstream:{exchange}:1:1")
         return x
 
     async def adopt_exchange(self, fence: Fence, exchange: str, guest_id: str, how: str) -> Exchange:

@@ -113,7 +113,7 @@ class Intake:
             return run
         sink, owner = self._log, self._shared.owner
         faults.point("gateway.request.before_durable")
-        x = await sink.begin_exchange(life.fence, meta, body, owner)
+        x = await sink.begin_exchange(life.fence, meta, body, owner, upstream=provider_error is None)
         faults.point("gateway.request.durable")
         if x.state is not ExchangeState.OPEN or x.owner != owner or x.head is not None or self._session.known(x.id):
             # The path has this very call: the snapshot was taken between making it durable and telling the guest.
@@ -127,7 +127,7 @@ class Intake:
             head, data = refusal(provider_error, anthropic=_anthropic(self._shared, meta))
             run.task = self._shared.spawn(_refuse(run, head, data))
         else:
-            self._start(run, body)
+            self._start(run, body, first_logged=True)
         if meta.model_call and life.tail:
             self._off_the_line(life, run)
         return run
@@ -139,7 +139,7 @@ class Intake:
             return request.meta(body, digest, model_call=False), error
         return request.meta(body, digest, model_call=provider.is_model_call(request.method, request.path)), None
 
-    def _start(self, run: Run, body: bytes) -> None:
+    def _start(self, run: Run, body: bytes, *, first_logged: bool = False) -> None:
         """Begin to read the answer."""
         try:
             provider = self._shared.providers.get(run.meta.provider)
@@ -156,6 +156,7 @@ class Intake:
             hold_max_s=session.agent.hold_max_s,
             record=session.record,
             hooks=session.hooks,
+            first_logged=first_logged,
         )
         run.task = self._shared.spawn(pump.go())
 

@@ -152,7 +152,9 @@ class Log:
 
     # ---- exchanges
 
-    async def begin_exchange(self, fence: Fence, meta: RequestMeta, body: bytes, owner: str) -> Exchange:
+    async def begin_exchange(
+        self, fence: Fence, meta: RequestMeta, body: bytes, owner: str, *, upstream: bool = False
+    ) -> Exchange:
         """See LogSink. A call that the path holds already (same guest id and digest) is returned as it is."""
         if len(body) > EXCHANGE_LIMIT:
             raise TooLarge(f"a request of {len(body)} bytes", remedy=f"the limit is {EXCHANGE_LIMIT}")
@@ -164,6 +166,10 @@ class Log:
         }  # fmt: skip
         if meta.model is not None:
             data["model"] = meta.model
+        first: tuple[str, str] | tuple[None, None] = (None, None)
+        if upstream:
+            sent = encoding.dump_data({"exchange": ident, "epoch": 1, "try": 1})
+            first = (sent, f"{EventType.EXCHANGE_UPSTREAM.value}:{ident}:1:1")
         plan = await requests.make_plan(body, self._memory.known(fence.session))
         encoded: list[requests.Columns] = []
 
@@ -178,10 +184,10 @@ class Log:
                     conn,
                     f"SELECT {_X} FROM rethaw_begin_exchange(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s,"
                     " %b::bytea[], %b::int[], %b::smallint[], %b::bytea[],"
-                    " %b::bytea[], %b::bytea[], %b::bigint[], %b::bytea[])",
+                    " %b::bytea[], %b::bytea[], %b::bigint[], %b::bytea[], %s, %s)",
                     (fence.session, fence.generation, ident, key, exchanges.dump(meta), encoding.dump_data(data), owner,
                      len(body), plan.head, plan.chain, plan.tail, c.digests, c.sizes, c.codecs, c.contents,
-                     c.keys, c.prevs, c.totals, c.parts),
+                     c.keys, c.prevs, c.totals, c.parts, *first),
                 )  # fmt: skip
                 faults.point("log.exchange.after_commit")
                 return exchanges.exchange_of(row)

@@ -40,9 +40,13 @@ class LogSink(Protocol):
 
     async def last_seq(self, session: str) -> int: ...
 
-    async def begin_exchange(self, fence: Fence, meta: RequestMeta, body: bytes, owner: str) -> Exchange:
+    async def begin_exchange(
+        self, fence: Fence, meta: RequestMeta, body: bytes, owner: str, *, upstream: bool = False
+    ) -> Exchange:
         """Make a request durable: content parts, exchange row (OPEN, epoch 1, owned by `owner`), exchange.requested.
-        A call that the path holds already (same guest id and digest) is returned as it stands."""
+        A call that the path holds already (same guest id and digest) is returned as it stands.
+        `upstream`: the first exchange.upstream {exchange, epoch, try} in the same transaction.
+        """
         ...
 
     async def adopt_exchange(self, fence: Fence, exchange: str, guest_id: str, how: str) -> Exchange:

@@ -246,7 +246,8 @@ CREATE FUNCTION rethaw_begin_exchange(
     p_session text, p_generation text, p_id text, p_key text, p_meta text, p_data text, p_owner text,
     p_request_bytes bigint, p_head bytea, p_chain bytea, p_tail bytea,
     p_digests bytea[], p_sizes int[], p_codecs smallint[], p_contents bytea[],
-    p_seg_keys bytea[], p_seg_prevs bytea[], p_seg_sizes bigint[], p_seg_parts bytea[]
+    p_seg_keys bytea[], p_seg_prevs bytea[], p_seg_sizes bigint[], p_seg_parts bytea[],
+    p_upstream text, p_upstream_key text
 ) RETURNS SETOF exchange_rows LANGUAGE plpgsql AS $$
 DECLARE
     a record;
@@ -264,6 +265,10 @@ BEGIN
     INSERT INTO exchanges (id, session, line, attempt, seq, meta, request_bytes, head, chain, tail)
         VALUES (p_id, p_session, a.o_line, a.o_attempt, a.o_seq, p_meta, p_request_bytes, p_head, p_chain, p_tail);
     INSERT INTO exchange_state (id, owner) VALUES (p_id, p_owner);
+    IF p_upstream IS NOT NULL THEN
+        PERFORM rethaw_append_one(
+            p_session, p_generation, 'exchange.upstream', p_upstream, p_upstream_key, 0, 0::smallint, NULL, false);
+    END IF;
     RETURN QUERY SELECT * FROM exchange_rows WHERE id = p_id;
 END $$;
 
