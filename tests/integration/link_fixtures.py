@@ -52,7 +52,7 @@ class Guest:
     async def boot(self, python: str = sys.executable, limit_s: float = 10.0) -> None:
         down_read, down_write = os.pipe()
         up_read, up_write = os.pipe()
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # noqa: ASYNC220 - takes a millisecond
             [python, "-I", "-S", "-u", str(GUESTD)],
             stdin=down_read,
             stdout=up_write,

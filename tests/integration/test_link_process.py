@@ -111,7 +111,7 @@ async def test_orphans_do_not_hold_up_the_exit() -> None:
         for entry in Path("/proc").iterdir():  # end the orphan of this test
             if entry.name.isdigit():
                 try:
-                    if os.readlink(entry / "cwd") == str(g.directory):
+                    if (entry / "cwd").readlink() == g.directory:
                         os.kill(int(entry.name), signal.SIGKILL)
                 except OSError:
                     pass

@@ -418,7 +418,7 @@ async def test_a_guest_that_lies_ends_its_own_channel_only(said: bytes, why: str
         assert why in str(await asyncio.wait_for(asyncio.shield(link.closed), 5))
         assert len(malformed) == 1
         assert isinstance((await asyncio.gather(start, return_exceptions=True))[0], Hello | ChannelBroken)
-        with pytest.raises(ChannelBroken, match="."):
+        with pytest.raises(ChannelBroken):
             await link.ping()
     finally:
         await link.close()

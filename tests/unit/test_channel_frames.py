@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -73,10 +74,8 @@ def test_a_flipped_header_byte_never_changes_a_frame_silently(frame: Frame, at: 
     data[at] ^= flip
     decoder = Decoder()
     decoder.feed(bytes(data))
-    try:
+    with contextlib.suppress(ChannelBroken):
         assert decoder.next() != frame
-    except ChannelBroken:
-        pass
 
 
 @pytest.mark.parametrize(
@@ -136,10 +135,8 @@ def test_malformed_control_messages(payload: bytes) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_json_payload_is_an_object_or_channel_broken(payload: bytes) -> None:
-    try:
+    with contextlib.suppress(ChannelBroken):
         assert isinstance(frames.loads(payload, "x"), dict)
-    except ChannelBroken:
-        pass
 
 
 def test_lone_surrogates_travel() -> None:
