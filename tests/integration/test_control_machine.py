@@ -27,7 +27,7 @@ class _Runner:
 
     def __init__(self, dsn: str) -> None:
         self.loop = asyncio.new_event_loop()
-        self._context = world(dsn, Policy(deaths_per_step=2))
+        self._context = world(dsn, Policy(deaths_per_step=2, lease_s=3600))
         self.w: World = self.run(self._context.__aenter__())
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -54,7 +54,7 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
         def __init__(self) -> None:
             super().__init__()
             view, _ = run(w.control.create(AGENT, {}))
-            self.id = view.id
+            self.id: str = view.id
             self.todo: list[Assignment] = []
             self.fence: Fence | None = None  # of the life that the node runs
             self.zombies: list[Fence] = []
@@ -62,6 +62,9 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
             self.saved: dict[str, int] = {}  # the counter in each snapshot
             self.sent = 0
             self.waiting: set[str] = set()
+
+        def teardown(self) -> None:
+            run(w.control.erase(self.id, force=True))  # the next history begins with an empty node
 
         def view(self) -> Any:
             return run(w.control.session(self.id))
@@ -102,13 +105,14 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
 
         # ---- the node
 
-        @rule()
         def listen(self) -> None:
             self.todo += [a for a in run(w.node.work()) if a.session == self.id]
 
-        @precondition(lambda self: bool(self.todo))
         @rule()
         def obey(self) -> None:
+            self.listen()
+            if not self.todo:
+                return
             task = self.todo.pop(0)
             fence = Fence(session=self.id, generation=task.generation)
             if task.action in ("start", "restore"):
@@ -167,7 +171,7 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
             self.attempt(w.control.report_death(self.fence, reason, "x"), Fenced)
             self.drop()
 
-        @rule(really=st.integers(0, 4))
+        @rule(really=st.integers(0, 9))
         def node_restarts(self, really: int) -> None:
             if really == 0:
                 self.drop()
@@ -181,7 +185,7 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
                 self.attempt(w.report(self.fence, S.COMPLETED, exit_code=0), Fenced, Conflict)
                 self.drop()
 
-        # ---- the agent
+        # ---- the agent, who acts most of the time
 
         def say(self, work: Callable[[Fence], Coroutine[Any, Any, Any]]) -> Any:
             assert self.fence is not None
@@ -192,8 +196,13 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
                 return None
 
         @precondition(lambda self: self.fence is not None)
-        @rule()
-        def speak(self) -> None:
+        @rule(again=st.integers(0, 3))
+        def speak(self, again: int) -> None:
+            for _ in range(again + 1):
+                if self.fence is not None:
+                    self.send()
+
+        def send(self) -> None:
             self.counter += 1
             key = f"send:{self.counter}"
             self.sent += 1
