@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol, cast
 
 from rethaw.model.enums import EventType
@@ -50,7 +50,9 @@ class Calls:
         self._saver = saver
         self._owner = owner
         self._snapshots: dict[str, asyncio.Future[str]] = {}
+        self._saved: dict[str, str] = {}
         self.waiting: dict[str, float] = {}
+        self._wait_ids: dict[str, str] = {}
         self._ops: dict[str, Callable[[str, Body], Awaitable[Any]]] = {
             "info": self._info,
             "receive": self._receive,
@@ -81,9 +83,9 @@ class Calls:
             if error.code in ("fenced", "unavailable"):
                 raise
             answer = {"error": {"code": error.code, "message": str(error), "details": error.details}}
-        self._done(call)
         await stream.write(json.dumps(answer).encode())
         await stream.end()
+        self._done(call)
 
     async def _dispatch(self, op: str, call: str, raw: bytes) -> Any:
         handler = self._ops.get(op)
@@ -97,13 +99,19 @@ class Calls:
             raise InvalidInput(f"{op}: the call must be a JSON object")
         if op in _WAITS:
             self.waiting.setdefault(call, time.monotonic())
+            self._wait_ids[call] = _wait_id(call, cast(Body, body))
             self._owner.waits_changed()
         else:
             self._owner.active()
         return await handler(call, cast(Body, body))
 
+    def unanswered(self) -> tuple[str, ...]:
+        """Wait ids that the guest has no answer to; exact while it is quiet."""
+        return tuple(self._wait_ids[call] for call in self.waiting)
+
     def _done(self, call: str) -> None:
         if self.waiting.pop(call, None) is not None:
+            self._wait_ids.pop(call, None)
             self._owner.active()
             self._owner.waits_changed()
 
@@ -168,7 +176,14 @@ class Calls:
             "more": len(events) == limit,
         }
 
+    def saved_in(self, snapshot: str, calls: Iterable[str]) -> None:
+        """`calls` were open when `snapshot`, which this life was restored from, was taken: to a `snapshot` among them it
+        is the answer."""
+        self._saved = dict.fromkeys(calls, snapshot)
+
     async def _snapshot(self, call: str, body: Body) -> Any:
+        if call in self._saved:
+            return {"snapshot": self._saved[call]}
         done = self._snapshots.get(call)
         if done is None:
             # The save makes the guest quiet, which cancels this very handler: it goes on under its own name.

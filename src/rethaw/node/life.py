@@ -15,7 +15,7 @@ from rethaw.model.errors import Fenced, RethawError, Unavailable
 from rethaw.model.ports import GuestStream
 from rethaw.model.types import MIB, AgentSpec, Assignment, Boot, Fence, NewEvent
 from rethaw.node.calls import Calls
-from rethaw.node.link import Link
+from rethaw.node.link import Hello, Link
 from rethaw.node.outputs import Outputs
 from rethaw.node.parts import Parts
 from rethaw.node.saver import Saver
@@ -54,13 +54,14 @@ class Life:
         self._exit: asyncio.Task[None] | None = None
         self._resyncing: asyncio.Task[None] | None = None
         snapshot = assignment.snapshot
+        self._restored = snapshot.id if snapshot else None  # until the first hello
         self.outputs = Outputs(parts.log, self.fence, self.attempt, snapshot.output if snapshot else {}, self.active)
         self.link = Link(
             sandbox.reader,
             sandbox.writer,
             self._on_stream,
             on_malformed=self._on_malformed,
-            on_hello=lambda hello: gateway.hello(hello.exchanges),
+            on_hello=self._on_hello,
         )
         self.saver = Saver(
             parts,
@@ -116,6 +117,12 @@ class Life:
             await self.sandbox.destroy()
 
     # ------------------------------------------------------------ what the guest says
+
+    def _on_hello(self, hello: Hello) -> None:
+        self.gateway.hello(hello.exchanges)
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            self.calls.saved_in(restored, hello.calls)
 
     async def _on_stream(self, stream: GuestStream) -> None:
         try:

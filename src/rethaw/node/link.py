@@ -49,10 +49,12 @@ class QuietState:
 
 @dataclass(frozen=True)
 class Hello:
-    """What guestd said after start, go or resume. `exchanges`: accepted exchanges whose client still waits."""
+    """What guestd said after start, go or resume. `exchanges`: accepted exchanges whose client still waits. `calls`: ids
+    of Context calls that have no answer yet."""
 
     generation: str
     exchanges: tuple[str, ...]
+    calls: tuple[str, ...]
     streams: int
     pid: int
     exited: bool
@@ -382,6 +384,7 @@ class Link:
         hello = Hello(
             generation=self._generation,
             exchanges=tuple(s.exchange for s in streams if s.exchange is not None),
+            calls=tuple(str(s.meta.get("id")) for s in streams if s.kind == "call"),
             streams=len(streams),
             pid=message["pid"] if isinstance(message.get("pid"), int) else 0,
             exited=message.get("exited") is True,

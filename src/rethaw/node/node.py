@@ -81,7 +81,9 @@ class Node:
                 control = self._parts.control
                 await control.report(life.fence, StateChange(state=State.SUSPENDING, reason=Reason.NODE_STOPPED))
                 await life.saver.save("suspend", run_on=False)
-                await control.report(life.fence, StateChange(state=State.SUSPENDED, reason=Reason.NODE_STOPPED))
+                waits = life.calls.unanswered()
+                change = StateChange(state=State.SUSPENDED, reason=Reason.NODE_STOPPED, waits=waits)
+                await control.report(life.fence, change)
         except (RethawError, OSError) as error:
             log.warning("session %s: not suspended: %s; it comes back as after a crash", supervisor.session, error)
         await supervisor.close()

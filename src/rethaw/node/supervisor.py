@@ -313,7 +313,8 @@ class Supervisor:
         try:
             if not self._still_wanted(wish, quiet=True):
                 raise Conflict("what it waited for has come")
-            await control.report(life.fence, StateChange(state=State.SUSPENDED, reason=wish.reason))
+            change = StateChange(state=State.SUSPENDED, reason=wish.reason, waits=life.calls.unanswered())
+            await control.report(life.fence, change)
         except Conflict as error:
             log.info("session %s: not suspended: %s", self.session, error)
             await life.saver.thaw()
@@ -405,6 +406,10 @@ class Supervisor:
     async def _exited(self, life: Life, code: int | None, signal: int | None, detail: str | None) -> None:
         """The agent's process ended by itself."""
         await life.outputs.drained(5.0)
+        if life.sandbox.out_of_memory():
+            # Not by itself: its death is told by the sandbox's end.
+            life.sandbox.kill()
+            return
         await life.gateway.flush()
         await life.gateway.attempt_ended()
         faults.point("supervisor.exited")
@@ -418,7 +423,9 @@ class Supervisor:
             state, reason = State.CANCELLED, Reason.CANCELLED
         else:
             state = State.COMPLETED if exit_code == 0 else State.FAILED
-            reason = Reason.COMMAND_NOT_FOUND if detail and code in (126, 127) else Reason.EXITED
+            reason = Reason.EXITED
+            if detail:  # guestd could not run it: 127 when it is not there, 126 for anything else
+                reason = Reason.COMMAND_NOT_FOUND if code == 127 else Reason.BOOT_FAILED
         change = StateChange(state=state, reason=reason, detail=detail, exit_code=exit_code, events=(event,))
         await self._parts.control.report(life.fence, change)
         faults.point("supervisor.final")
