@@ -100,7 +100,11 @@ def parse(function: Callable[..., Any], tokens: Sequence[str]) -> dict[str, Any]
     out = {name: _value(name, values, hints.get(name, Any)) for name, values in given.items()}
     for name, parameter in named.items():
         if name not in out and parameter.default is inspect.Parameter.empty:
-            raise InvalidInput(f"the agent needs --{name.replace('_', '-')}", remedy=_usage(named, hints))
+            option = f"--{name.replace('_', '-')}"
+            remedy = _usage(named, hints)
+            if option in FLAGS | VALUES:
+                remedy = f"write it after --, since `rethaw run` has a {option} of its own"
+            raise InvalidInput(f"the agent needs {option}", remedy=remedy)
     return out
 
 

@@ -4,6 +4,7 @@ again, and where it writes others, that is said."""
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rethaw.model.types import Event
     from rethaw.sdk.client import Client
 
+_SLOW_START_S = 3.0  # longer than any start from an image that is there
 _KEPT = 1 << 20  # bytes of each stream that can be compared after a crash
 
 
@@ -54,32 +56,56 @@ def follow(
 ) -> int:  # fmt: skip
     """Show the session's output until its last event; the seq of that. `quiet`: no news beside the output."""
     line = OneLine(lambda data, err: output.raw(data, stderr=err or all_to_stderr), output.note)
-    messages: dict[str, bytes] = {}
+    news = News(session)
     last = after
-    for event in connection.sessions.stream(session, after=after):
-        last = event.seq
-        kind = event.type.value
-        if kind == "output":
-            stream = str(event.data.get("stream"))
-            if stream in streams and event.body:
-                line.take(stream, int(event.data.get("offset", 0)), event.body, event.attempt)
-        elif not quiet:
-            _news(event, session, messages)
+    try:
+        for event in connection.sessions.stream(session, after=after):
+            last = event.seq
+            if event.type.value == "output":
+                stream = str(event.data.get("stream"))
+                if stream in streams and event.body:
+                    line.take(stream, int(event.data.get("offset", 0)), event.body, event.attempt)
+            elif not quiet:
+                news.take(event)
+    finally:
+        news.close()
     return last
 
 
-def _news(event: Event, session: str, messages: dict[str, bytes]) -> None:
-    kind = event.type.value
-    if kind == "message.sent":
-        messages[str(event.data.get("message"))] = event.body or b"null"
-    elif kind == "message.published":
-        sent = messages.pop(str(event.data.get("message")), None)
-        if sent is not None:
-            output.note(f"message: {text_of(sent)}")
-    else:
-        said = happening(event, session)
-        if said is not None:
-            output.note(said)
+class News:
+    """What happens to a session, told once each."""
+
+    def __init__(self, session: str) -> None:
+        self._session = session
+        self._messages: dict[str, bytes] = {}
+        self._waits: set[object] = set()
+        self._slow: threading.Timer | None = None
+
+    def take(self, event: Event) -> None:
+        self.close()
+        kind, data = event.type.value, event.data
+        if kind == "message.sent":
+            self._messages[str(data.get("message"))] = event.body or b"null"
+        elif kind == "message.published":
+            sent = self._messages.pop(str(data.get("message")), None)
+            if sent is not None:
+                output.note(f"message: {text_of(sent)}")
+        elif kind == "session.state" and data.get("state") == "starting":
+            self._slow = threading.Timer(_SLOW_START_S, output.note, ("an image is built first, which takes a minute",))
+            self._slow.daemon = True
+            self._slow.start()
+        elif kind == "wait.opened" and (data.get("wait") in self._waits):
+            return  # opened once more after a restore
+        else:
+            self._waits.add(data.get("wait"))
+            said = happening(event, self._session)
+            if said is not None:
+                output.note(said)
+
+    def close(self) -> None:
+        if self._slow is not None:
+            self._slow.cancel()
+            self._slow = None
 
 
 def text_of(raw: bytes) -> str:

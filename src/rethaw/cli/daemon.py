@@ -115,5 +115,7 @@ def _listen(settings: Config) -> str:
 
 
 def _relay(chunk: bytes) -> None:
-    if chunk:
-        output.raw(chunk, stderr=True)
+    """What the server says on its way, to stderr; that it is ready is said by whoever waits."""
+    for line in chunk.splitlines(keepends=True):
+        if not line.startswith(b"ready at "):
+            output.raw(line, stderr=True)

@@ -176,7 +176,7 @@ def happening(event: Event, session: str) -> str | None:
 
 def _state_news(data: dict[str, Any]) -> str | None:
     state, reason = str(data.get("state")), str(data.get("reason") or "none")
-    if state not in ("suspended", "queued", "failed", "cancelled"):
+    if state not in ("suspended", "queued"):  # of an end the caller tells
         return None
     text = state if reason in _ORDINARY else f"{state} ({reason})"
     return plain(f"{text}: {data['detail']}" if data.get("detail") else text)

@@ -182,7 +182,8 @@ def _watch(connection: Client, session: Session[Any], json: bool) -> int:
         output.data(outcome.result if isinstance(outcome.result, str) else _pretty(outcome.result))
     if view.state is State.COMPLETED:
         return view.exit_code or 0
-    said = output.plain(view.detail or view.reason.value)
+    by_itself = f"its program ended with exit code {view.exit_code}" if view.reason.value == "exited" else ""
+    said = output.plain(view.detail or by_itself or view.reason.value)
     sys.stdout.flush()
     sys.stderr.write(f"rethaw: session {view.id} {view.state.value}: {said}; see `rethaw why {view.id}`\n")
     return view.exit_code or 1
