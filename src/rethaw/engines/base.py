@@ -97,6 +97,11 @@ class Sandbox(Protocol):
         """Kill and clean up. Returns once no process of it is left; slow cleaning goes on in the background."""
         ...
 
+    def out_of_memory(self) -> bool:
+        """Whether the kernel killed some of it for its memory limit, as seen right now. Then the rest of it is not to
+        be trusted: what looks like a program that ended by itself may be one that was killed."""
+        ...
+
     async def memory(self) -> int:
         """Bytes that it takes on the host right now, engine overhead included."""
         ...

@@ -19,6 +19,8 @@ from pathlib import Path
 
 log = logging.getLogger("rethaw.engines")
 _MOUNTS = Path("/proc/self/mounts")
+_OOM_LOOKS = 200  # after a notice, so often ...
+_OOM_LOOK_S = 0.01  # ... at this pause
 
 
 def _read(path: Path) -> str:
@@ -138,8 +140,14 @@ class Group:
         def fired() -> None:
             with contextlib.suppress(OSError):
                 os.eventfd_read(event)
+            look(_OOM_LOOKS)
+
+        def look(left: int) -> None:
+            # The notice comes before the kernel has chosen its victim, and memory may be found without one.
             if self.oom_kills():
                 callback()
+            elif left and stop_once:
+                loop.call_later(_OOM_LOOK_S, look, left - 1)
 
         def stop() -> None:
             if stop_once:

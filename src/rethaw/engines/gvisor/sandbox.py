@@ -243,6 +243,9 @@ class GvisorSandbox:
             self._killed = True
             processes.kill(self._pidfd)
 
+    def out_of_memory(self) -> bool:
+        return self.group.oom_kills() > 0
+
     def _out_of_memory(self) -> None:
         # The kernel may have killed only one address space of the guest, which gVisor cannot go on without.
         processes.kill(self._pidfd)
