@@ -17,7 +17,16 @@ from rethaw.engines.base import Sandbox, SandboxSpec
 from rethaw.gateway.gateway import SessionGateway
 from rethaw.model import faults
 from rethaw.model.enums import EventType, Reason, State
-from rethaw.model.errors import Conflict, EngineError, Fenced, ImageError, RethawError, SnapshotUnusable, Unavailable
+from rethaw.model.errors import (
+    Conflict,
+    EngineError,
+    Fenced,
+    ImageError,
+    InvalidInput,
+    RethawError,
+    SnapshotUnusable,
+    Unavailable,
+)
 from rethaw.model.types import AgentSpec, Assignment, Fence, NewEvent, SnapshotInfo, StateChange
 from rethaw.node.boot import start_config
 from rethaw.node.life import Life
@@ -184,7 +193,10 @@ class Supervisor:
         if snapshot is not None and (known := await images.rootfs(snapshot.image)) is not None:
             digest, rootfs = snapshot.image, known
         else:
-            built = await images.ensure(agent.image, progress)
+            try:
+                built = await images.ensure(agent.image, progress)
+            except InvalidInput as error:
+                raise ImageError(error.message, remedy=error.remedy) from error
             digest, rootfs = await images.compose(built, code)
         if snapshot is not None and digest != snapshot.image:
             raise SnapshotUnusable(
