@@ -31,6 +31,8 @@ def canonical(value: Any) -> str:
 
 
 MIN_MEMORY = 32 * MIB  # guestd, an interpreter and a little room
+# Seconds. Without its least one, an agent would do nothing but be saved, or be over before it begins.
+_LEAST = {"idle_suspend_s": 0.0, "snapshot_every_s": 1.0, "hold_max_s": 0.0, "max_duration_s": 0.1, "grace_s": 0.0}
 
 
 def _check_agent(agent: AgentSpec) -> None:
@@ -49,6 +51,19 @@ def _check_agent(agent: AgentSpec) -> None:
             f"memory of {agent.memory_bytes / MIB:g} MiB is too small for agent {agent.name}",
             remedy=f"give it at least {MIN_MEMORY // MIB} MiB",
         )
+    for field, least in _LEAST.items():
+        value: float | None = getattr(agent, field)
+        if value is not None and not least <= value < float("inf"):
+            raise InvalidInput(
+                f"{field} = {value!r} does not fit agent {agent.name}", remedy=f"use {least:g} or more seconds"
+            )
+    if not agent.workdir.startswith("/"):
+        raise InvalidInput(f"workdir {agent.workdir!r} of agent {agent.name} is not absolute", remedy="begin it with /")
+    if agent.entry is None and not agent.command[0]:
+        raise InvalidInput(f"the command of agent {agent.name} is empty", remedy="name a program")
+    for name in (*agent.env, *agent.image.env):
+        if not name or "=" in name:
+            raise InvalidInput(f"env of agent {agent.name}: {name!r} cannot name a variable", remedy="leave out the =")
     if agent.durability is Durability.REPLICATED:
         raise InvalidInput(
             f'agent {agent.name} asks for durability "replicated", which needs an object store; none can be configured yet',
