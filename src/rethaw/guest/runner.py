@@ -69,7 +69,12 @@ def main() -> int:
     entry = sys.argv[1]
     sys.argv = [entry.partition("::")[0]]
     try:
-        run(load(entry, Path(os.environ.get("RETHAW_APP", "/app"))))
+        try:
+            function = load(entry, Path(os.environ.get("RETHAW_APP", "/app")))
+        except (NotFound, InvalidInput) as error:
+            print(f"rethaw: {error}", file=sys.stderr)  # whose mistake it is has no use for our frames
+            return 1
+        run(function)
     except RethawError as error:
         traceback.print_exc()
         print(f"rethaw: {error}", file=sys.stderr)
