@@ -90,7 +90,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         raise Conflict(
-            f"cannot listen on {host}:{port}: {error.strerror}", remedy="choose another port with --port"
+            f"cannot listen on {host}:{port}: {error.strerror}", remedy="choose another one with --listen"
         ) from error
     sock.listen(256)
     sock.setblocking(False)
