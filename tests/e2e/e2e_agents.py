@@ -36,4 +36,4 @@ class Agents:
         **spec: Any,
     ) -> Session:
         function = name if style == "blocking" else f"{name}_{style}"
-        return home.agent("\n".join(self._parts), args, key, entry=f"agent.py::{function}", **spec)
+        return home.agent("\n".join(self._parts), args, key, **{"entry": f"agent.py::{function}", **spec})
