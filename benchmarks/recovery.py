@@ -1,8 +1,8 @@
 """How long until a killed agent goes on, after 10, 100 and 1,000 turns? `python -m benchmarks.recovery --json`, as root.
 
-An agent with an ever longer conversation; at each milestone its sandbox is killed with SIGKILL three times, a turn
+An agent with an ever longer conversation; at each milestone its sandbox is killed with SIGKILL five times, a turn
 apart, while it waits for a signal. `recover_ms`: from the kill to the first byte the agent writes in its next life
-(median of three, by turns). `repeated_calls`: calls that reached the provider beyond one for each turn. `flatness`:
+(median of five, by turns). `repeated_calls`: calls that reached the provider beyond one for each turn. `flatness`:
 `recover_ms` at the last milestone by that at the first. Recovery reads one snapshot and the log's tail, whose lengths
 do not grow with the turns, except for the conversation in the agent's own memory.
 """
@@ -45,7 +45,7 @@ def bench(ctx, turns, stops):
             ctx.wait(f"go-{turn}")
     return len(messages)
 """
-KILLS = 3
+KILLS = 5
 
 
 def answer(request: ProviderRequest) -> Reply:

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from rethaw.testing.chaos.checks import check
@@ -21,11 +22,9 @@ def again(seed: int, turns: int) -> str:
 
 
 def one(seed: int, turns: int, keep: Path | None, fault: str | None = None) -> list[str]:
-    """Run a seed; what broke, with how to run it again."""
+    """Run a seed; what broke, with how to run it again. `fault`: in place of the plan's. `keep`: for the record."""
     the_plan = plan(seed, turns)
     if fault is not None:
-        from dataclasses import replace
-
         the_plan = replace(the_plan, fault=fault)
     run = Run(the_plan)
     try:

@@ -106,6 +106,8 @@ class Run:
                 self.note(f"session {self.session}")
                 tasks |= {asyncio.create_task(job) for job in (self._feed(), self._kill(), self._observe())}
                 view = await self._beside(tasks, self._insist(self._ended))
+                if self.plan.fault and not self.server_kills:
+                    self.note(f"the fault point was not reached: {self.plan.fault}")
                 self.note(f"ended {view['state']}")
                 self._done.set()
                 return await self._record(view)
