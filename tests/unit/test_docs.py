@@ -17,6 +17,7 @@ from rethaw.cli.arguments import separate
 from rethaw.cli.table import COMMANDS
 from rethaw.gateway import providers
 from rethaw.model.enums import EventType
+from rethaw.sdk.agents import find
 from rethaw.server.config import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +70,16 @@ def test_every_variable_that_is_read_is_described() -> None:
 @pytest.mark.parametrize(("where", "code"), [*blocks("python")], ids=lambda v: v if ":" in v and "\n" not in v else "")
 def test_python_examples_are_python(where: str, code: str) -> None:
     ast.parse(code, filename=where)
+
+
+@pytest.mark.parametrize(
+    ("where", "code"), [b for b in blocks("python") if "@rethaw.agent" in b[1]], ids=lambda v: v.split("\n")[0]
+)
+def test_agents_of_the_docs_are_found(where: str, code: str, tmp_path: Path) -> None:
+    file = tmp_path / "documented_agent.py"
+    file.write_text(code)
+    found = find(file)
+    assert found.spec(found.package().digest).entry == f"documented_agent.py::{found.function.__name__}"
 
 
 def commands(code: str) -> Iterator[list[str]]:

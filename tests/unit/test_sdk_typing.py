@@ -1,0 +1,50 @@
+"""What a type checker sees of the SDK: arguments and results of the user's own function."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import rethaw
+from rethaw import Image
+
+@rethaw.agent(image=Image.debian(), memory="1GiB")
+async def ask(ctx: rethaw.AsyncContext, question: str, n: int = 1) -> str:
+    return question
+
+@rethaw.agent
+def plain(ctx: rethaw.Context, a: int) -> dict[str, int]:
+    return {"a": a}
+
+reveal_type(ask.start)
+reveal_type(ask.start("x", n=2).result())
+reveal_type(plain.with_options(key="k").start(a=1))
+async def later() -> None:
+    reveal_type(await (await ask.aio.start("x")).result())
+ask.start(3)
+plain.start()
+plain.start(a=1, b=2)
+"""
+REVEALED = [
+    "(question: str, n: int = 1) -> Session[str]",
+    "str",
+    "Session[dict[str, int]]",
+    "str",
+]
+
+
+def test_types_are_those_of_the_function(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(CODE)
+    done = subprocess.run(
+        [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", "user.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    told = [d["message"].split(" is ", 1)[1].strip('"') for d in found if d["severity"] == "information"]
+    assert told == REVEALED
+    lines = CODE.splitlines()
+    wrong = [lines[d["range"]["start"]["line"]] for d in found if d["severity"] == "error"]
+    assert wrong == ["ask.start(3)", "plain.start()", "plain.start(a=1, b=2)"]
