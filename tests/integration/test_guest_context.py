@@ -239,7 +239,7 @@ async def test_threads_and_forks_with_a_call_open_each(g: Guest) -> None:
 
 
 FORK = """
-
+import os
 from rethaw.guest.context import Context
 c = Context()
 c.emit("before", who="parent")

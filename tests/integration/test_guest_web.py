@@ -224,18 +224,23 @@ async def test_refusals_are_one_clear_line(g: Guest, request_: str, status: int,
 
 
 async def test_a_broken_chunked_body_ends_its_exchange(g: Guest) -> None:
-    ended: list[bool] = []
+    begun, ended = asyncio.Event(), list[bool]()
 
     async def serve(stream: Stream) -> None:
+        begun.set()
         try:
             await stream.read_all(1000)
         finally:
             ended.append(stream.hung_up)
 
     g.exchange = serve
-    answer = await raw(g, say("POST /scripted/x HTTP/1.1\nHost: h\nTransfer-Encoding: chunked", b"3\r\nabc\r\nzz\r\n"))
-    assert answer.startswith(b"HTTP/1.1 400 Bad Request")
+    reader, writer = await asyncio.open_connection("127.0.0.1", g.port)
+    writer.write(say("POST /scripted/x HTTP/1.1\nHost: h\nTransfer-Encoding: chunked", b"3\r\nabc\r\n"))
+    await asyncio.wait_for(begun.wait(), 5)
+    writer.write(b"zz\r\n")
+    assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 400 Bad Request")
     await until(lambda: ended == [True])
+    writer.close()
 
 
 # ---------------------------------------------------------------- hanging up, breaking off, holding up

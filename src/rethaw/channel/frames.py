@@ -13,11 +13,15 @@ the same again for ever. A decoder keeps at most one frame's worth of bytes beyo
 
 from __future__ import annotations
 
-import json
 import struct
-from typing import Any, Dict, List, Optional, cast
 
+from rethaw.channel import lean
+from rethaw.channel.lean import cast
 from rethaw.model.errors import ChannelBroken
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Dict, List, Optional
 
 MAGIC = 0xA5
 MAX_PAYLOAD = 65536
@@ -90,13 +94,13 @@ def encode_control(message: Dict[str, Any]) -> bytes:
 
 def dumps(value: Any) -> bytes:
     """Compact JSON, ASCII only, so lone surrogates travel as escapes."""
-    return json.dumps(value, separators=(",", ":")).encode("ascii")
+    return lean.dumps(value)
 
 
 def loads(payload: bytes, what: str) -> Dict[str, Any]:
     """The JSON object in `payload`. Raises ChannelBroken naming `what`."""
     try:
-        value = json.loads(payload)
+        value = lean.loads(payload)
     except (ValueError, RecursionError) as error:
         raise ChannelBroken(f"malformed {what}: {error}") from None
     if not isinstance(value, dict):

@@ -7,11 +7,13 @@ Everything that is not DATA or END goes first; data frames take turns between st
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Deque, List, Optional
-
 from rethaw.channel.frames import CREDIT, DATA, END, encode
+from rethaw.channel.lean import deque
 from rethaw.model.errors import ChannelBroken
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Deque, List, Optional
 
 WINDOW = 65536
 CHUNK = 32768  # largest DATA frame we send: two of them fit a 64 KiB pipe

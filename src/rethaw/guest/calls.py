@@ -15,15 +15,18 @@ The inbox cursor and every id are counted here, in guest memory, so they roll ba
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import time
-from typing import Any, Callable, Dict, List, Optional, Set, cast
 
+from rethaw.channel import lean
 from rethaw.channel.frames import dumps
+from rethaw.channel.lean import cast, socket
 from rethaw.guest import loop as loops
 from rethaw.guest.wire import Stream, Wire, note
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, List, Optional, Set
 
 HEADER_LIMIT = 4096
 BODY_LIMIT = 16 << 20
@@ -86,7 +89,7 @@ def error(code: str, message: str, remedy: Optional[str] = None) -> bytes:
 def _header(line: bytes) -> Optional[Dict[str, Any]]:
     """The header of one request; None when it is malformed."""
     try:
-        header = json.loads(line)
+        header = lean.loads(line)
         if isinstance(header["op"], str) and isinstance(header["ref"], int) and isinstance(header["len"], int):
             return cast("Dict[str, Any]", header) if header["len"] >= 0 else None
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -107,7 +110,6 @@ class Client:
         self.open = True
         self.subscribed = False
         self.pending: Set[Call] = set()
-        sock.setblocking(False)
         self._watch()
 
     def _watch(self) -> None:
@@ -223,7 +225,7 @@ class Calls:
 
     def _accept(self, events: int) -> None:
         try:
-            sock, _ = self._socket.accept()
+            sock = lean.accept(self._socket)
         except OSError:
             return
         self._clients.add(Client(self, sock))
@@ -282,7 +284,7 @@ class Calls:
 
     def _wait(self, client: Client, op: str, ref: int, body: bytes) -> None:
         try:
-            args = json.loads(body or b"{}")
+            args = lean.loads(body or b"{}")
             if not isinstance(args, dict):
                 raise ValueError("a JSON object is expected")
         except (ValueError, RecursionError) as problem:
@@ -317,7 +319,7 @@ class Calls:
     def _handed_out(self, answer: bytes) -> bool:
         """Move the cursor to the message in `answer`, if it holds one. False when that message is taken already."""
         try:
-            number: object = json.loads(answer)["ok"]["number"]
+            number: object = lean.loads(answer)["ok"]["number"]
         except (ValueError, LookupError, TypeError, RecursionError):
             return True
         if not isinstance(number, int):

@@ -14,14 +14,18 @@ from __future__ import annotations
 import gc
 import os
 import time
-from typing import Any, Dict, List, cast
 
+from rethaw.channel.lean import cast
 from rethaw.guest.calls import Calls
 from rethaw.guest.loop import READ, Loop, child_signals
 from rethaw.guest.process import Agent
 from rethaw.guest.web import Server
 from rethaw.guest.wire import Wire, note
 from rethaw.model.errors import ChannelBroken
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Dict, List
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 

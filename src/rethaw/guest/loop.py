@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import os
 import select
-import signal
-from typing import Callable, Dict, Optional
+
+from rethaw.channel.lean import signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Callable, Dict, Optional
+
+    Handler = Callable[[int], None]
 
 READ = select.POLLIN | select.POLLPRI
 WRITE = select.POLLOUT
 GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 RDHUP: int = getattr(select, "POLLRDHUP", 0)
-
-Handler = Callable[[int], None]
 
 
 class Loop:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-from contextlib import suppress
-from typing import Any, Callable, Dict, List, Optional
 
+from rethaw.channel.lean import signal
 from rethaw.guest import loop as loops
 from rethaw.guest.wire import Stream, note
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, List, Optional
 
 KEEP = 1 << 20  # unacknowledged output bytes after which the agent's pipe is not read any more
 READ_SIZE = 65536
@@ -165,12 +167,13 @@ class Agent:
 
     def kill(self) -> None:
         """Every process in the sandbox but this one. Not as PID 1 (tests on a host): the agent's group only."""
-        if os.getpid() == 1:
-            with suppress(ProcessLookupError):
+        try:
+            if os.getpid() == 1:
                 os.kill(-1, signal.SIGKILL)
-        elif self.pid:
-            with suppress(ProcessLookupError):
+            elif self.pid:
                 os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:  # there is none
+            return
 
 
 def _not_run(command: List[str], workdir: str, why: bytes) -> Dict[str, Any]:

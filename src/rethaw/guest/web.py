@@ -9,18 +9,20 @@ both ways; only the framing of the hop is ours.
 from __future__ import annotations
 
 import errno
-import socket
 import struct
-from contextlib import suppress
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, cast
 
-from rethaw.channel import frames
+from rethaw.channel import frames, lean
+from rethaw.channel.lean import cast, socket
 from rethaw.channel.mux import WINDOW
 from rethaw.guest import http1
 from rethaw.guest import loop as loops
 from rethaw.guest.http1 import BadRequest, Body, Request
 from rethaw.guest.wire import Stream, Wire, note
 from rethaw.model.errors import ChannelBroken
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, Optional, Set, Tuple
 
 BODY_LIMIT = 64 << 20  # EXCHANGE_LIMIT of rethaw.model.types, which the guest cannot import
 UPLOAD_AHEAD = 256 << 10  # request bytes read before the node took them
@@ -111,7 +113,7 @@ class Server:
     def _accept(self, events: int) -> None:
         while len(self.connections) < CONNECTIONS:
             try:
-                connection, _ = self._socket.accept()
+                connection = lean.accept(self._socket)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -179,7 +181,6 @@ class Connection:
         self._owed = 0  # response bytes not yet granted anew
         self.held = False  # the upload waits for the channel
         self._open = True
-        sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._watch()
 
@@ -299,7 +300,7 @@ class Connection:
         assert request is not None
         status = int(head.get("status", 502))
         reason = str(head.get("reason", ""))
-        pairs = [(str(n), str(v)) for n, v in cast("List[Tuple[Any, Any]]", head.get("headers", []))]
+        pairs = [(str(n), str(v)) for n, v in head.get("headers", [])]
         named = {t.strip().lower() for n, v in pairs if n.lower() == "connection" for t in v.split(",")}
         kept = [(n, v) for n, v in pairs if n.lower() not in _HOP and n.lower() not in named]
         length = next((v for n, v in kept if n.lower() == "content-length"), None)
@@ -360,9 +361,10 @@ class Connection:
         """Break the connection so that the agent cannot take what it got for the whole."""
         if self._open:
             self._exchange = None
-            with suppress(OSError):
+            try:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self._close()
+            finally:
+                self._close()
 
     def _send(self, data: bytes) -> None:
         if not self._open:

@@ -10,14 +10,16 @@ written, whatever happens.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
-from typing import Any, Callable, Dict, List, NoReturn, Optional
 
 from rethaw.channel import frames
 from rethaw.channel.frames import Decoder, Frame
 from rethaw.channel.mux import Mux, Receiver, Sender
 from rethaw.guest import loop as loops
 from rethaw.model.errors import ChannelBroken
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, List, NoReturn, Optional
 
 READ_SIZE = 65536
 MIN_MARKER = 16
@@ -26,8 +28,10 @@ LOST = 70  # exit status of guestd when the channel is gone (EX_SOFTWARE)
 
 def note(text: str) -> None:
     """One line for the node's log of this sandbox (stderr of PID 1)."""
-    with suppress(OSError):
+    try:
         os.write(2, f"guestd: {text}\n".encode("utf-8", "replace"))
+    except OSError:  # nobody reads it
+        return
 
 
 class Stream:

@@ -5,7 +5,9 @@ Standard library only, Python >= 3.9: the guest imports this module.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional  # noqa: UP035 - the guest may run Python 3.9
+TYPE_CHECKING = False  # importing typing would cost every sandbox's PID 1 memory and time
+if TYPE_CHECKING:
+    from typing import Any, Dict, Optional  # noqa: UP035 - the guest may run Python 3.9
 
 
 class RethawError(Exception):
