@@ -68,10 +68,12 @@ def start_detached(settings: Config, as_json: bool) -> int:
 
 
 def _running(data_dir: Path) -> dict[str, Any] | None:
-    """What server.json says, if that process lives."""
+    """What server.json says, if that server lives."""
     try:
         found = cast("dict[str, Any]", json.loads((data_dir / "server.json").read_text()))
-        os.kill(int(found["pid"]), 0)
+        # After a SIGKILL the file stays, and its pid may be anybody's by now.
+        if b"rethaw" not in Path(f"/proc/{int(found['pid'])}/cmdline").read_bytes():
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found
