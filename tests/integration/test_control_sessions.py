@@ -226,6 +226,7 @@ async def test_a_failed_suspension_can_be_asked_for_again(w: World) -> None:
     await w.node.one("suspend", session)
     await w.report(fence, S.SUSPENDING, reason=Reason.REQUESTED)
     await w.report(fence, S.RUNNING)  # the disk was full
+    assert (await w.control.session(session)).desired == Desired.RUNNING
     assert await w.node.work() == []
     await w.control.suspend(session)
     await w.node.one("suspend", session)

@@ -40,7 +40,12 @@ async def report(conn: Conn, row: Row, change: StateChange, policy: Policy) -> R
     if change.state == State.SUSPENDING:
         await conn.execute("DELETE FROM assignments WHERE session = %s AND action = 'suspend'", (row.id,))
     # A failed suspension that a person asked for is theirs to repeat; of another one the person's wish is still open.
-    coming = row.state in _COMING or (row.state == State.SUSPENDING and row.reason != Reason.REQUESTED)
+    failed = row.state == State.SUSPENDING and row.reason == Reason.REQUESTED
+    if failed and change.state in _ALIVE and row.desired == Desired.SUSPENDED:
+        # Or the next crash, whenever it comes, would put to sleep what nobody thinks of any more.
+        await rows.update(conn, row.id, desired=Desired.RUNNING.value)
+        row = await rows.load(conn, row.id)
+    coming = row.state in _COMING or (row.state == State.SUSPENDING and not failed)
     row = await rows.move(
         conn,
         row,

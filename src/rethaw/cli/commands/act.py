@@ -157,12 +157,23 @@ def suspend(session: str, /, *, no_wait: NoWait = False, json: Json = False) -> 
     session:
         An id or a unique beginning of one.
     """
+    from rethaw.model.errors import Conflict
+
     with client() as connection:
         view = connection.sessions.suspend(session)
         if not no_wait:
             view = until(
-                connection, view.id, lambda v: v.state.value == "suspended", timeout_s=_WAIT_S, what="suspended"
+                connection,
+                view.id,
+                lambda v: v.state.value == "suspended" or v.desired.value != "suspended",
+                timeout_s=_WAIT_S,
+                what="suspended",
             )
+            if view.state.value in ("running", "waiting"):
+                raise Conflict(
+                    f"session {view.id} was not suspended, it runs on",
+                    remedy=f"see `rethaw events {view.id} -t snapshot.failed`",
+                )
     _print(view, json)
 
 
