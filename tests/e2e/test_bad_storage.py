@@ -1,0 +1,307 @@
+"""Disks that fill up, files that rot, engines that are replaced: the agent goes on, and the log says what happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e_agents import Agents
+from e2e_cli import refused
+from e2e_fixtures import House, Session, gapless, house
+
+from rethaw.testing import processes
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.timeout(150),
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
+]
+agents = Agents()
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A server with a runsc of its own, which the tests may replace. Each test leaves it running."""
+    runsc = tmp_path_factory.mktemp("bin") / "runsc"
+    shutil.copy(str(shutil.which("runsc")), runsc)
+    with house(env={"RETHAW_RUNSC": str(runsc)}) as h:
+        yield h
+
+
+@pytest.fixture
+def home(shared: House) -> House:
+    shared.provider.reset()
+    if not shared.server.running:
+        shared.server.restart()
+    return shared
+
+
+def calls(home: House, tag: str) -> int:
+    return sum(tag in text for text in home.provider.texts)
+
+
+def flip(path: Path) -> None:
+    """Damage some bytes in the middle of a file, its length kept."""
+    with path.open("r+b") as file:
+        middle = path.stat().st_size // 2
+        file.seek(middle)
+        old = file.read(64)
+        file.seek(middle)
+        file.write(bytes(b ^ 0xFF for b in old))
+
+
+# ---------------------------------------------------------------- the disk is full
+
+
+WORKER = agents.add("""
+def main(ctx, tag):
+    said = []
+    for turn in range(20):
+        said.append(ask("%s turn %d" % (tag, turn)))
+        if ctx.receive().payload == "end":
+            return said
+""")
+
+
+@pytest.fixture
+def small_disk(home: House) -> Iterator[Path]:
+    """A tmpfs of 64 MiB over the directory of snapshots."""
+    point = home.server.data_dir / "snapshots"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=0700", "tmpfs", str(point)], check=True)
+    try:
+        yield point
+    finally:
+        subprocess.run(["umount", "-l", str(point)], check=True)
+
+
+def fill(point: Path) -> Path:
+    filler = point / "filler"
+    with filler.open("wb") as file:
+        try:
+            while True:
+                file.write(b"\1" * (1 << 16))
+                file.flush()
+        except OSError:
+            pass
+    return filler
+
+
+def test_disk_full_while_saving(home: House, small_disk: Path) -> None:
+    session = agents.start(home, WORKER, {"tag": "full"}, idle_suspend_s=None)
+    session.until("a snapshot", lambda s: s.events("snapshot.created"))
+    session.until("turn 0", lambda s: s.view["state"] == "waiting")
+    filler = fill(small_disk)
+    session.send("on")
+    session.until("degraded", lambda s: s.events("durability.degraded"))
+    session.until("turn 1", lambda s: s.view["state"] == "waiting" and calls(home, "full turn") == 2)
+    (degraded,) = session.events("durability.degraded")
+    assert degraded["data"]["durability"] == "local"
+    assert all(word in degraded["data"]["detail"] for word in ("no space left", str(small_disk), "free disk space"))
+    assert session.view["degraded"] is True
+    shown = home.server.cli("ls").stdout
+    assert "durability degraded" in shown
+    # Nothing half-written stays, and no suspension destroys what it could not save.
+    refused(home.server.cli("suspend", session.id, check=False), 5, session.id, "runs on")
+    session.until_state("waiting")
+    assert session.events("snapshot.failed")
+    assert session.view["desired"] == "running"
+    assert [p for p in small_disk.rglob("*") if p.name.startswith(".snap_")] == []
+    session.send("on")
+    session.until("turn 2", lambda s: s.view["state"] == "waiting" and calls(home, "full turn") == 3)
+    filler.unlink()
+    session.send("on")
+    session.until("restored", lambda s: s.events("durability.restored"))
+    assert session.view["degraded"] is False
+    assert "degraded" not in home.server.cli("ls").stdout
+    session.until("turn 3", lambda s: calls(home, "full turn") == 4 and s.view["state"] == "waiting")
+    session.crash()
+    session.send("end")
+    assert session.result() == [f"echo full turn {n}" for n in range(4)]
+    assert calls(home, "full turn") == 4
+    gapless(session.events(all_lines=True))
+
+
+def test_a_crash_while_the_disk_is_full_goes_back_to_the_last_snapshot(home: House, small_disk: Path) -> None:
+    session = agents.start(home, WORKER, {"tag": "crash-full"}, idle_suspend_s=None)
+    session.until("turn 0", lambda s: s.events("snapshot.created") and s.view["state"] == "waiting")
+    filler = fill(small_disk)
+    session.send("on")
+    session.until("degraded", lambda s: s.events("durability.degraded"))
+    session.until("turn 1", lambda s: s.view["state"] == "waiting" and calls(home, "crash-full") == 2)
+    session.crash()
+    session.until("recovery", lambda s: s.events("snapshot.restored"))
+    filler.unlink()
+    session.send("end")
+    assert session.result() == ["echo crash-full turn 0", "echo crash-full turn 1"]
+    # The answer was released without a snapshot, but it is in the log: served from there.
+    assert calls(home, "crash-full") == 2
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+THREE = agents.add("""
+def main(ctx, tag):
+    said = []
+    for turn in range(3):
+        said.append(ask("%s turn %d" % (tag, turn)))
+        print("said", turn, flush=True)
+    approved = ctx.wait("approval").payload
+    return {"said": said, "approved": approved, "attempt": ctx.attempt, "fresh": ctx.fresh}
+""")
+
+
+def asleep(home: House, tag: str) -> Session:
+    """A session that was suspended by hand after three calls, and the server stopped: no raw copy of it is left."""
+    session = agents.start(home, THREE, {"tag": tag}, idle_suspend_s=None)
+    session.until("all calls", lambda s: "said 2" in s.output() and s.view["state"] == "waiting")
+    session.post("suspend")
+    session.until_state("suspended")
+    assert home.server.stop() == 0
+    return session
+
+
+def snapshots(home: House, session: Session) -> list[dict[str, Any]]:
+    """Oldest first."""
+    return home.server.request("GET", f"/v1/sessions/{session.id}/snapshots")["snapshots"]
+
+
+def directories(home: House, session: Session) -> list[Path]:
+    """Of its snapshots, oldest first."""
+    return sorted(p for p in (home.server.data_dir / "snapshots" / session.id).iterdir() if p.is_dir())
+
+
+def resumed(home: House, session: Session) -> dict[str, Any]:
+    home.server.restart()
+    session.post("resume")
+    session.until_state("running", "waiting", "completed", "failed")
+    session.signal("approval", "yes")
+    return session.result()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "gone"])
+def test_corrupted_snapshot_file_falls_back_to_its_parent(home: House, damage: str) -> None:
+    session = asleep(home, f"corrupt-{damage}")
+    newest = directories(home, session)[-1]
+    victim = max(newest.glob("*.sec"), key=lambda p: p.stat().st_size)
+    if damage == "flipped":
+        flip(victim)
+    elif damage == "short":
+        os.truncate(victim, victim.stat().st_size // 3)
+    else:
+        victim.unlink()
+    result = resumed(home, session)
+    said = [f"echo corrupt-{damage} turn {n}" for n in range(3)]
+    assert result == {"said": said, "approved": "yes", "attempt": 1, "fresh": False}
+    assert calls(home, f"corrupt-{damage}") == 3
+    unusable = session.events("snapshot.unusable")
+    assert {e["data"]["snapshot"] for e in unusable} == {newest.name}
+    assert all(victim.name in e["data"]["detail"] for e in unusable)
+    rows = {s["id"]: s for s in snapshots(home, session)}
+    assert rows[newest.name]["unusable"]
+    (restored,) = [e for e in session.events("snapshot.restored") if e["data"]["snapshot"] in rows]
+    assert restored["data"]["snapshot"] == rows[newest.name]["parent"]
+    assert "unusable" in home.server.cli("snapshot", "ls", session.id).stdout
+    gapless(session.events(all_lines=True))
+
+
+def test_all_snapshots_corrupted_boots_fresh_from_the_log(home: House) -> None:
+    session = asleep(home, "all-corrupt")
+    damaged = directories(home, session)
+    for path in damaged:
+        for section in path.glob("*.sec"):
+            flip(section)
+    home.server.restart()
+    session.post("resume")
+    session.until("a fresh attempt", lambda s: s.view["attempt"] == 2)
+    session.signal("approval", "yes")
+    result = session.result()
+    assert result["said"] == [f"echo all-corrupt turn {n}" for n in range(3)]
+    assert (result["attempt"], result["fresh"]) == (2, True)
+    named = {e["data"]["snapshot"] for e in session.events("snapshot.unusable", all_lines=True)}
+    assert named >= {path.name for path in damaged}
+    gapless(session.events(all_lines=True))
+
+
+def test_a_damaged_raw_copy_in_staging_is_not_believed_for_ever(home: House) -> None:
+    """The quick copy in memory is lost with the machine's memory, not silently: what is on disk is what counts."""
+    session = agents.start(home, THREE, {"tag": "staging"}, idle_suspend_s=None)
+    session.until("all calls", lambda s: "said 2" in s.output() and s.view["state"] == "waiting")
+    session.post("suspend")
+    session.until_state("suspended")
+    from rethaw.snapshots.store import staging_for
+
+    for path in staging_for(home.server.data_dir).iterdir():
+        shutil.rmtree(path)
+    session.post("resume")
+    session.signal("approval", "yes")
+    assert session.result()["said"] == [f"echo staging turn {n}" for n in range(3)]
+    assert calls(home, "staging") == 3
+
+
+# ---------------------------------------------------------------- another runsc
+
+
+def replace_runsc(home: House) -> None:
+    """Another build on its place: the same program, with some bytes more."""
+    path = Path(home.server.env["RETHAW_RUNSC"])
+    other = path.with_suffix(".new")
+    shutil.copy(path, other)
+    with other.open("ab") as file:
+        file.write(random.randbytes(16))
+    other.replace(path)
+
+
+def test_runsc_replaced_while_a_session_is_suspended(home: House) -> None:
+    session = asleep(home, "replaced")
+    replace_runsc(home)
+    result = resumed(home, session)
+    assert result["said"] == [f"echo replaced turn {n}" for n in range(3)]
+    assert calls(home, "replaced") == 3
+    assert not session.events("snapshot.unusable", all_lines=True)
+    other = agents.start(home, THREE, {"tag": "new-build"}, idle_suspend_s=None)
+    other.signal("approval")
+    other.result()
+    builds = {s["engine_build"] for s in (snapshots(home, session)[0], snapshots(home, other)[0])}
+    assert len(builds) == 2
+
+
+def test_runsc_replaced_under_a_running_server(home: House) -> None:
+    session = agents.start(home, THREE, {"tag": "under"}, idle_suspend_s=None)
+    session.until("all calls", lambda s: "said 2" in s.output() and s.view["state"] == "waiting")
+    replace_runsc(home)
+    Path(home.server.env["RETHAW_RUNSC"]).write_bytes(b"no program")
+    try:
+        session.crash()
+        session.until("recovery", lambda s: s.events("snapshot.restored"))
+        session.signal("approval")
+        assert session.result()["said"] == [f"echo under turn {n}" for n in range(3)]
+        assert calls(home, "under") == 3
+    finally:
+        shutil.copy(str(shutil.which("runsc")), home.server.env["RETHAW_RUNSC"])
+
+
+def test_the_kept_runsc_is_lost_as_well(home: House) -> None:
+    session = asleep(home, "lost")
+    home.server.restart()
+    build = snapshots(home, session)[-1]["engine_build"]
+    assert home.server.stop() == 0
+    replace_runsc(home)
+    (home.server.data_dir / "engines" / build / "runsc").unlink()
+    home.server.restart()
+    session.post("resume")
+    session.until("a fresh attempt", lambda s: s.view["attempt"] == 2)
+    session.signal("approval", "yes")
+    result = session.result()
+    assert (result["attempt"], result["fresh"]) == (2, True)
+    unusable = session.events("snapshot.unusable", all_lines=True)
+    assert unusable
+    assert all(build in e["data"]["detail"] for e in unusable)
+    assert processes.alive(home.server.pid)
