@@ -1,7 +1,7 @@
 """Parts of the standard library without what they usually pull in.
 
 `json`, `socket`, `signal`, `collections` and `typing` import `re` and `enum` and cost PID 1 of every sandbox 0.5 MiB of
-each first snapshot and two thirds of its start-up time (measured in gVisor: 49 ms of imports become 15). The C modules
+each first snapshot and two thirds of its start-up time (measured in gVisor: 50 ms of imports become 20). The C modules
 under them do the work anyway. Type checkers see the ordinary modules; where the C module of some Python does not fit,
 the ordinary one is used.
 """
