@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 READ_SIZE = 65536
 MIN_MARKER = 16
+CLOSED = "the node closed it"
 LOST = 70  # exit status of guestd when the channel is gone (EX_SOFTWARE)
 
 
@@ -165,7 +166,7 @@ class Wire:
                 self._loop.watch(self._write_fd, loops.WRITE, self._writable)
                 return
             except OSError as error:
-                self._lost(f"writing: {error}")
+                self._lost(CLOSED if isinstance(error, BrokenPipeError) else f"writing: {error}")
             self._writing = self._writing[done:]
         self._loop.mute(self._write_fd)
 
@@ -195,7 +196,7 @@ class Wire:
         except OSError as error:
             self._lost(f"reading: {error}")
         if not data:
-            self._lost("the node closed it")
+            self._lost(CLOSED)
         return data
 
     def _dispatch(self) -> None:
@@ -278,7 +279,7 @@ class Wire:
             except BlockingIOError:
                 loops.wait(self._write_fd, loops.WRITE)
             except OSError as error:
-                self._lost(f"writing: {error}")
+                self._lost(CLOSED if isinstance(error, BrokenPipeError) else f"writing: {error}")
         self._loop.mute(self._write_fd)
 
     def _wait_for_go(self, marker: bytes) -> Dict[str, Any]:
