@@ -429,8 +429,8 @@ class Link:
         del self._streams[stream.id]
         stream.kill(why, hung_up=True)
         for task, owner in self._tasks.items():
-            if owner is stream:
-                task.cancel()
+            if owner is stream:  # soon: a handler that has not begun must not miss that its client left
+                asyncio.get_running_loop().call_soon(task.cancel)
 
     # ------------------------------------------------------------ ends
 
