@@ -208,7 +208,10 @@ class SessionGateway:
                 await self._deliver(life, stream, run)
         except asyncio.CancelledError:
             if run is None and getattr(stream, "hung_up", False):
-                self._intake.forsaken(life, str(stream.meta.get("guest_id")), self._hung_up)
+                if stream.exchange is not None:
+                    self._left_before_served(stream.exchange)
+                else:
+                    self._intake.forsaken(life, str(stream.meta.get("guest_id")), self._hung_up)
             raise
         except Broken as broken:
             await stream.reset(str(broken))
@@ -217,6 +220,12 @@ class SessionGateway:
         except RethawError as error:
             log.warning("session %s: exchange %s: %s", self.id, run.id if run else "(new)", error)
             await stream.reset(str(error))
+
+    def _left_before_served(self, exchange: str) -> None:
+        """The agent hung up between hello and the first step of serving it."""
+        run = self.runs.get(exchange)
+        if run is not None and run.client is Client.EXPECTED:
+            self._hung_up(run)
 
     async def _run_of(self, life: Life, stream: GuestStream) -> Run | None:
         """The run that answers `stream`; None when the stream was answered here."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rethaw.model.enums import Durability, EventType
 from rethaw.model.errors import Fenced, RethawError, Unavailable
 from rethaw.model.ids import new_id
 from rethaw.model.types import AgentSpec, Fence, NewEvent, SnapshotInfo
+from rethaw.node.gate import Gate
 from rethaw.node.link import Link
 from rethaw.node.outputs import Outputs
 from rethaw.node.parts import Parts
@@ -36,7 +38,7 @@ class _Captured:
     resync: str
     output: dict[str, int]
     capture: Capture
-    covered: set[str]
+    covered: Mapping[str, asyncio.Event]
     started: float
     paused_ms: float
 
@@ -70,12 +72,13 @@ class Saver:
         self._gateway = gateway
         self._outputs = outputs
         self._parent = parent
-        self._uncovered: dict[str, asyncio.Event] = {}
+        self._gate = Gate()
+        self._gate.open = agent.durability is Durability.RELAXED
         self._lock = asyncio.Lock()
         self._asked: str | None = None
         self._wake = asyncio.Event()
         self._failures = 0
-        self._degraded = False
+        self._degraded: bool | None = None  # None: the row may say what a former life of the session left there
         self.idle = False  # set by the supervisor: nothing happens in the guest, periodic saves are a waste
         self.saved = parent  # newest snapshot of this life
         self.frozen = False
@@ -84,17 +87,12 @@ class Saver:
 
     def requested(self, exchange: str) -> None:
         """An exchange's request is durable and accepted into guest memory: a snapshot shall hold it."""
-        if exchange not in self._uncovered:
-            self._uncovered[exchange] = asyncio.Event()
+        self._gate.requested(exchange)
         self.ask("exchange")
 
     async def released(self, exchange: str) -> None:
         """Until the first byte of the answer may go to the agent."""
-        if self._agent.durability is Durability.RELAXED or self._degraded:
-            return
-        waiting = self._uncovered.get(exchange)
-        if waiting is not None:
-            await waiting.wait()
+        await self._gate.released(exchange)
 
     def ask(self, why: str) -> None:
         """Take a snapshot soon."""
@@ -105,11 +103,13 @@ class Saver:
 
     async def run(self) -> None:
         """Save when asked, and every `snapshot_every_s` without a model call. Ends by cancellation, or by Fenced."""
+        every = self._agent.snapshot_every_s
         while True:
+            pause = min(every, self._parts.timing.degraded_every) if self._degraded else every
             try:
-                await asyncio.wait_for(self._wake.wait(), self._agent.snapshot_every_s)
+                await asyncio.wait_for(self._wake.wait(), pause)
             except TimeoutError:
-                if self.idle:
+                if self.idle and not self._degraded:  # messages it sent may still wait for a snapshot that works
                     continue
                 self._asked = "periodic"
             why, self._asked = self._asked or "requested", None
@@ -129,7 +129,7 @@ class Saver:
         if self._failures >= self._parts.timing.save_attempts:
             if not self._degraded:
                 self._degraded = True
-                self._release(set(self._uncovered))
+                self._gate.give_up()
                 await self._tell_degraded(True, str(error))
             return
         await asyncio.sleep(0.1 * 2**self._failures)
@@ -141,12 +141,6 @@ class Saver:
             await self._parts.control.set_degraded(self._fence, degraded, detail, self._agent.durability)
         except Unavailable as error:
             log.warning("session %s: could not record degraded=%s: %s", self._fence.session, degraded, error)
-
-    def _release(self, exchanges: set[str]) -> None:
-        for exchange in exchanges:
-            event = self._uncovered.pop(exchange, None)
-            if event is not None:
-                event.set()
 
     # ------------------------------------------------------------ one save
 
@@ -175,10 +169,12 @@ class Saver:
             if previous is not None:
                 self._parts.store.drop_staged(previous)
             self._parts.store.keep(snapshot)
-            self._release(captured.covered)
+            self._gate.cover(captured.covered)
             self._failures = 0
-            if self._degraded:
+            if self._degraded is not False:
                 self._degraded = False
+                if self._agent.durability is not Durability.RELAXED:
+                    self._gate.close()
                 await self._tell_degraded(False, "")
             return info
 
@@ -191,7 +187,7 @@ class Saver:
             self.frozen = True
             thawed = False
             try:
-                covered = set(self._uncovered)
+                covered = self._gate.captured()
                 output = dict(self._outputs.offsets)  # exact only while the guest is quiet
                 faults.point("saver.quiet")
                 position = asyncio.ensure_future(self._position())

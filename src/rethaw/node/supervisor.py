@@ -57,6 +57,7 @@ class Supervisor:
         self._frozen_for: Reason | None = None
         self._cancelling = False
         self._reported = State.STARTING
+        self._reporting = asyncio.Lock()  # a late "waiting" would undo a "suspending"
         self._changed = asyncio.Event()
         self._seen: set[tuple[str, str]] = set()
         self._tasks = [asyncio.ensure_future(self._run()), asyncio.ensure_future(self._watch_idle())]
@@ -307,8 +308,9 @@ class Supervisor:
         life, control = wish.life, self._parts.control
         if life is not self._life or life.ended.done() or not self._still_wanted(wish):
             return
-        await control.report(life.fence, StateChange(state=State.SUSPENDING, reason=wish.reason))
-        self._reported = State.SUSPENDING
+        async with self._reporting:
+            await control.report(life.fence, StateChange(state=State.SUSPENDING, reason=wish.reason))
+            self._reported = State.SUSPENDING
         try:
             await life.saver.save("suspend", run_on=False)
         except Fenced:
