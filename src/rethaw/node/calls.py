@@ -11,8 +11,9 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
+from rethaw.channel.payload import embed, split
 from rethaw.model.enums import EventType
 from rethaw.model.errors import InvalidInput, RethawError, TooLarge
 from rethaw.model.ids import new_id
@@ -24,6 +25,8 @@ from rethaw.node.saver import Saver
 log = logging.getLogger("rethaw.node")
 _BODY_LIMIT = MESSAGE_LIMIT + 64 * 1024  # payload plus the call around it
 _WAITS = {"receive", "wait", "sleep"}
+_PAYLOADS = {"emit": "data", "result": "value"}  # the member whose exact text is kept; "payload" elsewhere
+_RAW = "\0raw"  # where that text stands in a parsed call; only ours is of type bytes
 
 
 class Owner(Protocol):
@@ -73,17 +76,23 @@ class Calls:
         op, call = str(stream.meta.get("op")), str(stream.meta.get("id"))
         try:
             try:
-                answer = {"ok": await self._dispatch(op, call, await stream.read_all(_BODY_LIMIT))}
+                result = await self._dispatch(op, call, await stream.read_all(_BODY_LIMIT))
+                answer = embed({}, result if isinstance(result, bytes) else json.dumps(result).encode(), "ok")
             except TooLarge as error:
                 raise TooLarge(
                     f"{op}: the payload is over {MESSAGE_LIMIT} bytes",
                     remedy="put it in a file and send its path",
                 ) from error
+        except asyncio.CancelledError:
+            if stream.hung_up:
+                await self._given_up(call)
+            raise
         except RethawError as error:
             if error.code in ("fenced", "unavailable"):
                 raise
-            answer = {"error": {"code": error.code, "message": str(error), "details": error.details}}
-        await stream.write(json.dumps(answer).encode())
+            said = {"code": error.code, "message": str(error), "details": error.details}
+            answer = json.dumps({"error": said}, default=str).encode()
+        await stream.write(answer)
         await stream.end()
         self._done(call)
 
@@ -91,19 +100,31 @@ class Calls:
         handler = self._ops.get(op)
         if handler is None:
             raise InvalidInput(f"{op!r} is no Context call", remedy=f"use one of {', '.join(self._ops)}")
-        try:
-            body = json.loads(raw or b"{}")
-        except ValueError as error:
-            raise InvalidInput(f"{op}: the call is not JSON: {error}") from error
-        if not isinstance(body, dict):
-            raise InvalidInput(f"{op}: the call must be a JSON object")
+        body, payload = split(raw or b"{}", _PAYLOADS.get(op, "payload"))
+        if payload is not None:
+            if len(payload) > MESSAGE_LIMIT:
+                raise TooLarge(f"{op}: a payload of {len(payload)} bytes")
+            body[_RAW] = payload
         if op in _WAITS:
             self.waiting.setdefault(call, time.monotonic())
-            self._wait_ids[call] = _wait_id(call, cast(Body, body))
+            self._wait_ids[call] = _wait_id(call, body)
             self._owner.waits_changed()
         else:
             self._owner.active()
-        return await handler(call, cast(Body, body))
+        try:
+            return await handler(call, body)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"{op}: {type(error).__name__}: {error}", remedy="see docs/concepts.md") from error
+
+    async def _given_up(self, call: str) -> None:
+        """Nobody in the guest waits for this call any more (a task was cancelled, a process died)."""
+        wait = self._wait_ids.get(call)
+        self._done(call)
+        if wait is not None:
+            try:
+                await self._parts.control.cancel_wait(self._fence, self._attempt, wait)
+            except RethawError as error:
+                log.info("session %s: wait %s not cancelled: %s", self._fence.session, wait, error)
 
     def unanswered(self) -> tuple[str, ...]:
         """Wait ids that the guest has no answer to; exact while it is quiet."""
@@ -131,7 +152,7 @@ class Calls:
         return (await self._parts.log.append(self._fence, [event]))[0]
 
     async def _send(self, call: str, body: Body) -> Any:
-        payload = _payload(body.get("payload"))
+        payload = _payload(body)
         event = await self._append(
             NewEvent(type=EventType.MESSAGE_SENT, data={"message": new_id("m")}, body=payload, key=f"send:{call}")
         )
@@ -143,16 +164,14 @@ class Calls:
             NewEvent(
                 type=EventType.EMITTED,
                 data={"name": str(body.get("name", ""))},
-                body=_payload(body.get("data")),
+                body=_payload(body),
                 key=f"emit:{call}",
             )
         )
         return {}
 
     async def _result(self, call: str, body: Body) -> Any:
-        await self._append(
-            NewEvent(type=EventType.SESSION_RESULT, body=_payload(body.get("value")), key=f"result:{call}")
-        )
+        await self._append(NewEvent(type=EventType.SESSION_RESULT, body=_payload(body), key=f"result:{call}"))
         return {}
 
     async def _consumed(self, call: str, body: Body) -> Any:
@@ -245,18 +264,14 @@ def _seconds(body: Body) -> float | None:
     return None if value is None else float(value)
 
 
-def _payload(value: Any) -> bytes:
-    raw = json.dumps(value).encode()
-    if len(raw) > MESSAGE_LIMIT:
-        raise TooLarge(
-            f"the payload has {len(raw)} bytes, at most {MESSAGE_LIMIT} are allowed",
-            remedy="put it in a file and send its path",
-        )
-    return raw
+def _payload(body: Body) -> bytes:
+    """The exact JSON text of the call's payload."""
+    raw = body.get(_RAW)
+    return raw if isinstance(raw, bytes) else b"null"
 
 
 def _arrived(state: WaitState) -> Any:
     if state.timed_out:
         return {"timeout": True}
-    text = state.payload.decode("utf-8", "surrogatepass") if state.payload is not None else "null"
-    return {"number": state.number, "id": state.item, "name": state.name, "payload": json.loads(text), "raw": text}
+    fields = {"number": state.number, "id": state.item, "name": state.name}
+    return embed(fields, state.payload if state.payload is not None else b"null")
