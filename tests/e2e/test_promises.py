@@ -264,6 +264,25 @@ def main(ctx):
     assert session.result() == 5
 
 
+def test_a_wait_that_the_agent_gave_up_is_not_idleness(home: House) -> None:
+    code = """
+import asyncio
+async def main(ctx):
+    try:
+        await asyncio.wait_for(ctx.receive(), 0.5)
+    except asyncio.TimeoutError:
+        pass
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        sum(range(1000))
+    return "done"
+"""
+    session = home.agent(code, idle_suspend_s=1.5)
+    assert session.result() == "done"
+    assert [e for e in session.events("session.state") if e["data"]["state"] == "suspending"] == []
+    assert session.events("wait.cancelled")
+
+
 # ---------------------------------------------------------------- 6, 8
 
 
