@@ -347,9 +347,11 @@ class Supervisor:
         return wish.reason is not Reason.IDLE or quiet or wish.life.idle_since() is not None
 
     async def _report_running(self, life: Life) -> None:
-        if self._life is life and not life.ended.done():
-            self._reported = State.RUNNING
-            await self._parts.control.report(life.fence, StateChange(state=State.RUNNING))
+        async with self._reporting:
+            if self._life is life and not life.ended.done():
+                await self._parts.control.report(life.fence, StateChange(state=State.RUNNING))
+                self._reported = State.RUNNING
+        self._changed.set()
 
     async def _watch_idle(self) -> None:
         """Reports waiting and running as they alternate, and asks for a freeze when a wait lasts."""
@@ -380,9 +382,10 @@ class Supervisor:
 
     async def _report_quietly(self, life: Life, state: State) -> None:
         try:
-            await self._parts.control.report(life.fence, StateChange(state=state))
-            if self._reported in (State.RUNNING, State.WAITING):
-                self._reported = state
+            async with self._reporting:
+                if self._life is life and self._reported in (State.RUNNING, State.WAITING):
+                    await self._parts.control.report(life.fence, StateChange(state=state))
+                    self._reported = state
         except Fenced as error:
             life.end(Reason.FENCED, str(error))
         except RethawError as error:
