@@ -137,11 +137,38 @@ def test_a_crash_while_the_disk_is_full_goes_back_to_the_last_snapshot(home: Hou
     session.until("turn 1", lambda s: s.view["state"] == "waiting" and calls(home, "crash-full") == 2)
     session.crash()
     session.until("recovery", lambda s: s.events("snapshot.restored"))
+    assert session.view["degraded"] is True
     filler.unlink()
+    session.post("snapshots")
+    session.until("restored", lambda s: s.events("durability.restored"))
+    assert session.view["degraded"] is False
     session.send("end")
     assert session.result() == ["echo crash-full turn 0", "echo crash-full turn 1"]
     # The answer was released without a snapshot, but it is in the log: served from there.
     assert calls(home, "crash-full") == 2
+
+
+SPEAKER = agents.add("""
+def main(ctx):
+    ctx.send("before")
+    ctx.wait("on")
+    ctx.send("after")
+    ctx.wait("end")
+""")
+
+
+def test_a_message_sent_while_the_disk_was_full_appears_once_there_is_room(home: House, small_disk: Path) -> None:
+    session = agents.start(home, SPEAKER, idle_suspend_s=None)
+    session.until("a message", lambda s: s.outbox() == ["before"])
+    filler = fill(small_disk)
+    session.signal("on")
+    session.until("degraded", lambda s: s.events("durability.degraded"))
+    assert session.outbox() == ["before"]
+    filler.unlink()
+    session.until("the message", lambda s: s.outbox() == ["before", "after"], timeout_s=30)
+    assert session.view["degraded"] is False
+    session.signal("end")
+    session.result()
 
 
 # ---------------------------------------------------------------- damaged files
