@@ -56,10 +56,12 @@ def _gone_within(seconds: float) -> bool:
 
 def main(argv: list[str]) -> int:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    child = subprocess.Popen(argv)
+    started: list[subprocess.Popen[bytes]] = []
+    # Before the child starts: what is ignored here (SIGINT, in a shell's background) would be ignored by all below.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda n, _frame: child.send_signal(n))
-    status = child.wait()
+        signal.signal(number, lambda n, _frame: [child.send_signal(n) for child in started])
+    started.append(subprocess.Popen(argv))
+    status = started[0].wait()
     if not _gone_within(_GRACE_S):
         for pid, command in descendants().items():
             sys.stderr.write(f"left behind, ending it: {pid} {command}\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 AGENT = """
-import rethaw, helper
+import rethaw, shouting_beside
 @rethaw.agent
 def echo(ctx: rethaw.Context, greeting: str = "hi") -> int:
     count = 0
@@ -32,7 +31,7 @@ def echo(ctx: rethaw.Context, greeting: str = "hi") -> int:
         if message.payload is None:
             return count
         count += 1
-        ctx.send([helper.shout(greeting), message.payload])
+        ctx.send([shouting_beside.shout(greeting), message.payload])
 @rethaw.agent
 async def fails(ctx: rethaw.AsyncContext) -> None:
     raise ValueError("on purpose")
@@ -55,8 +54,7 @@ def client(server: RunningServer) -> Iterator[Client]:
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("agent") / "echo_agent.py"
     path.write_text(AGENT)
-    (path.parent / "helper.py").write_text("def shout(text): return text.upper()")
-    sys.modules.pop("helper", None)
+    (path.parent / "shouting_beside.py").write_text("def shout(text): return text.upper()")
     return path
 
 

@@ -143,7 +143,7 @@ def test_images_are_values() -> None:
 
 FILE = """
 from rethaw.sdk import agent
-from helper import WORD
+from words_beside import WORD
 
 @agent
 def one(ctx, word=WORD): ...
@@ -154,7 +154,7 @@ def two(ctx): ...
 
 
 def test_find_by_name(tmp_path: Path) -> None:
-    (tmp_path / "helper.py").write_text("WORD = 'w'")
+    (tmp_path / "words_beside.py").write_text("WORD = 'w'")
     file = tmp_path / "my-agents.py"
     file.write_text(FILE)
     assert isinstance(find(file, "one"), Agent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -94,6 +95,16 @@ def test_contain_passes_the_exit_status_and_leaves_nothing(tmp_path: Path) -> No
     )  # fmt: skip
     assert done.returncode == 7 and "left behind" in done.stderr and "sleep 600" in done.stderr
     assert not Path(f"/proc/{pid_file.read_text().strip()}").exists()
+
+
+def test_contain_undoes_an_ignored_interrupt() -> None:
+    """A shell starts what it puts into the background with SIGINT ignored, and children inherit that."""
+    asked = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/contain.py", sys.executable, "-c", asked],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "False\n"
 
 
 def test_contain_is_quick_when_there_is_nothing_to_end() -> None:
