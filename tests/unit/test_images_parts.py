@@ -81,9 +81,13 @@ def test_mirrors_are_the_machine_s_own() -> None:
 
 
 def test_mirrors_of_a_machine_that_is_no_debian() -> None:
-    found = mirrors.parse("bookworm", "Packages|http://archive.ubuntu.com/ubuntu/|noble|main\n", "")
-    assert all("deb.debian.org" in line for line in found.sources)
-    assert any("bookworm-security" in line for line in found.sources)
+    with pytest.raises(ImageError, match=r"no mirror of Debian bookworm.*sources\.list"):
+        mirrors.parse("bookworm", "Packages|http://archive.example/other/|noble|main\n", "")
+
+
+def test_mirrors_without_security_updates() -> None:
+    found = mirrors.parse("bookworm", "Packages|http://mirror.example/debian/|bookworm|main\n", "")
+    assert len(found.sources) == 1
 
 
 # ---------------------------------------------------------------- archives

@@ -9,8 +9,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT = "http://deb.debian.org/debian"
-DEFAULT_SECURITY = "http://deb.debian.org/debian-security"
+from rethaw.model.errors import ImageError
+
 _KEYRINGS = (Path("/usr/share/keyrings/debian-archive-keyring.gpg"),)
 
 
@@ -40,7 +40,7 @@ def find(suite: str) -> Mirrors:
 
 
 def parse(suite: str, targets: str, config: str) -> Mirrors:
-    """`find` on the texts that apt printed."""
+    """`find` on the texts that apt printed. Raises ImageError when apt here knows no mirror of `suite`."""
     keyring = next((str(path) for path in _KEYRINGS if path.exists()), "")
     signed = f"[signed-by={keyring}] " if keyring else ""
     found: dict[str, str] = {}
@@ -50,12 +50,12 @@ def parse(suite: str, targets: str, config: str) -> Mirrors:
         release, _, component = rest.partition("|")
         if kind == "Packages" and component == "main" and uri.startswith(("http://", "https://", "file:/", "mirror+")):
             found.setdefault(release, uri.rstrip("/"))
-    main = found.get(suite, DEFAULT)
-    wanted = {
-        suite: main,
-        f"{suite}-updates": found.get(f"{suite}-updates", main),
-        f"{suite}-security": found.get(f"{suite}-security", DEFAULT_SECURITY),
-    }
-    sources = tuple(f"deb {signed}{uri} {release} main" for release, uri in wanted.items())
+    if suite not in found:
+        raise ImageError(
+            f"apt on this machine knows no mirror of Debian {suite}",
+            remedy=f"add one for {suite} main to /etc/apt/sources.list and run apt-get update",
+        )
+    releases = (suite, f"{suite}-updates", f"{suite}-security")
+    sources = tuple(f"deb {signed}{found[release]} {release} main" for release in releases if release in found)
     options = re.findall(r'^(Acquire::(?:http|https|ftp)::Proxy(?:::\S+)? ".+");$', config, re.MULTILINE)
     return Mirrors(sources, tuple(options))
