@@ -25,14 +25,17 @@ def snapshot_info(found: dict[str, Any]) -> SnapshotInfo:
     return info.model_copy(update={"unusable": found["unusable"], "created_at": found["created_at"]})
 
 
-async def usable(conn: Conn, row: Row, *, before: int | None = None) -> list[SnapshotInfo]:
-    """Usable snapshots of the current attempt on the path, newest first; `before`: with a smaller seq only."""
+async def usable(conn: Conn, row: Row, *, limit: int = 16) -> list[SnapshotInfo]:
+    """The newest usable snapshots of the current attempt on the path, newest first.
+
+    At most `limit`: recovery steps back one at a time, and a session of a thousand turns has a thousand of them.
+    """
     found = await rows.many(
         conn,
         """SELECT s.* FROM snapshots s JOIN rethaw_path(%s, %s) p ON s.line = p.line AND s.seq <= p.upto
-           WHERE s.session = %s AND s.attempt = %s AND s.unusable IS NULL AND NOT s.erased AND s.seq < %s
-           ORDER BY s.seq DESC, s.created_at DESC""",
-        (row.id, row.line, row.id, row.attempt, 2**62 if before is None else before),
+           WHERE s.session = %s AND s.attempt = %s AND s.unusable IS NULL AND NOT s.erased
+           ORDER BY s.seq DESC, s.created_at DESC LIMIT %s""",
+        (row.id, row.line, row.id, row.attempt, limit),
     )
     return [snapshot_info(r) for r in found]
 

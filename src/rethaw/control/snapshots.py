@@ -140,7 +140,7 @@ async def _commit(conn: Conn, fence: Fence, info: SnapshotInfo) -> SnapshotInfo:
     }
     await rows.append(conn, row.id, NewEvent(type=EventType.SNAPSHOT_CREATED, data=data))
     await publish(conn, row, info.seq)
-    newest = (await placement.usable(conn, row))[0]
+    newest = (await placement.usable(conn, row, limit=1))[0]
     await rows.update(conn, row.id, snapshot=newest.id)
     faults.point("catalog.commit.inside")
     done = await placement.snapshot_row(conn, info.id)
