@@ -45,6 +45,7 @@ from rethaw.snapshots.store import SnapshotStore
 
 log = logging.getLogger("rethaw.server")
 Say = Callable[[str], None]
+_LOCK_S = 2.0  # a server that was just killed may still be on its way out
 
 
 def prepare_data_dir(path: Path) -> TextIO:
@@ -61,12 +62,18 @@ def prepare_data_dir(path: Path) -> TextIO:
         lock = (path / "lock").open("w")
     except OSError as error:
         raise InvalidInput(f"data_dir {path} cannot be used: {error.strerror}", remedy="name another one") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise Conflict(f"another rethaw server uses {path}", remedy="stop it, or name another data_dir") from error
-    return lock
+    end = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError as error:
+            if time.monotonic() > end:
+                lock.close()
+                raise Conflict(
+                    f"another rethaw server uses {path}", remedy="stop it, or name another data_dir"
+                ) from error
+        time.sleep(0.05)
 
 
 def token_of(data_dir: Path) -> str:
