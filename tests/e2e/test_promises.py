@@ -357,3 +357,11 @@ def test_stopping_the_server_in_order_suspends_and_starting_it_resumes(tmp_path:
         assert session.view["crashes"] == 0
         session.signal("go", "on")
         assert session.result()["payload"] == "on"
+
+
+def test_a_snapshot_asked_for_while_it_starts_is_taken(home: House) -> None:
+    session = home.agent(WAITER, idle_suspend_s=None)
+    taken = session.post("snapshots")
+    assert taken["session"] == session.id
+    session.signal("go", 1)
+    assert session.result()["payload"] == 1

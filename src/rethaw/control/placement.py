@@ -67,11 +67,9 @@ async def assign(conn: Conn, row: Row, action: str, *, reason: Reason = Reason.N
     wakeups.note(wakeups.NODE_CHANNEL, row.node)
 
 
-async def clear(conn: Conn, session: str, *, keep_kill: bool = True) -> None:
-    """The session's state moved on: what was assigned is no longer to be done."""
-    await conn.execute(
-        "DELETE FROM assignments WHERE session = %s AND (action <> 'kill' OR NOT %s)", (session, keep_kill)
-    )
+async def clear(conn: Conn, session: str, *, keep: tuple[str, ...] = ("kill",)) -> None:
+    """The session's state moved on: what was assigned is no longer to be done, but for the actions in `keep`."""
+    await conn.execute("DELETE FROM assignments WHERE session = %s AND action <> ALL(%s)", (session, list(keep)))
 
 
 async def choose(conn: Conn, memory_bytes: int, policy: Policy, only: str | None = None) -> dict[str, Any] | None:

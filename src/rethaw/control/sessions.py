@@ -232,7 +232,7 @@ async def ask_snapshot(conn: Conn, session: str) -> tuple[Row, datetime]:
     row = await rows.load(conn, session, lock=True)
     _not_over(row, "snapshot")
     clock = await rows.one(conn, "SELECT clock_timestamp() AS now")
-    if row.state in (State.RUNNING, State.WAITING, State.SUSPENDING):
+    if row.state.on_node and row.node is not None:  # one that is only just coming up takes it afterwards
         await placement.assign(conn, row, "snapshot", reason=Reason.REQUESTED)
     elif row.state in _UNPLACED:
         raise Conflict(f"session {row.id} is {row.state.value}: there is nothing to take a snapshot of yet")
