@@ -40,7 +40,11 @@ def shared() -> Iterator[House]:
 def home(shared: House) -> Iterator[House]:
     shared.provider.reset()
     yield shared
-    shared.server.faults = ""
+    if not shared.server.running:
+        shared.server.restart()
+    for view in shared.server.request("GET", "/v1/sessions?limit=20")["sessions"]:
+        if view["state"] not in ("completed", "failed", "cancelled"):  # of a test that failed: the next one must not
+            shared.server.request("DELETE", f"/v1/sessions/{view['id']}?force=1")
 
 
 CHORES = agents.add("""
@@ -414,6 +418,23 @@ def test_a_suspend_that_meets_the_beginning_of_a_wait_is_not_lost(home: House) -
         session.until_state("running", "waiting")
     session.signal(f"step-{rounds}", "end")
     assert session.result() == rounds
+
+
+def test_a_session_that_comes_back_in_the_middle_of_a_wait_is_suspended_again(home: House) -> None:
+    """It used to stay `running`, with all its memory, until the wait was over."""
+    session = agents.start(home, STEPS, idle_suspend_s=0.5)
+    session.until_state("suspended")
+    session.post("resume")
+    session.until("resume", lambda s: s.events("snapshot.restored"))
+    session.until_state("suspended", timeout_s=20)
+    session.post("resume")
+    session.until("resume", lambda s: len(s.events("snapshot.restored")) == 2 and s.view["state"] != "resuming")
+    session.sandbox()
+    session.crash()
+    session.until("recovery", lambda s: s.view["crashes"] == 1)
+    session.until_state("suspended", timeout_s=20)
+    session.signal("step-0", "end")
+    assert session.result() == 0
 
 
 # ---------------------------------------------------------------- fencing

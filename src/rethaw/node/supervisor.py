@@ -175,12 +175,14 @@ class Supervisor:
         except (RethawError, OSError) as error:
             await self._parts.control.report_death(fence, Reason.BOOT_FAILED, str(error))
             return
-        self._reported = State.RUNNING
         try:
-            await self._parts.control.report(fence, StateChange(state=State.RUNNING, events=(event,)))
+            async with self._reporting:
+                await self._parts.control.report(fence, StateChange(state=State.RUNNING, events=(event,)))
+                self._reported = State.RUNNING
         except RethawError:
             await self._drop(life)
             raise
+        self._changed.set()  # what the restored guest waits for was heard before this life was watched
         faults.point("supervisor.running")
 
     async def _sandbox_spec(self, agent: AgentSpec, snapshot: SnapshotInfo | None) -> SandboxSpec:
