@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from rethaw.model.enums import EventType
 from rethaw.model.ports import GuestStream, LogSink
-from rethaw.model.types import Fence, NewEvent
+from rethaw.model.types import Event, Fence, NewEvent
 
 log = logging.getLogger("rethaw.node")
 _PIECE = 256 * 1024
@@ -53,15 +53,17 @@ class Outputs:
                 self._active()
                 skip = max(0, self.offsets.get(name, 0) - position)
                 position += len(piece)
-                if len(piece) > skip:
-                    await self._store(name, bytes(piece[skip:]))
+                while skip < len(piece):
+                    skip += await self._store(name, bytes(piece[skip:]))
                 await stream.ack(self.offsets.get(name, 0))
         finally:
             if reading is not None:
                 reading.cancel()
         ended.set()
 
-    async def _store(self, name: str, data: bytes) -> None:
+    async def _store(self, name: str, data: bytes) -> int:
+        """Append `data`; how many bytes of it the log has now. An append that was made before and never heard of may
+        have held fewer, or more: the log's first event of this offset is what counts."""
         offset = self.offsets.get(name, 0)
         event = NewEvent(
             type=EventType.OUTPUT,
@@ -76,9 +78,11 @@ class Outputs:
             # The append may commit all the same: what the log holds must be known before the guest is captured.
             await asyncio.wait({append})
             if append.exception() is None:
-                self.offsets[name] = offset + len(data)
+                self.offsets[name] = offset + _held(append.result())
             raise
-        self.offsets[name] = offset + len(data)
+        held = _held(append.result())
+        self.offsets[name] = offset + held
+        return held
 
     async def drained(self, timeout_s: float) -> None:
         """Until every stream seen so far has ended, at most `timeout_s`."""
@@ -87,3 +91,7 @@ class Outputs:
             _, late = await asyncio.wait(waits, timeout=timeout_s)
             for task in late:
                 task.cancel()
+
+
+def _held(events: list[Event]) -> int:
+    return len(events[0].body or b"")
