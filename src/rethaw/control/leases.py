@@ -12,6 +12,10 @@ from rethaw.model.errors import Fenced
 from rethaw.model.types import Assignment, Lease, NodeInfo
 
 _ON_NODE = [state.value for state in State if state.on_node]
+# Exchanges are owned by the incarnation of a node. Once that is gone, nobody will say that the provider has answered.
+_HELD = """EXISTS (
+    SELECT 1 FROM exchanges x JOIN exchange_state e ON e.id = x.id AND e.state = 'open'
+    JOIN nodes n ON n.incarnation = e.owner AND n.lease_until > now() WHERE x.session = s.id)"""
 
 
 async def register(conn: Conn, info: NodeInfo, policy: Policy) -> Lease:
@@ -95,14 +99,21 @@ async def waiting_for_node(conn: Conn) -> list[str]:
     """Sessions that want a node and have none, the longest waiting first, while any node is alive."""
     found = await rows.many(
         conn,
-        """SELECT s.id FROM sessions s WHERE s.node IS NULL AND EXISTS (
+        f"""SELECT s.id FROM sessions s WHERE s.node IS NULL AND EXISTS (
                SELECT 1 FROM nodes n WHERE n.lease_until > now())
              AND (s.state IN ('created', 'queued', 'resuming', 'recovering')
-                  OR (s.state = 'suspended' AND s.reason = %s AND s.desired = %s))
+                  OR (s.state = 'suspended' AND s.desired = %s
+                      AND (s.reason = %s OR (s.reason = %s AND NOT {_HELD}))))
            ORDER BY s.state_since LIMIT 100""",
-        (Reason.NODE_STOPPED.value, Desired.RUNNING.value),
+        (Desired.RUNNING.value, Reason.NODE_STOPPED.value, Reason.PROVIDER_HOLD.value),
     )
     return [r["id"] for r in found]
+
+
+async def held(conn: Conn, session: str) -> bool:
+    """Whether a live node still waits for a provider on behalf of the session."""
+    found = await rows.one(conn, f"SELECT {_HELD} AS held FROM sessions s WHERE s.id = %s", (session,))
+    return found is not None and found["held"]
 
 
 async def nodes(conn: Conn) -> list[dict[str, Any]]:

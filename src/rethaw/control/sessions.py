@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg import sql
 
-from rethaw.control import placement, recovery, rows
+from rethaw.control import leases, placement, recovery, rows
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -283,7 +283,10 @@ async def place(conn: Conn, session: str, policy: Policy) -> None:
     if row.node is not None or row.state.final:
         return
     if row.state == State.SUSPENDED:
-        if row.reason == Reason.NODE_STOPPED and row.desired == Desired.RUNNING:
+        if row.desired == Desired.RUNNING and (
+            row.reason == Reason.NODE_STOPPED
+            or (row.reason == Reason.PROVIDER_HOLD and not await leases.held(conn, row.id))
+        ):
             await recovery.resume(conn, row, policy)
     elif row.state in (*_UNPLACED, State.RESUMING, State.RECOVERING):
         await placement.dispatch(conn, row, policy)
