@@ -126,6 +126,41 @@ def test_sleeps_by_the_wall_clock_are_found_and_moved() -> None:
     assert untouched == data
 
 
+def typed(name: str) -> bytes:
+    text = name.encode()
+    size = bytes((len(text),))
+    return clock.spread(b"\x11" + size) + b"\0\0\0" + size + text
+
+
+def timer(listener: bytes, end: int, period: bytes = b"\x05") -> bytes:
+    head = b"\x0d\x04\x0e\x01\x00\x2f\x06\x25\x00\x0e\x01\x00" + listener + b"\x06\x8d\x05\x00"
+    return clock.spread(head + b"\x0b\x24\x0d\x03\x00\x01\x0b\x0f\x01" + clock.zigzag(end) + period)
+
+
+def test_timers_on_the_wall_clock_are_found_by_their_type() -> None:
+    """`timeout` used to fire at the restore."""
+    saved = NOW
+    types = [typed("pkg/a.First"), typed("pkg/sentry/kernel.timekeeperClock")]
+    types += [typed(f"pkg/b.T{n}") for n in range(0x12E - 0x2F - 1)]
+    types += [typed("pkg/sentry/kernel.IntervalTimer"), typed("pkg/sentry/fsimpl/timerfd.TimerFileDescription")]
+    own, timerfd = b"\xae\x02", b"\xaf\x02"
+    ends = [saved + 10**9, saved + 5000 * 10**9]
+    data = state(
+        *types,
+        timer(own, saved - 10**9),
+        timer(own, ends[0]),
+        timer(timerfd, saved + 10**10),
+        timer(own, ends[1], period=b"\x01\x80\x02"),
+        clock.spread(b"\x01" + clock.zigzag(saved + 10**12) + b"\x05"),
+    )
+    assert [value(data, offset) for offset in clock.find_timers(data, saved)] == ends
+    assert (
+        clock.find_timers(state(*types[1:], timer(own, ends[0])).replace(b"timekeeperClock", b"timekeeperClocc"), saved)
+        == []
+    )
+    assert clock.find_timers(state(timer(own, ends[0])), saved) == []
+
+
 def test_without_the_type_there_is_no_sleep() -> None:
     saved = NOW
     record = clock.spread(SLEEP + clock.zigzag(saved + 10**9) + b"\x02")

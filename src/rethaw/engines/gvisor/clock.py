@@ -5,7 +5,9 @@ gVisor's restore moves the monotonic clock on by `now - Timekeeper.saveRealtime`
 one number is changed at the save (`freeze`), so a restore has nothing to do for it.
 
 A relative `clock_nanosleep(CLOCK_REALTIME)`, which is what C's sleep() and the `sleep` program are, is saved as the wall
-time at which it ends. Those ends are found at the save and moved at each restore (`shift`) by the time frozen.
+time at which it ends, and so is a timer_create(CLOCK_REALTIME), which is what the `timeout` program uses. Those ends are
+found at the save and moved at each restore (`shift`) by the time frozen. (An absolute such timer looks the same and is
+moved as well; nothing tells them apart. A timerfd, by which programs that keep appointments do it, is left alone.)
 
 `checkpoint.img` of an uncompressed save is
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 import re
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -40,6 +43,17 @@ _CLOCK_BEFORE = re.compile(
     rb"\x0d\x05\x06.{1,3}\x00\x06.{1,3}\x00\x0b.{1,2}\x01[\x80-\xff]{8}.\x01[\x80-\xff]{0,8}[\x00-\x7f]\x01\Z",
     re.DOTALL,
 )
+# Record of an enabled timer: two interfaces (clock, listener), each with the number of its type, then the setting, of
+# which the second field is when it fires.
+_INTERFACE = rb"\x0e\x01\x00([\x80-\xff]?[\x00-\x7f])\x06[\x80-\xff]{0,3}[\x00-\x7f]\x00"
+_TIMER_BEFORE = re.compile(
+    rb"\x0d\x04" + _INTERFACE * 2 + rb"\x0b[\x80-\xff]?[\x00-\x7f]\x0d\x03\x00\x01\x0b[\x80-\xff]?[\x00-\x7f]\x01\Z",
+    re.DOTALL,
+)
+_TIMER_AFTER = b"[\x01\x05]"  # the period, or none
+_TIMER_TYPE = b"pkg/sentry/kernel.IntervalTimer"
+_CLOCK_TYPE = b"pkg/sentry/kernel.timekeeperClock"
+_TYPE = re.compile(rb"\x00\x00\x00\x01\x11\x00\x00\x00\x01([\x01-\x7f])\x00\x00\x00\1", re.DOTALL)
 _CONTEXT = 48
 
 
@@ -111,19 +125,42 @@ def find_sleeps(data: bytes, after_ns: int) -> list[int]:
     """File offsets of the ends of relative sleeps on the wall clock that end after `after_ns`."""
     if data.find(_SLEEP_TYPE) == -1:
         return []
+    later = _later(data, after_ns, _SLEEP_AFTER)
+    return [offset for offset in later if _SLEEP_BEFORE.search(_context(data, offset))]
+
+
+def find_timers(data: bytes, after_ns: int) -> list[int]:
+    """File offsets of the ends of timer_create() timers on the wall clock that end after `after_ns`."""
+    if data.find(_TIMER_TYPE) == -1:
+        return []
+    order = [data[m.end() : m.end() + m[1][0]] for m in _TYPE.finditer(data)]
+    if order.count(_TIMER_TYPE) != 1 or order.count(_CLOCK_TYPE) != 1:
+        return []
+    # Types are numbered as they come, from a number that depends on what was written before.
+    apart = order.index(_TIMER_TYPE) - order.index(_CLOCK_TYPE)
+    offsets: list[int] = []
+    for offset in _later(data, after_ns, _TIMER_AFTER):
+        found = _TIMER_BEFORE.search(_context(data, offset))
+        if found and _varint(found[2]) - _varint(found[1]) == apart:
+            offsets.append(offset)
+    return offsets
+
+
+def _later(data: bytes, after_ns: int, following: bytes) -> Iterator[int]:
+    """Offsets of 9-byte numbers over `after_ns` before a byte of `following`."""
     top = zigzag(after_ns)[-1]
     tops = b"".join(re.escape(bytes((digit,))) for digit in (top, min(top + 1, 0x3F)))
     # Anchored on the last, rarest byte: a search that starts with the eight before it takes ten times as long.
-    pattern = re.compile(re.escape(_CHUNK) + b"[" + tops + b"]" + re.escape(_CHUNK) + _SLEEP_AFTER)
-    offsets: list[int] = []
+    pattern = re.compile(re.escape(_CHUNK) + b"[" + tops + b"]" + re.escape(_CHUNK) + following)
     for match in pattern.finditer(data, body_start(data)):
         offset = match.start() - (_VARINT_BYTES - 1) * _STEP
         value = _number(data, offset)
-        if value is None or value <= after_ns:
-            continue
-        if _SLEEP_BEFORE.search(_context(data, offset)):
-            offsets.append(offset)
-    return offsets
+        if value is not None and value > after_ns:
+            yield offset
+
+
+def _varint(data: bytes) -> int:
+    return sum((byte & 0x7F) << 7 * n for n, byte in enumerate(data))
 
 
 def _context(data: bytes, offset: int) -> bytes:
@@ -153,7 +190,7 @@ def freeze(path: Path, before_ns: int, after_ns: int) -> dict[str, object]:
     if len(hits) != 1:
         return {"frozen": False, "why": f"{len(hits)} numbers look like the time of the save"}
     offset, value = hits[0]
-    sleeps = find_sleeps(data, value)
+    sleeps = find_sleeps(data, value) + find_timers(data, value)
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(spread(zigzag(FAR_FUTURE_NS)))
@@ -169,7 +206,7 @@ def sleeps_of(notes: dict[str, object]) -> tuple[int, list[int]]:
 
 
 def shift(data: bytes, offsets: list[int], saved_ns: int, restore_ms: float) -> bytes:
-    """`data` with every sleep ending as much later as the guest was frozen. `restore_ms`: how long the restore itself
+    """`data` with every sleep and timer ending as much later as the guest was frozen. `restore_ms`: how long the restore itself
     will take; a sleep may end late, never early. Offsets that hold no such number are left alone."""
     later = time.time_ns() - saved_ns + int(restore_ms * 1e6)
     out = bytearray(data)
