@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -104,6 +105,32 @@ async def test_open_call_of_a_dead_node_is_issued_again_when_nothing_was_held(ri
         "exchange.upstream", "exchange.reissued", "exchange.upstream",
     ]  # fmt: skip
     assert rig.log.rows[saved.exchange or ""].x.epoch == 2
+
+
+async def test_call_taken_over_while_the_guest_is_frozen_again_is_issued_once(
+    rig: Rig, provider: ScriptedProvider, monkeypatch: pytest.MonkeyPatch
+):
+    """The handler is cancelled between owning the exchange and reading it."""
+    provider.fail(Reply(hang=True))
+    call = rig.call(chat("hi"))
+    rig.serve(call)
+    await provider.wait_for_calls(1)
+    (saved,) = await rig.snapshot("s1", call)
+    reading, go_on, real = asyncio.Event(), asyncio.Event(), rig.log.read_request
+
+    async def slow(exchange: str) -> bytes:
+        reading.set()
+        await go_on.wait()
+        return await real(exchange)
+
+    monkeypatch.setattr(rig.log, "read_request", slow)
+    await rig.restore("s1", saved.copy(), node_died=True)
+    await asyncio.wait_for(reading.wait(), 10)
+    await rig.restore("s1", saved)
+    go_on.set()
+    await rig.done(saved)
+    assert saved.ended and saved.status == 200 and provider.count == 2
+    assert len(rig.log.of(E.EXCHANGE_REISSUED)) == 1
 
 
 async def test_partly_recorded_answer_that_no_guest_holds_is_issued_again(rig: Rig, provider: ScriptedProvider):

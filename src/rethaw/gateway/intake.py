@@ -33,6 +33,7 @@ class Intake:
         self._shared = shared
         self._log = shared.log
         self._session = session
+        self._reviving: dict[str, asyncio.Task[Run]] = {}
 
     # ------------------------------------------------------------ step 1: by id
 
@@ -54,7 +55,21 @@ class Intake:
         return await self._from_log(x, stream.received, stream.head_received)
 
     async def _from_log(self, x: Exchange, held: int = 0, head_held: bool = False) -> Run:
-        """A run for an exchange that this process does not have. `held`: answer bytes that the guest has."""
+        """A run for an exchange that this process does not have. `held`: answer bytes that the guest has.
+
+        Once begun it goes on when its caller is cancelled (by a freeze): half-way, this process owns an exchange that
+        it does not read, and the next caller would issue it once more."""
+        task = self._reviving.get(x.id)
+        if task is None:
+            task = self._reviving[x.id] = asyncio.create_task(self._revive(x, held, head_held))
+            task.add_done_callback(_seen)
+            task.add_done_callback(lambda _: self._reviving.pop(x.id, None))
+        return await asyncio.shield(task)
+
+    async def _revive(self, x: Exchange, held: int, head_held: bool) -> Run:
+        known = self._session.known(x.id)
+        if known is not None:
+            return known
         sink, batcher, runs = self._log, self._shared.batcher, self._session.runs
         if x.state is ExchangeState.OPEN:
             x = await revive.closed_if_whole(sink, x) or x
