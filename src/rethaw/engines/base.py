@@ -102,6 +102,11 @@ class Sandbox(Protocol):
         be trusted: what looks like a program that ended by itself may be one that was killed."""
         ...
 
+    def cpu_s(self) -> float:
+        """Seconds of CPU time that its processes have used, engine overhead included; 0 where nobody counts. Falls when
+        one of them ends."""
+        ...
+
     async def memory(self) -> int:
         """Bytes that it takes on the host right now, engine overhead included."""
         ...

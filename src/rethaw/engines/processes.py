@@ -52,6 +52,15 @@ def command_line(pid: int) -> list[str]:
         return []
 
 
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU time that a process has used, 0 when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 def find(argument_prefix: str) -> dict[int, list[str]]:
     """Processes that have an argument starting with `argument_prefix`: pid to argv. Blocking, a few ms."""
     found: dict[int, list[str]] = {}

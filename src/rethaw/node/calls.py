@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any, Protocol
 
 from rethaw.channel.payload import embed, split
@@ -115,6 +115,11 @@ class Calls:
             return await handler(call, body)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"{op}: {type(error).__name__}: {error}", remedy="see docs/concepts.md") from error
+
+    def still_open(self, calls: Collection[str]) -> None:
+        """A thaw: these calls have no answer yet. One that was given up just before the freeze is not waited for."""
+        for call in [c for c in self.waiting if c not in calls]:
+            self._done(call)
 
     async def _given_up(self, call: str) -> None:
         """Nobody in the guest waits for this call any more (a task was cancelled, a process died)."""

@@ -120,6 +120,7 @@ class Life:
 
     def _on_hello(self, hello: Hello) -> None:
         self.gateway.hello(hello.exchanges)
+        self.calls.still_open(hello.calls)
         restored, self._restored = self._restored, None
         if restored is not None:
             self.calls.saved_in(restored, hello.calls)

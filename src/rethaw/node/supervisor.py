@@ -33,6 +33,8 @@ from rethaw.node.life import Life
 from rethaw.node.parts import Parts
 
 log = logging.getLogger("rethaw.node")
+_LOOK_S = 0.25  # CPU time is counted in steps of 10 ms
+_BUSY = 0.1  # of one CPU; a guest that only waits uses less than 0.01
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,7 @@ class Supervisor:
             return
         faults.point("supervisor.suspended")
         try:
-            if not self._still_wanted(wish, quiet=True):
+            if not self._still_wanted(wish):  # it went on before it was quiet: nothing would wake it
                 raise Conflict("what it waited for has come")
             change = StateChange(state=State.SUSPENDED, reason=wish.reason, waits=life.calls.unanswered())
             await control.report(life.fence, change)
@@ -343,10 +345,10 @@ class Supervisor:
         if wish.reason is Reason.PROVIDER_HOLD and not life.gateway.held():
             await control.wake(life.fence, Reason.PROVIDER_HOLD)
 
-    def _still_wanted(self, wish: _Freeze, *, quiet: bool = False) -> bool:
+    def _still_wanted(self, wish: _Freeze) -> bool:
         if wish.reason is Reason.PROVIDER_HOLD:
             return wish.life.gateway.held()
-        return wish.reason is not Reason.IDLE or quiet or wish.life.idle_since() is not None
+        return wish.reason is not Reason.IDLE or wish.life.idle_since() is not None
 
     async def _report_running(self, life: Life) -> None:
         async with self._reporting:
@@ -375,12 +377,25 @@ class Supervisor:
                 pause = timing.wait_report
                 freeze = life.agent.idle_suspend_s
                 if freeze is not None and now - since >= freeze:
-                    self._queue.put_nowait(_Freeze(life, Reason.IDLE))
-                    pause = 5.0
+                    if await self._computes(life):
+                        life.last_active = time.monotonic()
+                        pause = max(freeze, _LOOK_S)
+                    elif life.idle_since() != since:
+                        pause = 0.01
+                    else:
+                        self._queue.put_nowait(_Freeze(life, Reason.IDLE))
+                        pause = 5.0
                 elif state is State.WAITING:
                     pause = None if freeze is None else max(0.01, since + freeze - now)
             if state is not self._reported:
                 await self._report_quietly(life, state)
+
+    async def _computes(self, life: Life) -> bool:
+        """Whether the guest is busy beside its waits: a thread may listen for messages while another one runs tests."""
+        before, began = life.sandbox.cpu_s(), time.monotonic()
+        await asyncio.sleep(_LOOK_S)
+        used = life.sandbox.cpu_s() - before
+        return used > _BUSY * (time.monotonic() - began)
 
     async def _report_quietly(self, life: Life, state: State) -> None:
         try:

@@ -243,6 +243,9 @@ class GvisorSandbox:
             self._killed = True
             processes.kill(self._pidfd)
 
+    def cpu_s(self) -> float:
+        return sum(processes.cpu_s(pid) for pid in self.group.processes())
+
     def out_of_memory(self) -> bool:
         return self.group.oom_kills() > 0
 
