@@ -437,6 +437,51 @@ def test_a_session_that_comes_back_in_the_middle_of_a_wait_is_suspended_again(ho
     assert session.result() == 0
 
 
+LISTENER = agents.add("""
+def main(ctx, work_s):
+    heard = []
+    def listen():
+        heard.append(ctx.receive().payload)
+    threading.Thread(target=listen, daemon=True).start()
+    end = time.monotonic() + work_s
+    n = 0
+    while time.monotonic() < end:
+        n += 1
+    return [n > 0, heard]
+""")
+ASKER = agents.add("""
+def main(ctx, tag, rounds):
+    said = []
+    for n in range(rounds):
+        ctx.wait("go-%d" % n)
+        said.append(ask("%s %d" % (tag, n)))
+        print("said", n, flush=True)
+    return said
+""")
+
+
+def test_an_agent_that_computes_beside_a_wait_is_not_suspended(home: House) -> None:
+    """A thread that listens for messages made the whole agent look idle, and nothing woke it."""
+    session = agents.start(home, LISTENER, {"work_s": 5.0}, idle_suspend_s=0.5)
+    assert session.result(timeout_s=30) == [True, []]
+    assert not session.events("snapshot.restored")
+
+
+@pytest.mark.long
+def test_an_agent_that_went_on_while_it_was_being_suspended_runs_on(home: House) -> None:
+    """It was suspended in the middle of a model call, as idle, and nothing woke it: what it had waited for had come and
+    was heard between the decision and the save. Here signals come at any moment around that decision."""
+    home.provider.answer = lambda r: Reply(f"re {r.last_text}", first_byte_s=0.4)
+    rounds = 10
+    session = agents.start(home, ASKER, {"tag": "went-on", "rounds": rounds}, idle_suspend_s=0.3)
+    for n in range(rounds):
+        session.until("a wait", lambda s, n=n: any(e["data"].get("name") == f"go-{n}" for e in s.events("wait.opened")))
+        time.sleep(0.5 + n * 0.03)  # idle for 0.3 s, seen to be so for 0.25 s, then frozen within some 0.1 s
+        session.signal(f"go-{n}")
+        session.until_output(f"said {n}", timeout_s=15)
+    assert session.result() == [f"re went-on {n}" for n in range(rounds)]
+
+
 # ---------------------------------------------------------------- fencing
 
 
