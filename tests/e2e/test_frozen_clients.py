@@ -146,8 +146,8 @@ class Gates:
 
     async def _answer(self, request: ProviderRequest) -> Reply:
         for name, gate in self._open.items():
-            while name in request.last_text and not gate.is_set():
-                await asyncio.sleep(0.02)  # noqa: ASYNC110 - the gate is opened by another thread
+            while name in request.last_text and not gate.is_set():  # noqa: ASYNC110 - opened by another thread
+                await asyncio.sleep(0.02)
         return Reply(f"re {request.last_text}")
 
 
