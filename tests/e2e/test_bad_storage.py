@@ -157,6 +157,7 @@ def main(ctx):
 """)
 
 
+@pytest.mark.long
 def test_a_message_sent_while_the_disk_was_full_appears_once_there_is_room(home: House, small_disk: Path) -> None:
     session = agents.start(home, SPEAKER, idle_suspend_s=None)
     session.until("a message", lambda s: s.outbox() == ["before"])
@@ -213,7 +214,9 @@ def resumed(home: House, session: Session) -> dict[str, Any]:
     return session.result()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "short", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", pytest.param("short", marks=pytest.mark.long), pytest.param("gone", marks=pytest.mark.long)]
+)
 def test_corrupted_snapshot_file_falls_back_to_its_parent(home: House, damage: str) -> None:
     session = asleep(home, f"corrupt-{damage}")
     newest = directories(home, session)[-1]

@@ -205,27 +205,23 @@ def frozen_in_a_call(home: House, clients: list[str], timeout_s: float, frozen_s
         gapless(session.events(all_lines=True))
 
 
+def with_openai_for_node(clients: list[str]) -> list[str]:
+    """With those that need what npm installs; `make setup` does that."""
+    return clients if (NODE_MODULES / "openai").is_dir() else [c for c in clients if c != "node openai"]
+
+
 def test_clients_frozen_for_longer_than_their_timeout(home: House) -> None:
-    frozen_in_a_call(home, ["AsyncOpenAI", "asyncio.wait_for", "AsyncOpenAI stream", "AsyncOpenAI"], 5.0, 8.0)
-
-
-def test_node_clients_frozen_for_longer_than_their_timeout(home: House) -> None:
-    frozen_in_a_call(home, ["node http", "node fetch"], 5.0, 8.0)
+    clients = ["AsyncOpenAI", "AsyncOpenAI", "asyncio.wait_for", "node http", "node openai"]
+    frozen_in_a_call(home, with_openai_for_node(clients), 5.0, 8.0)
 
 
 @pytest.mark.long
 def test_every_client_with_15_s_frozen_for_60_s(home: House) -> None:
     clients = ["AsyncOpenAI", "AsyncOpenAI", "AsyncOpenAI stream", "AsyncOpenAI stream", "asyncio.wait_for"]
     clients += ["asyncio.wait_for", "OpenAI", "http.client", "node http", "node http", "node fetch", "node fetch"]
-    if (NODE_MODULES / "openai").is_dir():
-        clients += ["node openai", "node openai"]
+    clients += ["node openai", "node openai"]
     # Each client's name appears once for an early and once for a late answer.
-    frozen_in_a_call(home, clients, 15.0, 60.0)
-
-
-@pytest.mark.skipif(not (NODE_MODULES / "openai").is_dir(), reason="npm ci in tests/node has not been run (make setup)")
-def test_the_node_openai_client_frozen_for_longer_than_its_timeout(home: House) -> None:
-    frozen_in_a_call(home, ["node openai", "node openai"], 5.0, 8.0)
+    frozen_in_a_call(home, with_openai_for_node(clients), 15.0, 60.0)
 
 
 # ---------------------------------------------------------------- timers and clocks
@@ -383,7 +379,7 @@ def test_past_hold_max_the_providers_bytes_pass_through(home: House, hold_max_s:
     assert calls(home, tag) == 1
 
 
-@pytest.mark.parametrize("how", ["kill", "stop"])
+@pytest.mark.parametrize("how", ["kill", pytest.param("stop", marks=pytest.mark.long)])
 def test_the_server_goes_away_while_a_provider_is_held(home: House, how: str) -> None:
     """Nobody but the gateway's process knows of the hold: the next one must wake the session."""
     tag = f"held-{how}"

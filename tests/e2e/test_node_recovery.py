@@ -367,6 +367,7 @@ def test_saves_that_fail_at_every_step_leave_the_agent_running(home: House) -> N
     gapless(session.events(all_lines=True))
 
 
+@pytest.mark.long
 def test_a_suspension_that_fails_at_every_step_leaves_the_agent_running(home: House) -> None:
     home.server.kill9()
     home.server.restart(faults=",".join(f.replace(":1=", ":2=") for f in FAILING))
@@ -402,6 +403,7 @@ def main(ctx):
 """)
 
 
+@pytest.mark.long
 def test_a_suspend_that_meets_the_beginning_of_a_wait_is_not_lost(home: House) -> None:
     """A late report of "waiting" used to undo "suspending", and the suspension was refused."""
     if not home.server.running:
