@@ -207,6 +207,8 @@ async def test_garbage_before_the_marker() -> None:
                     frames.encode(frames.DATA, 1, 0, b"half")[:9],
                 ]
             )
+            if (garbage + marker).find(marker) < len(garbage):
+                garbage = b""  # one marker in 256 ends as it begins: three of them without their ends hold a whole one
             for at in range(0, len(garbage), 5000):
                 g.link._writer.write(garbage[at : at + 5000])
                 await g.link._writer.drain()
