@@ -28,7 +28,7 @@ async def test_a_killed_postgres_is_waited_for(own_cluster: Cluster) -> None:
         done = await asyncio.gather(*(db.fetch("SELECT 1") for _ in range(5)))
         assert all(rows[0][0] == 1 for rows in done)
         async with asyncio.timeout(30):  # backends outlive their postmaster for a moment and may have answered
-            while own_cluster.pg.pid == pid:
+            while own_cluster.pg.pid == pid:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         assert await db.fetch("SELECT 1")
 
