@@ -133,6 +133,31 @@ class StorageFull(RethawError):
     code, status, exit_code = "storage_full", 507, 11
 
 
+class KeyMissing(RethawError):
+    """A snapshot is encrypted with a key that is not configured. Names the key's id and the setting."""
+
+    code, status, exit_code = "key_missing", 409, 10
+
+
+class ObjectMissing(RethawError):
+    """An object is not in its tier. Names the object and the tier."""
+
+    code, status, exit_code = "object_missing", 404, 10
+
+
+class ObjectDamaged(RethawError):
+    """An object is there but has another length or content than it should. Names the object and the tier."""
+
+    code, status, exit_code = "object_damaged", 409, 10
+
+
+class TierUnavailable(Unavailable):
+    """A tier of the snapshot store does not take or give objects right now: down, too slow, or it refuses the
+    credentials. Names the object and the tier; the same call may work later."""
+
+    code = "tier_unavailable"
+
+
 class ChannelBroken(RethawError):
     """The byte stream to a guest ended or carried a malformed frame."""
 
