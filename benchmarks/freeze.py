@@ -1,6 +1,6 @@
 """What does a freeze cost? `python -m benchmarks.freeze --json`, as root; needs runsc.
 
-An agent of about 50 MiB with the `openai` client loaded makes model calls in a real server; the same program, without
+An agent of about 50 MiB, which is Python with the `openai` client loaded, makes model calls in a real server; the same program, without
 Rethaw, is saved and restored by hand with `runsc` in the same run, from the same root filesystem.
 
 `pause_ms`: quiesce to thaw, from the log. `raw_pause_ms`: one `runsc checkpoint -leave-running` call. `durable_ms`:
@@ -38,9 +38,6 @@ MIB = 1 << 20
 LOAD = """
 import json, os, random, sys
 import openai
-random.seed(1)
-heap = [os.urandom(1 << 20) for _ in range(8)]
-table = {i: "x%d" % random.random() for i in range(50_000)}
 def rss():
     return int([l for l in open("/proc/self/status") if l.startswith("VmRSS")][0].split()[1]) / 1024
 """
@@ -54,7 +51,6 @@ def bench(ctx, turns, resumes):
         messages.append({"role": "user", "content": "turn %d: what next?" % turn})
         answer = client.chat.completions.create(model="bench", messages=messages)
         messages.append({"role": "assistant", "content": answer.choices[0].message.content})
-        heap[turn % 8] = os.urandom(1 << 18) + heap[turn % 8][1 << 18:]
     print("rss", rss(), flush=True)
     for n in range(resumes):
         ctx.wait("go-%d" % n)
@@ -67,7 +63,6 @@ RAW = (
     + """
 print("ready", flush=True)
 for line in sys.stdin:
-    heap[hash(line) % 8] = os.urandom(1 << 18) + heap[hash(line) % 8][1 << 18:]
     print("awake", line.strip(), flush=True)
 """
 )

@@ -197,7 +197,7 @@ class World:
             "id": new_id("snap"), "session": view.id, "parent": view.snapshot, "line": view.line,
             "attempt": view.attempt, "seq": seq, "generation": view.generation, "engine": "gvisor",
             "engine_build": "b", "cpu": "c", "image": "i", "path": "p",
-            "sections": (Section(name="s", raw_bytes=1, stored_bytes=1, sha256="0"),), "resync": "00",
+            "digest": "0", "sections": (Section(name="s", raw_bytes=1),), "resync": "00",
             "why": "exchange", "paused_ms": 1.0, "durable_ms": 2.0, "raw_bytes": 10, "stored_bytes": 5,
         }  # fmt: skip
         return SnapshotInfo(**{**values, **more})

@@ -84,6 +84,14 @@ class Catalog:
 
         await self._db.run(fn)
 
+    async def ids(self, node: str) -> set[str]:
+        """Every snapshot of `node` that has a row."""
+
+        async def fn(conn: Conn) -> list[dict[str, Any]]:
+            return await rows.many(conn, "SELECT id FROM snapshots WHERE node = %s", (node,))
+
+        return {str(r["id"]) for r in await self._db.run(fn)}
+
     async def needed(self, node: str) -> tuple[set[str], set[str]]:
         """Engine builds and image digests that some snapshot of `node` was made with."""
 

@@ -34,7 +34,8 @@ class Capture:
     """What a save wrote. `sections`: name to file, all inside the directory given to `Sandbox.capture`.
 
     `cpu` is the digest of the CPU features that a restore needs, `clock` the engine's own notes for the frozen clock
-    (give both back to `Engine.restore`), `engine_ms` the time the engine itself took.
+    (give both back to `Engine.restore`), `engine_ms` the time the engine itself took. `paged`: the sections that are pages
+    of memory, most of them as in the capture before.
     """
 
     sections: dict[str, Path]
@@ -44,6 +45,7 @@ class Capture:
     clock: dict[str, object]
     raw_bytes: int
     engine_ms: float
+    paged: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,10 @@ class SnapshotCatalog(Protocol):
 
     async def forget(self, snapshot: str) -> None: ...
 
+    async def ids(self, node: str) -> set[str]:
+        """Every snapshot of this node that has a row: its files are to stay."""
+        ...
+
     async def needed(self, node: str) -> tuple[set[str], set[str]]:
         """(engine builds, images) that snapshots of this node need: both are kept as long as the snapshots."""
         ...

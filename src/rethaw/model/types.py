@@ -158,12 +158,10 @@ class Chunk(Wire):
 
 
 class Section(Wire):
-    """One named part of a snapshot as stored. `sha256` is of the stored (compressed) file."""
+    """One named part of a snapshot, as the engine wrote it."""
 
     name: str
     raw_bytes: int
-    stored_bytes: int
-    sha256: str
 
 
 class SnapshotInfo(Wire):
@@ -180,7 +178,8 @@ class SnapshotInfo(Wire):
     engine_build: str  # sha256 of the engine binary
     cpu: str  # digest of the CPU features it needs
     image: str  # image digest
-    path: str  # directory, relative to the node's data directory
+    path: str  # of its manifest, relative to the node's data directory
+    digest: str  # hex, of the manifest as committed
     sections: tuple[Section, ...]
     resync: str  # marker that guestd waits for after a thaw, hex
     clock: dict[str, Any] = Field(default_factory=dict[str, Any])  # engine's own notes, e.g. where the clock is kept
@@ -189,7 +188,8 @@ class SnapshotInfo(Wire):
     paused_ms: float
     durable_ms: float  # from the start of the pause to durable, pause included
     raw_bytes: int
-    stored_bytes: int
+    stored_bytes: int  # what it added to the store: pages that others hold already cost nothing
+    uploaded_ms: float | None = None  # from the start of the pause until the object store had it; None: not yet
     unusable: str | None = None
     created_at: datetime | None = None
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
-import time
 from pathlib import Path
 
 from rethaw.model.enums import Reason, State
@@ -44,7 +42,7 @@ class Node:
     async def start(self) -> None:
         """Remove what a dead process of this data directory left, then register: from here on sessions may come."""
         parts = self._parts
-        parts.store.open()
+        await asyncio.to_thread(parts.store.open)
         swept = await parts.engine.sweep_orphans()
         if swept:
             log.info("removed %d sandboxes of an earlier process", swept)
@@ -138,28 +136,19 @@ class Node:
             task.add_done_callback(lambda _: None)
 
     async def _collect(self) -> None:
-        """Snapshots that retention gave up, and directories that no row knows (a save that died half-way)."""
+        """Snapshots that retention gave up, and files that no row knows (a save that died half-way)."""
         parts = self._parts
         while True:
             await asyncio.sleep(_COLLECT_EVERY)
             try:
                 for info in await parts.catalog.superfluous(parts.node):
-                    await parts.store.delete(info)
+                    await parts.store.delete(info.id)
                     await parts.catalog.forget(info.id)
                 builds, images = await parts.catalog.needed(parts.node)
                 await parts.engine.prune_builds(builds | {await parts.engine.build()})
                 lives = {s.life.image for s in self._supervisors.values() if s.life is not None}
                 if "RETHAW_IMAGES" not in os.environ:  # else others use that directory too
                     await parts.images.prune(images | lives, spare=_SPARE_IMAGES)
-                await self._sweep_partial()
+                await parts.store.collect(await parts.catalog.ids(parts.node), _PARTIAL_AGE)
             except RethawError as error:
                 log.info("nothing collected: %s", error)
-
-    async def _sweep_partial(self) -> None:
-        def sweep() -> None:
-            for partial in (self._parts.data_dir / "snapshots").glob("*/.snap_*"):
-                newest = max(f.stat().st_mtime for f in (partial, *partial.iterdir()))
-                if time.time() - newest > _PARTIAL_AGE:
-                    shutil.rmtree(partial, ignore_errors=True)
-
-        await asyncio.to_thread(sweep)

@@ -28,6 +28,11 @@ from rethaw.node.outputs import Outputs
 from rethaw.node.parts import Parts
 
 log = logging.getLogger("rethaw.node")
+# What of a snapshot's row its manifest carries, so that the files alone tell what they are.
+_TRAVELS = (
+    "id", "session", "parent", "line", "attempt", "seq", "generation", "engine", "engine_build", "cpu", "image", "resync",
+    "clock", "output", "why", "paused_ms",
+)  # fmt: skip
 _POSITION_S = 2.0  # how much longer than the capture the guest may be kept quiet for the log's answer
 
 
@@ -150,7 +155,7 @@ class Saver:
         """
         async with self._lock:
             snapshot = new_id("snap")
-            staged = self._parts.store.stage(snapshot)
+            staged = await self._parts.store.stage(snapshot, await self._sandbox.memory())
             committed = False
             try:
                 captured = await self._capture(snapshot, staged, run_on)
@@ -225,8 +230,6 @@ class Saver:
     async def _commit(self, c: _Captured, why: str) -> SnapshotInfo:
         parts = self._parts
         await parts.engine.keep_build()
-        path, sections = await parts.store.write(self._fence.session, c.snapshot, c.capture.sections)
-        faults.point("saver.stored")
         info = SnapshotInfo(
             id=c.snapshot,
             session=self._fence.session,
@@ -239,23 +242,29 @@ class Saver:
             engine_build=c.capture.engine_build,
             cpu=c.capture.cpu,
             image=self._image,
-            path=path,
-            sections=sections,
+            path="",
+            digest="",
+            sections=(),
             resync=c.resync,
             clock=c.capture.clock,
             output=c.output,
             why=why,
             paused_ms=round(c.paused_ms, 2),
-            durable_ms=round((time.monotonic() - c.started) * 1000, 2),
-            raw_bytes=sum(s.raw_bytes for s in sections),
-            stored_bytes=sum(s.stored_bytes for s in sections),
+            durable_ms=0.0,
+            raw_bytes=0,
+            stored_bytes=0,
         )
-        await parts.store.write_manifest(info)
+        meta = info.model_dump(mode="json", include=set(_TRAVELS))
+        written = await parts.store.write(c.snapshot, c.capture.sections, c.capture.paged, meta)
+        faults.point("saver.stored")
+        found = {name: getattr(written, name) for name in ("path", "digest", "sections", "raw_bytes", "stored_bytes")}
+        durable_ms = round((time.monotonic() - c.started) * 1000, 2)
+        info = info.model_copy(update={**found, "durable_ms": durable_ms})
         faults.point("saver.commit")
         try:
             info = await parts.catalog.commit(self._fence, info)
         except Fenced:
-            await parts.store.delete(info)
+            await parts.store.delete(info.id)
             raise
         faults.point("saver.committed")
         return info

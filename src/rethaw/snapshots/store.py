@@ -1,32 +1,427 @@
-"""The node's snapshots: a staging area in memory, a directory on disk, and recently used raw sections in between.
+"""The node's snapshots: staged in memory, compared with what is there, written durably, read back.
 
-    DATA/snapshots/SESSION/SNAPSHOT/NAME.sec     a section, see `codec`
-    DATA/snapshots/SESSION/SNAPSHOT/manifest     JSON: the SnapshotInfo as committed, for people and for rescue
-    STAGING/SNAPSHOT/NAME                        raw sections: being saved, being restored, or kept for the next restore
+    DATA/snapshots/store/PACK.pack             frames that one save added, see `pack`
+    DATA/snapshots/store/SNAPSHOT.manifest     where each page of a snapshot lies, see `manifest`
+    STAGING/SNAPSHOT/NAME                      raw sections, see `staging`
 
-A snapshot appears on disk by one rename, after each file and the directory were synced and every file was read back
-and checked. The database row comes after that (the saver's business), so a row always has its files.
+A save writes its pack, then its manifest, each synced and renamed into place, the pack read back and checked before. The
+database row comes after that (the saver's business), so a row always has its files. A pack goes once no manifest names it
+and no save in progress counts on it. One process owns the directory, so both are kept in its memory, under one lock.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import contextlib
+import logging
 import os
-import shutil
-from collections import OrderedDict
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rethaw.model import faults
-from rethaw.model.errors import StorageFull
+from rethaw.model.errors import RethawError, SnapshotUnusable
+from rethaw.model.ids import new_id
 from rethaw.model.types import MIB, Section, SnapshotInfo
-from rethaw.snapshots import codec
+from rethaw.snapshots import decode, encode, manifest
+from rethaw.snapshots.decode import PackDamaged, Packs
+from rethaw.snapshots.encode import Encoded, Known
+from rethaw.snapshots.keys import Keyring
+from rethaw.snapshots.manifest import Manifest, PackRef
+from rethaw.snapshots.pack import Damaged, digest
+from rethaw.snapshots.pages import PAGE
+from rethaw.snapshots.staging import Staging, default_budget, staging_for, storage_full
+
+log = logging.getLogger("rethaw.snapshots")
+_THREADS = 4
+_KNOWN = 64  # snapshots whose pages are at hand for comparison; about 0.3 MiB each beside their raw pages
 
 
-def staging_for(data_dir: Path) -> Path:
-    """The memory-backed directory that belongs to `data_dir`."""
-    return Path("/dev/shm") / f"rethaw-{hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:12]}"
+@dataclass(frozen=True)
+class Written:
+    """A snapshot on disk. `path` is relative to the data directory; `stored_bytes` is what it added to the store."""
+
+    path: str
+    sections: tuple[Section, ...]
+    digest: str
+    stored_bytes: int
+    raw_bytes: int
+
+
+class SnapshotStore:
+    """`staging_bytes`: the budget of staging (default: a quarter of memory). `kept_bytes`: how much raw, already durable
+    data staging may keep for quick restores (oldest use goes first). `wait_s`: how long a capture waits for room."""
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        keys: Keyring | None = None,
+        staging_bytes: int | None = None,
+        kept_bytes: int = 1024 * MIB,
+        wait_s: float = 10.0,
+    ) -> None:
+        self._data = data_dir
+        self._home = data_dir / "snapshots" / "store"
+        self.keys = keys or Keyring()
+        self._pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="snapshots")
+        self.staging = Staging(
+            staging_for(data_dir),
+            budget=staging_bytes or default_budget(),
+            kept_bytes=kept_bytes,
+            wait_s=wait_s,
+            dropped=self._forget_known,
+        )
+        self.packs = Packs(self.pack_path, self.keys, self._fetch)
+        self._lock = threading.Lock()
+        self._needs: dict[str, frozenset[str]] = {}  # snapshot -> packs, of every manifest on disk
+        self._users: Counter[str] = Counter()  # pack -> manifests and pins
+        self._known: OrderedDict[str, dict[str, Known]] = OrderedDict()
+        self._first: dict[str, str] = {}  # image -> snapshot that new sessions of it are compared with
+        self._loading: dict[str, asyncio.Lock] = {}
+
+    # ------------------------------------------------------------ files
+
+    def pack_path(self, pack: str) -> Path:
+        return self._home / f"{pack}.pack"
+
+    def manifest_path(self, snapshot: str) -> Path:
+        return self._home / f"{snapshot}.manifest"
+
+    def open(self) -> None:
+        """Make the directories, empty staging, and read which snapshots need which packs. Blocking.
+
+        Raises KeyMissing when a snapshot is encrypted with a key that is not configured.
+        """
+        self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._home.chmod(0o700)
+        self.staging.open()
+        for path in sorted(self._home.glob("*.manifest")):
+            try:
+                found, key = manifest.decode_head(path.read_bytes(), path.stem)
+            except (Damaged, OSError) as error:
+                log.warning("%s %s", path.name, error)
+                continue
+            if key is not None:
+                self.keys.require(key, path.stem)
+            self._add(path.stem, found.packs)
+            if found.meta.get("parent") is None and isinstance(image := found.meta.get("image"), str):
+                self._first.setdefault(image, path.stem)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+        self.staging.close()
+
+    def _add(self, snapshot: str, packs: Collection[PackRef]) -> None:
+        with self._lock:
+            self._needs[snapshot] = frozenset(ref.id for ref in packs)
+            self._users.update(self._needs[snapshot])
+
+    def _release(self, packs: Collection[str]) -> list[str]:
+        """Take back one use of each pack; those that nothing uses any more."""
+        gone: list[str] = []
+        with self._lock:
+            for pack in packs:
+                self._users[pack] -= 1
+                if self._users[pack] <= 0:
+                    del self._users[pack]
+                    gone.append(pack)
+        return gone
+
+    @contextlib.contextmanager
+    def _pinned_snapshot(self, snapshot: str | None) -> Generator[str | None]:
+        """The packs of `snapshot` stay at least as long as this. Gives it back, or None when it is gone already."""
+        with self._lock:
+            packs = self._needs.get(snapshot or "", frozenset())
+            self._users.update(packs)
+        try:
+            yield snapshot if packs else None
+        finally:
+            self._remove_packs(self._release(packs))
+
+    def _remove_packs(self, packs: Collection[str]) -> None:
+        for pack in packs:
+            self.packs.forget(pack)
+            with contextlib.suppress(OSError):
+                self.pack_path(pack).unlink()
+
+    def _fetch(self, ref: PackRef) -> None:
+        """Bring a pack from a farther tier."""
+
+    # ------------------------------------------------------------ staging
+
+    async def stage(self, snapshot: str, need: int) -> Path:
+        """An empty directory for a capture of about `need` bytes. Raises StorageFull when staging has no room."""
+        return await self.staging.make(snapshot, need)
+
+    def drop_staged(self, snapshot: str) -> None:
+        """Forget staged files of `snapshot` (a failed save, or a snapshot that is not wanted any more)."""
+        self.staging.drop(snapshot)
+
+    def keep(self, snapshot: str) -> None:
+        """The staged raw sections of a durable snapshot may stay for quick restores, within the budget."""
+        self.staging.keep(snapshot)
+
+    def _forget_known(self, snapshot: str) -> None:
+        self._known.pop(snapshot, None)
+
+    # ------------------------------------------------------------ write
+
+    async def write(
+        self, snapshot: str, sections: dict[str, Path], paged: Collection[str], meta: dict[str, Any]
+    ) -> Written:
+        """Make staged sections durable and verified. `paged`: names of those that consist of pages. `meta`: JSON that
+        travels with the manifest; its `parent` (snapshot id or None) is what pages are compared with, without one it is
+        the first snapshot of the same `image`.
+
+        Raises StorageFull, SnapshotUnusable (what was read back differs) or OSError; then nothing is left on disk.
+        """
+        with self._pinned_snapshot(meta.get("parent") or self._first.get(str(meta.get("image")))) as wanted:
+            former = await self._former(wanted)
+            written, encoded = await asyncio.to_thread(self._write, snapshot, sections, paged, meta, former)
+        self._known[snapshot] = encoded.known
+        while len(self._known) > _KNOWN:
+            self._known.popitem(last=False)
+        if meta.get("parent") is None:
+            self._first.setdefault(str(meta.get("image")), snapshot)
+        return written
+
+    async def _former(self, wanted: str | None) -> dict[str, Known]:
+        """What to compare with. A former snapshot that cannot be read costs space, not the save."""
+        if wanted is None:
+            return {}
+        if wanted in self._known:
+            return self._known[wanted]
+        try:
+            return await self._recall(wanted)
+        except (RethawError, OSError) as error:
+            log.warning("the next snapshot is not compared with %s: %s", wanted, error)
+            return {}
+
+    async def _recall(self, snapshot: str) -> dict[str, Known]:
+        found = await asyncio.to_thread(self._manifest, snapshot)
+        files = await self._raw(snapshot, found)
+        try:
+
+            def look() -> dict[str, Known]:
+                try:
+                    return {s.name: decode.known(snapshot, found, s, files[s.name], self.packs) for s in found.pages}
+                except PackDamaged as error:
+                    raise self._unusable(snapshot, str(error), error.pack) from error
+
+            return await asyncio.to_thread(look)
+        finally:
+            self.done(snapshot)
+
+    def _write(
+        self,
+        snapshot: str,
+        sections: dict[str, Path],
+        paged: Collection[str],
+        meta: dict[str, Any],
+        former: dict[str, Known],
+    ) -> tuple[Written, Encoded]:
+        pack = new_id("pk")
+        final = {"pack": self.pack_path(pack), "manifest": self.manifest_path(snapshot)}
+        partial = {name: path.with_name(f".{path.name}") for name, path in final.items()}
+        try:
+            encoded = encode.write(
+                snapshot,
+                meta,
+                {name: path for name, path in sections.items() if name in paged},
+                {name: path for name, path in sections.items() if name not in paged},
+                former,
+                pack,
+                partial["pack"],
+                self.keys,
+                self._pool,
+            )
+            faults.point("store.written")
+            data = manifest.encode(encoded.manifest, self.keys)
+            _write_synced(partial["manifest"], data)
+            manifest.decode(partial["manifest"].read_bytes(), snapshot, self.keys)
+            faults.point("store.verified")
+            partial["pack"].rename(final["pack"])
+            faults.point("store.between")
+            partial["manifest"].rename(final["manifest"])
+            faults.point("store.renamed")
+            _sync_directory(self._home)
+            self._add(snapshot, encoded.manifest.packs)
+        except BaseException as error:
+            for path in (final["manifest"], *partial.values(), final["pack"]):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            if isinstance(error, Damaged):
+                raise self._unusable(snapshot, f"pack {pack} {error}", f"{pack}.pack") from error
+            if isinstance(error, OSError) and (full := storage_full(error, f"snapshot {snapshot}")):
+                raise full from error
+            raise
+        written = Written(
+            path=str(final["manifest"].relative_to(self._data)),
+            sections=tuple(
+                Section(name=name, raw_bytes=path.stat().st_size) for name, path in sorted(sections.items())
+            ),
+            digest=digest(data).hex(),
+            stored_bytes=encoded.pack_bytes + len(data),
+            raw_bytes=encoded.manifest.raw_bytes,
+        )
+        return written, encoded
+
+    # ------------------------------------------------------------ read
+
+    def _unusable(self, snapshot: str, what: str, file: str) -> SnapshotUnusable:
+        return SnapshotUnusable(
+            f"snapshot {snapshot}: {what}", remedy="its parent is used instead", snapshot=snapshot, file=file
+        )
+
+    def _manifest(self, snapshot: str, expected: str | None = None) -> Manifest:
+        """Raises SnapshotUnusable. `expected`: the digest of the file as committed."""
+        path = self.manifest_path(snapshot)
+        try:
+            data = path.read_bytes()
+            if expected is not None and digest(data).hex() != expected:
+                raise Damaged("is damaged (its hash does not match)")
+            return manifest.decode(data, snapshot, self.keys)
+        except OSError as error:
+            raise self._unusable(snapshot, f"{path.name} cannot be read ({error.strerror})", path.name) from error
+        except Damaged as error:
+            raise self._unusable(snapshot, f"{path.name} {error}", path.name) from error
+
+    async def load(self, info: SnapshotInfo) -> dict[str, Path]:
+        """Raw sections of `info`, ready for an engine. Call `done` when the engine has read them.
+
+        Raises SnapshotUnusable naming snapshot and file, or StorageFull.
+        """
+        if (kept := self.staging.kept(info.id)) is not None:
+            self.staging.use(info.id)
+            return {s.name: kept / s.name for s in info.sections}
+        faults.point("store.load")
+        found = await asyncio.to_thread(self._manifest, info.id, info.digest)
+        return await self._raw(info.id, found)
+
+    async def _raw(self, snapshot: str, found: Manifest) -> dict[str, Path]:
+        """The sections in staging, in use. Callers that want the same at once share one copy."""
+        names = [s.name for s in (*found.pages, *found.blobs)]
+        lock = self._loading.setdefault(snapshot, asyncio.Lock())
+        async with lock:
+            directory = self.staging.kept(snapshot)
+            if directory is None:
+                directory = await self.staging.make(snapshot, found.raw_bytes)
+                try:
+                    await asyncio.to_thread(self._load, snapshot, found, directory)
+                except BaseException:
+                    self.staging.drop(snapshot)
+                    raise
+                self.staging.use(snapshot)
+                self.staging.keep(snapshot)
+            else:
+                self.staging.use(snapshot)
+        if not lock.locked():
+            self._loading.pop(snapshot, None)
+        return {name: directory / name for name in names}
+
+    def _load(self, snapshot: str, found: Manifest, directory: Path) -> None:
+        with self._pinned_snapshot(snapshot):
+            try:
+                decode.load(
+                    found, {s.name: directory / s.name for s in (*found.pages, *found.blobs)}, self.packs, self._pool
+                )
+            except PackDamaged as error:
+                raise self._unusable(snapshot, str(error), f"{error.pack}.pack") from error
+            except OSError as error:
+                raise storage_full(error, f"snapshot {snapshot}") or error from error
+
+    def done(self, snapshot: str) -> None:
+        """The engine has read what `load` gave."""
+        self.staging.done(snapshot)
+
+    def page(self, info: SnapshotInfo, section: str, number: int) -> bytes:
+        """One page alone, 4096 bytes: one frame is read, or two when the page is a delta. Raises SnapshotUnusable."""
+        found = self._manifest(info.id, info.digest)
+        pages = next(s for s in found.pages if s.name == section)
+        pack = int(pages.pack[number])
+        if pack == manifest.ZERO:
+            return bytes(PAGE)
+        try:
+            return self.packs.page(found.packs[pack], int(pages.slot[number]), found.packs)
+        except PackDamaged as error:
+            raise self._unusable(info.id, str(error), f"{error.pack}.pack") from error
+
+    async def verify(self, info: SnapshotInfo) -> int:
+        """Read every frame that `info` needs and check it; the bytes read. Raises SnapshotUnusable."""
+
+        def look() -> int:
+            found = self._manifest(info.id, info.digest)
+            try:
+                return decode.check(found, self.packs, self._pool) + self.manifest_path(info.id).stat().st_size
+            except PackDamaged as error:
+                raise self._unusable(info.id, str(error), f"{error.pack}.pack") from error
+
+        return await asyncio.to_thread(look)
+
+    # ------------------------------------------------------------ removal
+
+    async def delete(self, snapshot: str) -> None:
+        """Remove a snapshot, durable and staged, and the packs that only it needed."""
+        self.drop_staged(snapshot)
+        await asyncio.to_thread(self._delete, snapshot)
+
+    def _delete(self, snapshot: str) -> None:
+        for image, first in list(self._first.items()):
+            if first == snapshot:
+                del self._first[image]
+        with contextlib.suppress(OSError):
+            self.manifest_path(snapshot).unlink()
+        faults.point("store.unlinked")
+        with self._lock:
+            packs = self._needs.pop(snapshot, frozenset())
+        self._remove_packs(self._release(packs))
+
+    async def collect(self, live: Collection[str], grace_s: float) -> int:
+        """Remove what died half-way: manifests of snapshots not in `live`, packs that nothing needs and partial files,
+        all older than `grace_s`; the number of files. Safe beside saves: theirs are younger, or pinned."""
+        return await asyncio.to_thread(self._collect, frozenset(live), grace_s)
+
+    def _collect(self, live: frozenset[str], grace_s: float) -> int:
+        removed = 0
+        for path in list(self._home.iterdir()):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime < grace_s:
+                    continue
+                if path.name.startswith("."):
+                    path.unlink()
+                elif path.suffix == ".manifest" and path.stem not in live:
+                    self._delete(path.stem)
+                elif path.suffix == ".pack" and not self._used(path.stem):
+                    self._remove_packs([path.stem])
+                else:
+                    continue
+                removed += 1
+        return removed
+
+    def _used(self, pack: str) -> bool:
+        with self._lock:
+            return self._users[pack] > 0
+
+    def stored_bytes(self) -> int:
+        """What the store takes on disk."""
+        return sum(p.stat().st_size for p in self._home.iterdir())
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _sync_directory(path: Path) -> None:
@@ -35,194 +430,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _size(path: Path) -> int:
-    return sum(f.stat().st_size for f in path.iterdir())
-
-
-class SnapshotStore:
-    """`kept_bytes`: how much raw, already durable data staging may keep for quick restores (oldest use goes first).
-
-    `reserve_bytes`: staging refuses a new capture when its file system has less room than this.
-    """
-
-    def __init__(self, data_dir: Path, *, kept_bytes: int = 1024 * MIB, reserve_bytes: int = 256 * MIB) -> None:
-        self._data = data_dir
-        self._staging = staging_for(data_dir)
-        self._kept: OrderedDict[str, int] = OrderedDict()
-        self._in_use: dict[str, int] = {}
-        self._files: dict[str, dict[str, Path]] = {}  # staged sections of a capture, under the engine's own file names
-        self._kept_bytes = kept_bytes
-        self._reserve = reserve_bytes
-        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="snapshots")
-
-    @property
-    def staging(self) -> Path:
-        return self._staging
-
-    def open(self) -> None:
-        """Make the directories; drop what an earlier process left in staging (all of it is on disk or worthless)."""
-        for path in (self._data / "snapshots", self._staging):
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path.chmod(0o700)
-        for old in self._staging.iterdir():
-            shutil.rmtree(old, ignore_errors=True)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True)
-        shutil.rmtree(self._staging, ignore_errors=True)
-
-    def stage(self, snapshot: str) -> Path:
-        """An empty staging directory for a capture. Raises StorageFull when staging has no room."""
-        stat = os.statvfs(self._staging)
-        free = stat.f_bavail * stat.f_frsize
-        if free < self._reserve:
-            self._evict(0)
-            stat = os.statvfs(self._staging)
-            free = stat.f_bavail * stat.f_frsize
-            if free < self._reserve:
-                raise StorageFull(
-                    f"the staging area {self._staging} has {free // MIB} MiB left, {self._reserve // MIB} are wanted",
-                    remedy="free memory or suspend sessions",
-                )
-        path = self._staging / snapshot
-        path.mkdir(mode=0o700)
-        return path
-
-    def drop_staged(self, snapshot: str) -> None:
-        """Forget staged files of `snapshot` (a failed save, or a snapshot that is not wanted any more)."""
-        self._kept.pop(snapshot, None)
-        self._files.pop(snapshot, None)
-        shutil.rmtree(self._staging / snapshot, ignore_errors=True)
-
-    async def write(self, session: str, snapshot: str, sections: dict[str, Path]) -> tuple[str, tuple[Section, ...]]:
-        """Make staged sections durable and verified. Returns (path relative to the data directory, sections).
-
-        Raises StorageFull, SnapshotUnusable (what was read back differs) or OSError; then nothing is left on disk.
-        """
-        result = await asyncio.to_thread(self._write, session, snapshot, sections)
-        self._files[snapshot] = dict(sections)
-        return result
-
-    def _write(self, session: str, snapshot: str, sections: dict[str, Path]) -> tuple[str, tuple[Section, ...]]:
-        home = self._data / "snapshots" / session
-        final, partial = home / snapshot, home / f".{snapshot}"
-        try:
-            fresh = not home.exists()
-            partial.mkdir(parents=True, mode=0o700)
-            jobs = {
-                name: self._pool.submit(codec.encode, name, raw, partial / f"{name}.sec")
-                for name, raw in sorted(sections.items(), key=lambda item: -item[1].stat().st_size)[1:]
-            }
-            largest = max(sections.items(), key=lambda item: item[1].stat().st_size)
-            done = [codec.encode(*largest, partial / f"{largest[0]}.sec"), *(job.result() for job in jobs.values())]
-            faults.point("store.written")
-            for section in done:
-                codec.decode(section, partial / f"{section.name}.sec", None, snapshot)
-            faults.point("store.verified")
-            _sync_directory(partial)
-            partial.rename(final)
-            faults.point("store.renamed")
-            _sync_directory(home)
-            if fresh:
-                _sync_directory(home.parent)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
-            if isinstance(error, OSError) and (full := codec.storage_full(error, f"snapshot {snapshot}")):
-                raise full from error
-            raise
-        return str(final.relative_to(self._data)), tuple(sorted(done, key=lambda s: s.name))
-
-    async def write_manifest(self, info: SnapshotInfo) -> None:
-        """Put the manifest beside the sections. Not needed to restore from the database's row."""
-
-        def write() -> None:
-            path = self._data / info.path / "manifest"
-            path.write_text(info.model_dump_json(indent=1))
-
-        await asyncio.to_thread(write)
-
-    def keep(self, snapshot: str) -> None:
-        """The staged raw sections of a durable snapshot may stay for quick restores, within the budget."""
-        path = self._staging / snapshot
-        if path.exists():
-            self._kept[snapshot] = _size(path)
-            self._kept.move_to_end(snapshot)
-            self._evict(self._kept_bytes)
-
-    def _evict(self, budget: int) -> None:
-        total = sum(self._kept.values())
-        for snapshot in list(self._kept):
-            if total <= budget:
-                break
-            if self._in_use.get(snapshot):
-                continue
-            total -= self._kept[snapshot]
-            self.drop_staged(snapshot)
-
-    async def load(self, info: SnapshotInfo) -> dict[str, Path]:
-        """Raw sections of `info`, ready for an engine. Call `done` when the engine has read them.
-
-        Raises SnapshotUnusable naming snapshot and file, or StorageFull.
-        """
-        self._in_use[info.id] = self._in_use.get(info.id, 0) + 1
-        try:
-            directory = self._staging / info.id
-            if info.id in self._kept:
-                self._kept.move_to_end(info.id)
-                return self._files.get(info.id) or {s.name: directory / s.name for s in info.sections}
-            faults.point("store.load")
-            directory = self.stage(f"{info.id}.load{os.urandom(4).hex()}")
-            try:
-                await asyncio.gather(
-                    *(
-                        asyncio.to_thread(
-                            codec.decode, s, self._data / info.path / f"{s.name}.sec", directory / s.name, info.id
-                        )
-                        for s in info.sections
-                    )
-                )
-                target = self._staging / info.id
-                if not target.exists():
-                    directory.rename(target)
-                    directory = target
-                    self._kept[info.id] = _size(directory)
-                    self._evict(self._kept_bytes)
-            except BaseException:
-                shutil.rmtree(directory, ignore_errors=True)
-                raise
-            return {s.name: directory / s.name for s in info.sections}
-        except BaseException:
-            self.done(info.id)
-            raise
-
-    def done(self, snapshot: str) -> None:
-        """The engine has read what `load` gave."""
-        left = self._in_use.get(snapshot, 0) - 1
-        if left > 0:
-            self._in_use[snapshot] = left
-        else:
-            self._in_use.pop(snapshot, None)
-            for extra in self._staging.glob(f"{snapshot}.load*"):
-                shutil.rmtree(extra, ignore_errors=True)
-
-    async def verify(self, info: SnapshotInfo) -> None:
-        """Read every file of `info` and check it. Raises SnapshotUnusable."""
-        for section in info.sections:
-            await asyncio.to_thread(
-                codec.decode, section, self._data / info.path / f"{section.name}.sec", None, info.id
-            )
-
-    async def delete(self, info: SnapshotInfo) -> None:
-        """Remove the files of `info`, durable and staged."""
-        self.drop_staged(info.id)
-
-        def remove() -> None:
-            shutil.rmtree(self._data / info.path, ignore_errors=True)
-            home = (self._data / info.path).parent
-            if home.exists() and not any(home.iterdir()):
-                home.rmdir()
-
-        await asyncio.to_thread(remove)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from rethaw.model import errors
-from rethaw.snapshots.store import staging_for
+from rethaw.snapshots.staging import staging_for
 from rethaw.testing import processes
 from rethaw.testing.processes import GvisorProcess
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("rethaw.engines")
 
 SECTIONS = ("checkpoint.img", "pages_meta.img", "pages.img")
+PAGED = frozenset({"pages.img"})
 SAVE_TIMEOUT_S = 120.0
 SAVE_SLACK = 64 << 20  # what the sentry itself needs while it saves
 _LOG_LIMIT = 1 << 20
@@ -189,7 +190,7 @@ class GvisorSandbox:
             if isinstance(error, OSError):
                 raise _storage(error, directory) from error
             raise
-        return Capture(sections, "gvisor", self.runsc.sha256, self._cpu, notes, raw_bytes, engine_ms)
+        return Capture(sections, "gvisor", self.runsc.sha256, self._cpu, notes, raw_bytes, engine_ms, PAGED)
 
     def _failed_save(self, text: str, directory: Path) -> EngineError | StorageFull:
         text = re.sub(r"\s+", " ", text).strip()[-500:]

@@ -1,0 +1,296 @@
+"""From a manifest back to raw sections: frames are read, checked and decompressed in parallel, each once."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rethaw.snapshots import pack as packs
+from rethaw.snapshots.encode import Known, footer_hash, parallel
+from rethaw.snapshots.keys import Keyring
+from rethaw.snapshots.manifest import Ints, Manifest, PackRef, Pages
+from rethaw.snapshots.pack import FRAME_PAGES, Damaged, Index
+from rethaw.snapshots.pages import PAGE, Former, Words, as_pages, hashes
+
+_OPEN_PACKS = 256
+_JOBS = 8
+_WORDS = PAGE // 8
+
+
+class PackDamaged(Exception):
+    """A pack that cannot be used, and why."""
+
+    def __init__(self, pack: str, why: str) -> None:
+        super().__init__(f"pack {pack} {why}")
+        self.pack, self.why = pack, why
+
+
+@dataclass
+class _Open:
+    fd: int
+    index: Index
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Packs:
+    """Open packs of a directory. Threads may share it."""
+
+    def __init__(self, path_of: Callable[[str], Path], keys: Keyring, fetch: Callable[[PackRef], None]) -> None:
+        """`fetch`: bring a pack that is not here into its place, or raise."""
+        self._path_of = path_of
+        self._keys = keys
+        self._fetch = fetch
+        self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, ref: PackRef) -> _Open:
+        """Raises PackDamaged."""
+        with self._lock:
+            if ref.id in self._open:
+                self._open.move_to_end(ref.id)
+                return self._open[ref.id]
+        path = self._path_of(ref.id)
+        try:
+            if not path.exists():
+                self._fetch(ref)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise PackDamaged(ref.id, f"cannot be read ({error.strerror})") from error
+        try:
+            if os.fstat(fd).st_size != ref.size:
+                raise Damaged(f"has {os.fstat(fd).st_size} bytes, {ref.size} were written")
+            if footer_hash(path) != ref.index_hash:
+                raise Damaged("is damaged (its end is not the one that was written)")
+            found = _Open(fd, packs.read_index(fd, ref.id, self._keys))
+        except (Damaged, OSError) as error:
+            os.close(fd)
+            raise PackDamaged(ref.id, str(error)) from error
+        except BaseException:
+            os.close(fd)
+            raise
+        with self._lock:
+            self._open[ref.id] = found
+            while len(self._open) > _OPEN_PACKS:
+                self._open.popitem(last=False)
+        return found
+
+    def forget(self, pack: str) -> None:
+        with self._lock:
+            self._open.pop(pack, None)
+
+    def frame(self, ref: PackRef, number: int) -> bytes:
+        """The content of one frame. Raises PackDamaged."""
+        found = self.get(ref)
+        index = found.index
+        try:
+            data = packs.exactly(found.fd, int(index.offsets[number]), int(index.lengths[number]))
+            return packs.raw_frame(index, number, data, self._keys)
+        except (Damaged, OSError) as error:
+            raise PackDamaged(ref.id, str(error)) from error
+
+    def page(self, ref: PackRef, slot: int, bases: list[PackRef]) -> bytes:
+        """One page alone: one frame, or two when it is a delta. `bases`: packs that deltas may refer to."""
+        index = self.get(ref).index
+        if not 0 <= slot < index.first_slot[-1]:
+            raise PackDamaged(ref.id, f"has no page {slot}")
+        number = int(np.searchsorted(index.first_slot, slot, side="right")) - 1
+        at = (slot - int(index.first_slot[number])) * PAGE
+        content = self.frame(ref, number)[at : at + PAGE]
+        if index.base_pack[slot] < 0:
+            return content
+        ident = index.bases[int(index.base_pack[slot])]
+        base = next((b for b in bases if b.id == ident), None)
+        if base is None:
+            raise PackDamaged(ref.id, f"refers to pack {ident}, which the manifest does not name")
+        whole = self.page(base, int(index.base_slot[slot]), [])
+        return (np.frombuffer(content, np.uint64) ^ np.frombuffer(whole, np.uint64)).tobytes()
+
+
+@dataclass
+class Resolved:
+    """Where each page of a section is read from: a whole page, and a delta to lay over it (-1: none)."""
+
+    pack: Ints
+    slot: Ints
+    delta_pack: Ints
+    delta_slot: Ints
+
+
+def resolve(section: Pages, refs: list[PackRef], store: Packs) -> Resolved:
+    """Raises PackDamaged for references that lead nowhere."""
+    pack, slot = section.pack.copy(), section.slot.copy()
+    delta_pack, delta_slot = np.full(len(pack), -1, dtype=np.int32), np.full(len(pack), -1, dtype=np.int32)
+    numbers = {ref.id: n for n, ref in enumerate(refs)}
+    for number in _numbers(section.pack):
+        mine = np.flatnonzero(section.pack == number)
+        index = store.get(refs[number]).index
+        slots = section.slot[mine]
+        if int(slots.max()) >= int(index.first_slot[-1]) or int(slots.min()) < 0:
+            raise PackDamaged(
+                refs[number].id, f"has {int(index.first_slot[-1])} pages, page {int(slots.max())} is wanted"
+            )
+        deltas = mine[index.base_pack[slots] >= 0]
+        if not len(deltas):
+            continue
+        table = np.array([numbers.get(base, -1) for base in index.bases], dtype=np.int32)
+        delta_pack[deltas], delta_slot[deltas] = section.pack[deltas], section.slot[deltas]
+        own = section.slot[deltas]
+        pack[deltas], slot[deltas] = table[index.base_pack[own]], index.base_slot[own]
+        if (pack[deltas] < 0).any():
+            raise PackDamaged(refs[number].id, "refers to a pack that the manifest does not name")
+    for number in _numbers(pack[delta_pack >= 0]):
+        index = store.get(refs[number]).index
+        slots = slot[(delta_pack >= 0) & (pack == number)]
+        if int(slots.max()) >= int(index.first_slot[-1]) or (index.base_pack[slots] >= 0).any():
+            raise PackDamaged(refs[number].id, "is referred to by a delta where it has no whole page")
+    return Resolved(pack, slot, delta_pack, delta_slot)
+
+
+def _numbers(values: NDArray[np.integer[Any]]) -> list[int]:
+    """The different numbers in `values`, without negative ones."""
+    found: list[int] = np.unique(values).tolist()
+    return [number for number in found if number >= 0]
+
+
+@dataclass
+class _Group:
+    """Pages that come out of one frame: where they go, and which of the frame they are."""
+
+    ref: PackRef
+    frame: int
+    target: NDArray[np.intp]
+    at: NDArray[np.int64]
+
+
+def _groups(pack: Ints, slot: Ints, wanted: NDArray[np.intp], refs: list[PackRef], store: Packs) -> list[_Group]:
+    frame = np.zeros(len(wanted), dtype=np.int64)
+    inside = np.zeros(len(wanted), dtype=np.int64)
+    owners = pack[wanted]
+    for number in _numbers(owners):
+        mine = owners == number
+        first = store.get(refs[number]).index.first_slot
+        slots = slot[wanted[mine]].astype(np.int64)
+        found = np.searchsorted(first, slots, side="right") - 1
+        frame[mine], inside[mine] = found, slots - first[found]
+    order = np.lexsort((inside, frame, owners))
+    owners, frame, inside, wanted = owners[order], frame[order], inside[order], wanted[order]
+    cuts = np.flatnonzero((np.diff(owners) != 0) | (np.diff(frame) != 0)) + 1
+    starts, ends = np.concatenate([[0], cuts]), np.concatenate([cuts, [len(wanted)]])
+    return [
+        _Group(refs[int(owners[a])], int(frame[a]), wanted[a:b], inside[a:b])
+        for a, b in zip(starts, ends, strict=True)
+        if b > a
+    ]
+
+
+def pages_into(fd: int, section: Pages, refs: list[PackRef], store: Packs, pool: Executor) -> None:
+    """Fill the file `fd`, which has its full size and holds zeros, with a section's pages. Raises PackDamaged, OSError."""
+    where = resolve(section, refs, store)
+    count = len(section.pack)
+    whole = np.memmap(f"/proc/self/fd/{fd}", dtype=np.uint8, mode="r+", shape=(count * PAGE,)) if count else None
+    if whole is None:
+        return
+    out = whole.view(np.uint64).reshape(-1, _WORDS)
+
+    def lay(groups: list[_Group], over: bool) -> None:
+        for group in groups:
+            content = np.frombuffer(store.frame(group.ref, group.frame), dtype=np.uint64).reshape(-1, _WORDS)
+            target, at = group.target, group.at
+            first, last = int(target[0]), int(target[-1])
+            if not over and last - first == len(target) - 1 == int(at[-1] - at[0]):
+                rows = content[int(at[0]) : int(at[-1]) + 1]  # in a row on both sides
+                _write_all(fd, memoryview(rows.tobytes()), first * PAGE)
+            elif over:
+                out[target] ^= content[at]
+            else:
+                out[target] = content[at]
+
+    wholes = _groups(where.pack, where.slot, np.flatnonzero(where.pack >= 0), refs, store)
+    parallel(pool, lambda some: lay(some, False), _shares(wholes))
+    deltas = _groups(where.delta_pack, where.delta_slot, np.flatnonzero(where.delta_pack >= 0), refs, store)
+    parallel(pool, lambda some: lay(some, True), _shares(deltas))
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _shares(groups: list[_Group]) -> list[list[_Group]]:
+    size = max(1, -(-len(groups) // _JOBS))
+    return [groups[n : n + size] for n in range(0, len(groups), size)]
+
+
+def load(manifest: Manifest, target: dict[str, Path], store: Packs, pool: Executor) -> None:
+    """Write every section into the file that `target` names for it. Raises PackDamaged, OSError."""
+    for blob in manifest.blobs:
+        with target[blob.name].open("wb", buffering=0) as f:
+            left = blob.raw_bytes
+            for number in range(blob.first, blob.first + blob.count):
+                data = store.frame(manifest.packs[blob.pack], number)
+                f.write(data)
+                left -= len(data)
+            if left:
+                raise PackDamaged(manifest.packs[blob.pack].id, f"lacks {left} bytes of section {blob.name}")
+    for section in manifest.pages:
+        with target[section.name].open("w+b", buffering=0) as f:
+            f.truncate(len(section.pack) * PAGE)
+            pages_into(f.fileno(), section, manifest.packs, store, pool)
+            if section.raw_bytes % PAGE:
+                f.truncate(section.raw_bytes)
+
+
+def check(manifest: Manifest, store: Packs, pool: Executor) -> int:
+    """Read every frame that the snapshot needs and compare it with its hash; the bytes read. Raises PackDamaged."""
+    needed: dict[str, tuple[PackRef, set[int]]] = {ref.id: (ref, set()) for ref in manifest.packs}
+    for section in manifest.pages:
+        where = resolve(section, manifest.packs, store)
+        for pack, slot in ((where.pack, where.slot), (where.delta_pack, where.delta_slot)):
+            for number in _numbers(pack):
+                ref = manifest.packs[number]
+                first = store.get(ref).index.first_slot
+                found = np.searchsorted(first, slot[pack == number].astype(np.int64), side="right") - 1
+                needed[ref.id][1].update(_numbers(found))
+    for blob in manifest.blobs:
+        needed[manifest.packs[blob.pack].id][1].update(range(blob.first, blob.first + blob.count))
+
+    def one(item: tuple[PackRef, set[int]]) -> int:
+        ref, frames = item[0], item[1]
+        for number in sorted(frames):
+            store.frame(ref, number)
+        return sum(int(store.get(ref).index.lengths[n]) for n in frames)
+
+    return sum(parallel(pool, one, needed.values()))
+
+
+def known(snapshot: str, manifest: Manifest, section: Pages, raw: Path, store: Packs) -> Known:
+    """What the next save compares with, from a snapshot whose section lies in `raw`."""
+    content: Words = as_pages(np.memmap(raw, dtype=np.uint8, mode="r") if section.raw_bytes else b"")
+    where = resolve(section, manifest.packs, store)
+    deltas = np.flatnonzero(where.delta_pack >= 0)
+    base_pack, base_slot = np.full(len(content), -1, dtype=np.int32), np.full(len(content), -1, dtype=np.int32)
+    base_pack[deltas], base_slot[deltas] = where.pack[deltas], where.slot[deltas]
+    row = np.full(len(content), -1, dtype=np.int32)
+    row[deltas] = np.arange(len(deltas), dtype=np.int32)
+    bases = content[deltas] if len(deltas) else np.empty((0, _WORDS), dtype=np.uint64)
+    # content = base ^ delta, so the base is content ^ delta: no base has to be read.
+    for group in _groups(where.delta_pack, where.delta_slot, deltas, manifest.packs, store):
+        delta = np.frombuffer(store.frame(group.ref, group.frame), dtype=np.uint64).reshape(-1, _WORDS)
+        bases[row[group.target]] ^= delta[group.at]
+    former = Former(content, hashes(content), row, bases)
+    return Known(snapshot, manifest.packs, section.pack, section.slot, base_pack, base_slot, former, raw)
+
+
+__all__ = ["FRAME_PAGES", "PackDamaged", "Packs", "check", "known", "load", "pages_into", "resolve"]

@@ -1,0 +1,264 @@
+"""From raw sections to a pack and a manifest: compare with a former snapshot, compress what is new.
+
+A page's delta always refers to a page that is stored whole, so reading takes one hop however long the chain of saves.
+And a manifest never refers to more than MAX_PACKS packs: when there would be more, the pages that are left of the
+emptiest ones are stored anew. So the thousandth restore reads about as many places as the third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from backports import zstd
+from numpy.typing import NDArray
+
+from rethaw.snapshots import pack as packs
+from rethaw.snapshots import pages
+from rethaw.snapshots.keys import Keyring
+from rethaw.snapshots.manifest import ZERO, Blob, Ints, Manifest, PackRef, Pages
+from rethaw.snapshots.pack import BLOB, BLOB_BYTES, DELTAS, FRAME_PAGES, PAGES, Frame
+from rethaw.snapshots.pages import Former, Plan, Words
+
+MAX_PACKS = 64
+_LEVEL, _BLOB_LEVEL = 3, 1  # measured: level 3 is no slower on pages, level 1 is smaller on a gVisor kernel state
+_BATCH = 32  # frames compressed by one job
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class Known:
+    """A snapshot's pages as the next save compares with them. `former.pages` may be a mapped file, which `raw` names;
+    `base_pack` (number in `packs`) and `base_slot` say where the whole page that a delta refers to lies."""
+
+    snapshot: str
+    packs: list[PackRef]
+    pack: Ints
+    slot: Ints
+    base_pack: Ints
+    base_slot: Ints
+    former: Former
+    raw: Path | None = None
+
+
+@dataclass
+class Encoded:
+    """What `write` made. `known`: by section, for the next save."""
+
+    manifest: Manifest
+    pack_bytes: int
+    known: dict[str, Known] = field(default_factory=dict[str, Known])
+
+
+def write(
+    snapshot: str,
+    meta: dict[str, Any],
+    paged: dict[str, Path],
+    blobs: dict[str, Path],
+    former: dict[str, Known],
+    pack: str,
+    target: Path,
+    keys: Keyring,
+    pool: Executor,
+) -> Encoded:
+    """Compare, compress, and write `target` durably. Blocking. Raises OSError, Damaged."""
+    job = _Job(snapshot, pack, pool)
+    for name, path in paged.items():
+        job.add_pages(name, path, former.get(name))
+    for name, path in blobs.items():
+        job.add_blob(name, path)
+    index, size = packs.write(
+        target, pack, job.frames, job.base_ids, job.column(job.delta_packs), job.column(job.delta_slots), keys
+    )
+    del index
+    ref = PackRef(pack, size, footer_hash(target))
+    return job.finish(meta, ref, size)
+
+
+def footer_hash(path: Path) -> str:
+    """The hash of a pack's index, from its footer."""
+    with path.open("rb") as f:
+        f.seek(-32, 2)
+        return f.read(packs.HASH).hex()
+
+
+def parallel(pool: Executor, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    return list(pool.map(function, items))
+
+
+class _Job:
+    """One save. The new pack is number 0 of each section's own list until `finish` puts the lists together."""
+
+    def __init__(self, snapshot: str, pack: str, pool: Executor) -> None:
+        self.snapshot = snapshot
+        self.pack = pack
+        self.pool = pool
+        self.frames: list[Frame] = []
+        self.slots = 0
+        self.base_ids: list[str] = []  # of the new pack
+        self.delta_packs: list[Ints] = []
+        self.delta_slots: list[Ints] = []
+        self.known: dict[str, Known] = {}
+        self.sections: list[Pages] = []
+        self.blobs: list[Blob] = []
+
+    @staticmethod
+    def column(parts: Sequence[Ints]) -> Ints:
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+    def _compress(self, kind: int, content: Words, level: int) -> None:
+        """Frames of `content`, in order."""
+
+        def some(start: int) -> list[Frame]:
+            compressor = zstd.ZstdCompressor(level=level)
+            out: list[Frame] = []
+            for at in range(start, min(start + _BATCH * FRAME_PAGES, len(content)), FRAME_PAGES):
+                raw = content[at : at + FRAME_PAGES].tobytes()
+                out.append(Frame(kind, len(raw), compressor.compress(raw, zstd.ZstdCompressor.FLUSH_FRAME)))
+            return out
+
+        for found in parallel(self.pool, some, range(0, len(content), _BATCH * FRAME_PAGES)):
+            self.frames += found
+        self.slots += len(content)
+
+    def add_pages(self, name: str, path: Path, former: Known | None) -> None:
+        raw_bytes = path.stat().st_size
+        content = pages.as_pages(np.memmap(path, dtype=np.uint8, mode="r") if raw_bytes else b"")
+        found = pages.hashes(content)
+        renew = None if former is None else _worn(former)
+        plan = pages.plan(content, found, None if former is None else former.former, renew)
+        whole, deltas = plan.stored()
+        pack = np.full(len(content), ZERO, dtype=np.int32)
+        slot = np.zeros(len(content), dtype=np.int32)
+        # The section's own list of packs: the new one, then the former's.
+        kept = np.flatnonzero(plan.same >= 0)
+        if former is not None:
+            pack[kept] = former.pack[plan.same[kept]] + 1
+            slot[kept] = former.slot[plan.same[kept]]
+        pack[whole], slot[whole] = 0, self.slots + np.arange(len(whole), dtype=np.int32)
+        self._compress(PAGES, _gather(content, whole), _LEVEL)
+        pack[deltas], slot[deltas] = 0, self.slots + np.arange(len(deltas), dtype=np.int32)
+        bases = former.former.base_of(plan.base[deltas]) if former is not None and len(deltas) else None
+        if bases is not None:
+            self._compress(DELTAS, content[deltas] ^ bases, _LEVEL)
+        twins = np.flatnonzero(~plan.zero & (plan.same < 0) & (plan.twin != np.arange(len(plan.twin))))
+        pack[twins], slot[twins] = pack[plan.twin[twins]], slot[plan.twin[twins]]
+        self.sections.append(Pages(name, raw_bytes, pack, slot))
+        self._remember(name, path, content, found, plan, deltas, bases, former, pack, slot)
+
+    def _remember(
+        self,
+        name: str,
+        path: Path,
+        content: Words,
+        found: Words,
+        plan: Plan,
+        deltas: Ints,
+        bases: Words | None,
+        former: Known | None,
+        pack: Ints,
+        slot: Ints,
+    ) -> None:
+        count = len(content)
+        base_pack, base_slot = np.full(count, -1, dtype=np.int32), np.full(count, -1, dtype=np.int32)
+        row = np.full(count, -1, dtype=np.int32)
+        kept_bases = np.empty((0, content.shape[1]), dtype=np.uint64)
+        if former is not None:
+            same = np.flatnonzero(plan.same >= 0)
+            source = plan.same[same]
+            base_pack[same] = np.where(former.base_pack[source] >= 0, former.base_pack[source] + 1, -1)
+            base_slot[same] = former.base_slot[source]
+            old = former.former.base_row[source]
+            held = old >= 0
+            row[same[held]] = np.arange(int(held.sum()), dtype=np.int32)
+            kept_bases = former.former.bases[old[held]]
+            # A delta's base: what its former page itself refers to, or that page.
+            at = plan.base[deltas]
+            indirect = former.base_pack[at] >= 0
+            base_pack[deltas] = np.where(indirect, former.base_pack[at], former.pack[at]) + 1
+            base_slot[deltas] = np.where(indirect, former.base_slot[at], former.slot[at])
+            self._note_bases(base_pack[deltas], base_slot[deltas], former)
+        if bases is not None:
+            row[deltas] = len(kept_bases) + np.arange(len(deltas), dtype=np.int32)
+            kept_bases = np.concatenate([kept_bases, bases])
+        twins = np.flatnonzero(plan.twin != np.arange(count))
+        base_pack[twins], base_slot[twins] = base_pack[plan.twin[twins]], base_slot[plan.twin[twins]]
+        row[twins] = row[plan.twin[twins]]
+        self.known[name] = Known(
+            self.snapshot,
+            [] if former is None else former.packs,
+            pack,
+            slot,
+            base_pack,
+            base_slot,
+            Former(content, found, row, kept_bases),
+            path,
+        )
+
+    def _note_bases(self, base_pack: Ints, base_slot: Ints, former: Known) -> None:
+        """Number the base packs of new deltas in the new pack's own list."""
+        numbers = np.zeros(len(former.packs) + 1, dtype=np.int32)
+        for number in np.unique(base_pack):
+            ident = former.packs[int(number) - 1].id
+            if ident not in self.base_ids:
+                self.base_ids.append(ident)
+            numbers[number] = self.base_ids.index(ident)
+        self.delta_packs.append(numbers[base_pack])
+        self.delta_slots.append(base_slot)
+
+    def add_blob(self, name: str, path: Path) -> None:
+        first = len(self.frames)
+        compressor = zstd.ZstdCompressor(level=_BLOB_LEVEL)
+        raw_bytes = 0
+        with path.open("rb") as f:
+            while raw := f.read(BLOB_BYTES):
+                data = compressor.compress(raw, zstd.ZstdCompressor.FLUSH_FRAME)
+                self.frames.append(Frame(BLOB, len(raw), data))
+                raw_bytes += len(raw)
+        self.blobs.append(Blob(name, raw_bytes, 0, first, len(self.frames) - first))
+
+    def finish(self, meta: dict[str, Any], new: PackRef, size: int) -> Encoded:
+        """Put the sections' lists of packs together, and leave out what nothing refers to."""
+        refs: list[PackRef] = [new]
+        numbers: dict[str, int] = {new.id: 0}
+        for section in self.sections:
+            known = self.known[section.name]
+            mine = [new, *known.packs]
+            used = np.unique(np.concatenate([section.pack, known.base_pack]))
+            table = np.full(len(mine) + 1, -1, dtype=np.int32)  # its last entry serves the number -1
+            for number in used[used >= 0]:
+                ref = mine[int(number)]
+                if ref.id not in numbers:
+                    numbers[ref.id] = len(refs)
+                    refs.append(ref)
+                table[number] = numbers[ref.id]
+            section.pack = table[section.pack]
+            known.pack, known.base_pack = section.pack, table[known.base_pack]
+            known.packs = refs
+        return Encoded(Manifest(self.snapshot, meta, refs, self.sections, self.blobs), size, self.known)
+
+
+def _gather(content: Words, indices: Ints) -> Words:
+    """`content[indices]`, without a copy where that is the whole of it."""
+    return content if len(indices) == len(content) else content[indices]
+
+
+def _worn(former: Known) -> NDArray[np.bool_] | None:
+    """Pages to store anew, because the snapshot's pages lie scattered over too many packs: those in the emptiest ones,
+    and those whose deltas refer there."""
+    if len(former.packs) < MAX_PACKS:
+        return None
+    used = former.pack[former.pack >= 0]
+    live = np.bincount(used, minlength=len(former.packs))
+    live += np.bincount(former.base_pack[former.base_pack >= 0], minlength=len(former.packs))
+    emptiest = np.argsort(live, kind="stable")[: len(former.packs) - MAX_PACKS // 2]
+    worn = np.zeros(len(former.packs) + 1, dtype=np.bool_)
+    worn[emptiest] = True
+    worn[-1] = False  # serves the number -1
+    return worn[former.pack] | worn[former.base_pack]
