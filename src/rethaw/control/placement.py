@@ -22,7 +22,9 @@ async def snapshot_row(conn: Conn, snapshot: str) -> dict[str, Any] | None:
 
 def snapshot_info(found: dict[str, Any]) -> SnapshotInfo:
     info = SnapshotInfo.model_validate_json(found["info"])
-    return info.model_copy(update={"unusable": found["unusable"], "created_at": found["created_at"]})
+    stored = {name: found[name] for name in ("unusable", "pinned", "created_at")}
+    uploaded = found["uploaded_ms"]
+    return info.model_copy(update=stored if uploaded is None else {**stored, "uploaded_ms": uploaded})
 
 
 async def usable(conn: Conn, row: Row, *, limit: int = 16) -> list[SnapshotInfo]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rethaw.model.types import MIB
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -17,6 +15,4 @@ class Policy:
     deaths_per_step_total: int = 10  # and whatever it logs meanwhile, or an agent that logs, then dies, loops for ever
     overcommit: float = 4.0  # memory limits of a node's sessions may sum up to this many times its memory
     keep_newest: int = 3  # snapshots of a live session's path that recovery may ask for
-    keep_s: float = 86_400.0  # every snapshot this young stays ...
-    keep_bytes: int = 5 * 1024 * MIB  # ... within this many stored bytes a session
     cancel_slack_s: float = 20.0  # on top of an agent's grace period, before control stops waiting for its node

@@ -32,7 +32,15 @@ def canonical(value: Any) -> str:
 
 MIN_MEMORY = 32 * MIB  # guestd, an interpreter and a little room
 # Seconds. Without its least one, an agent would do nothing but be saved, or be over before it begins.
-_LEAST = {"idle_suspend_s": 0.0, "snapshot_every_s": 1.0, "hold_max_s": 0.0, "max_duration_s": 0.1, "grace_s": 0.0}
+_LEAST = {
+    "idle_suspend_s": 0.0,
+    "snapshot_every_s": 1.0,
+    "hold_max_s": 0.0,
+    "max_duration_s": 0.1,
+    "grace_s": 0.0,
+    "keep_all_s": 0.0,
+    "keep_bytes": 0,
+}
 
 
 def _check_agent(agent: AgentSpec) -> None:

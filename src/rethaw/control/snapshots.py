@@ -14,7 +14,7 @@ from rethaw.db.pool import Database
 from rethaw.model import faults
 from rethaw.model.enums import EventType
 from rethaw.model.errors import Conflict, InvalidInput, NotFound
-from rethaw.model.types import Fence, NewEvent, SnapshotInfo
+from rethaw.model.types import AgentSpec, Fence, NewEvent, SnapshotInfo
 
 
 class Catalog:
@@ -62,9 +62,26 @@ class Catalog:
 
         await self._db.run(fn)
 
+    async def pin(self, snapshot: str, pinned: bool) -> SnapshotInfo:
+        """Keep it whatever retention says, or no longer. Raises NotFound."""
+
+        async def fn(conn: Conn) -> None:
+            await conn.execute("UPDATE snapshots SET pinned = %s WHERE id = %s AND NOT erased", (pinned, snapshot))
+
+        await self._db.run(fn)
+        return await self.get(snapshot)
+
+    async def uploaded(self, snapshot: str, uploaded_ms: float) -> None:
+        """The object store has it. Nothing for one that is gone."""
+
+        async def fn(conn: Conn) -> None:
+            await conn.execute("UPDATE snapshots SET uploaded_ms = %s WHERE id = %s", (uploaded_ms, snapshot))
+
+        await self._db.run(fn)
+
     async def superfluous(self, node: str) -> list[SnapshotInfo]:
         """What retention lets go: everything of erased sessions, and of the others what is neither needed for recovery
-        nor young and within the session's budget (DESIGN §7; older than that, one an hour)."""
+        nor pinned nor, by the agent's policy, young and within its budget (DESIGN §7; older than that, one an hour)."""
         return await self._db.run(lambda conn: _superfluous(conn, node, self._policy))
 
     async def forget(self, snapshot: str) -> None:
@@ -167,8 +184,10 @@ async def _superfluous(conn: Conn, node: str, policy: Policy) -> list[SnapshotIn
     out: list[SnapshotInfo] = []
     sessions = {r["session"] for r in found if not r["erased"]}
     needed: set[str] = set()
+    agents: dict[str, AgentSpec] = {}
     for session in sessions:
         for row in await rows.select(conn, "WHERE s.id = %s", (session,)):
+            agents[session] = row.agent
             if not row.state.final:
                 usable = await placement.usable(conn, row)
                 kept = usable[: policy.keep_newest]
@@ -178,11 +197,12 @@ async def _superfluous(conn: Conn, node: str, policy: Policy) -> list[SnapshotIn
     hours: set[tuple[str, object]] = set()
     for record in found:
         session = record["session"]
-        keep = record["id"] in needed
+        keep = record["id"] in needed or (record["pinned"] and not record["erased"])
         if not keep and not record["erased"] and record["unusable"] is None:
-            young = float(record["age"]) <= policy.keep_s
+            agent = agents[session]
+            young = float(record["age"]) <= agent.keep_all_s
             first_of_hour = (session, record["hour"]) not in hours
-            within = spent.get(session, 0) + record["stored_bytes"] <= policy.keep_bytes
+            within = spent.get(session, 0) + record["stored_bytes"] <= agent.keep_bytes
             keep = within and (young or first_of_hour)
         if keep:
             spent[session] = spent.get(session, 0) + record["stored_bytes"]

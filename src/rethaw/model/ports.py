@@ -119,6 +119,10 @@ class SnapshotCatalog(Protocol):
         """Logged as snapshot.unusable; never chosen again."""
         ...
 
+    async def uploaded(self, snapshot: str, uploaded_ms: float) -> None:
+        """The object store has it, `uploaded_ms` after the start of its pause."""
+        ...
+
     async def superfluous(self, node: str) -> list[SnapshotInfo]:
         """Snapshots of this node that retention no longer needs; their rows go once `forget` is called."""
         ...

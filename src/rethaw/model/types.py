@@ -50,6 +50,8 @@ class AgentSpec(Wire):
     hold_max_s: float = 1800.0
     max_duration_s: float | None = None
     grace_s: float = 10.0  # between SIGTERM and SIGKILL on cancel
+    keep_all_s: float = 86_400.0  # every snapshot this young is kept, older ones one an hour ...
+    keep_bytes: int = 5 * 1024 * MIB  # ... as long as they add up to no more than this; needed and pinned ones always
 
 
 # ---------------------------------------------------------------- the log
@@ -191,6 +193,7 @@ class SnapshotInfo(Wire):
     stored_bytes: int  # what it added to the store: pages that others hold already cost nothing
     uploaded_ms: float | None = None  # from the start of the pause until the object store had it; None: not yet
     unusable: str | None = None
+    pinned: bool = False  # retention leaves it alone
     created_at: datetime | None = None
 
 

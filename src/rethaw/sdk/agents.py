@@ -45,6 +45,8 @@ class Options:
     hold_max: float = 1800.0
     max_duration: float | None = None
     grace: float = 10.0
+    keep_snapshots: float = 86_400.0
+    keep_size: int = 5 << 30
 
     def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
         """The wire form, for a Python function (`entry` in `code`) or for a command."""
@@ -67,6 +69,8 @@ class Options:
             hold_max_s=self.hold_max,
             max_duration_s=self.max_duration,
             grace_s=self.grace,
+            keep_all_s=self.keep_snapshots,
+            keep_bytes=self.keep_size,
         )
 
 
@@ -84,6 +88,8 @@ def options(
     hold_max: Duration = "30m",
     max_duration: Duration | None = None,
     grace: Duration = "10s",
+    keep_snapshots: Duration = "24h",
+    keep_size: str | int = "5GiB",
 ) -> Options:
     """Check what a person wrote. Raises InvalidInput naming the value and the remedy."""
     if not name or len(name) > 128 or not all(c.isalnum() or c in "._-" for c in name) or not name[0].isalnum():
@@ -107,6 +113,8 @@ def options(
         hold_max=seconds(hold_max),
         max_duration=optional_seconds(max_duration),
         grace=seconds(grace),
+        keep_snapshots=seconds(keep_snapshots),
+        keep_size=size_bytes(keep_size),
     )
 
 
@@ -246,6 +254,8 @@ def agent(
     hold_max: Duration = "30m",
     max_duration: Duration | None = None,
     grace: Duration = "10s",
+    keep_snapshots: Duration = "24h",
+    keep_size: str | int = "5GiB",
 ) -> _Decorator: ...
 def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
     """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments.
@@ -254,6 +264,7 @@ def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = N
     (None: never). `durability`: what an answer of the model survives once the agent sees it: "local" (this node's
     disk), "replicated", "relaxed" (nothing is held back). `snapshot_every`: without a model call. `hold_max`: how long
     a provider's "later" is waited for. `max_duration`: of the session. `grace`: from SIGTERM to SIGKILL on cancel.
+    `keep_snapshots`: every snapshot this young is kept, of older ones one an hour, within `keep_size` in all.
     """
 
     def make(f: Callable[..., Any]) -> Agent[..., Any]:
