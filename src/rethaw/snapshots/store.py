@@ -28,7 +28,7 @@ from rethaw.model import faults
 from rethaw.model.errors import RethawError, SnapshotUnusable
 from rethaw.model.ids import new_id
 from rethaw.model.types import MIB, Section, SnapshotInfo
-from rethaw.snapshots import decode, encode, manifest
+from rethaw.snapshots import decode, encode, manifest, transfer
 from rethaw.snapshots.decode import PackDamaged, Packs
 from rethaw.snapshots.encode import Encoded, Known
 from rethaw.snapshots.keys import Keyring
@@ -363,6 +363,37 @@ class SnapshotStore:
                 raise self._unusable(info.id, str(error), f"{error.pack}.pack") from error
 
         return await asyncio.to_thread(look)
+
+    # ------------------------------------------------------------ one file
+
+    async def export(self, info: SnapshotInfo, extra: dict[str, Any], target: Path) -> None:
+        """Write `info` and all that a restore needs into one file, in clear (see `transfer`). Raises SnapshotUnusable,
+        StorageFull."""
+        sections = await self.load(info)
+        paged = frozenset(s.name for s in (await asyncio.to_thread(self._manifest, info.id, info.digest)).pages)
+        try:
+            row = info.model_dump(mode="json")
+            await asyncio.to_thread(transfer.pack_up, sections, paged, row, extra, target, self._pool)
+        except OSError as error:
+            raise storage_full(error, str(target)) or error from error
+        finally:
+            self.done(info.id)
+
+    async def take_in(self, snapshot: str, source: Path) -> tuple[Written, transfer.Exported]:
+        """Add what an exported file holds to the store as `snapshot`. Raises InvalidInput when the file is damaged."""
+        staged = await self.stage(snapshot, source.stat().st_size)
+        try:
+            found = await asyncio.to_thread(transfer.unpack, source, staged, self._pool)
+            sections = {path.name: path for path in staged.iterdir()}
+            meta = {k: v for k, v in found.info.items() if k in ("engine", "engine_build", "cpu", "image", "clock")}
+            written = await self.write(snapshot, sections, found.paged, {**meta, "id": snapshot, "parent": None})
+        except BaseException as error:
+            self.drop_staged(snapshot)
+            if isinstance(error, OSError):
+                raise storage_full(error, f"snapshot {snapshot}") or error from error
+            raise
+        self.keep(snapshot)
+        return written, found
 
     # ------------------------------------------------------------ removal
 
