@@ -317,6 +317,15 @@ async def test_a_body_unlike_its_content_length_breaks_the_connection(g: Guest, 
         assert (await client.post(f"{g.url}/scripted/x", content=b"q")).content == b"q"
 
 
+async def stand_still(stream: Stream) -> int:
+    """Until no more bytes go out; how many did."""
+    last = -1
+    while last != stream.received:
+        last = stream.received
+        await asyncio.sleep(0.2)
+    return last
+
+
 async def test_a_client_that_does_not_read_holds_up_only_itself(g: Guest) -> None:
     stuck: list[Stream] = []
 
@@ -333,10 +342,7 @@ async def test_a_client_that_does_not_read_holds_up_only_itself(g: Guest) -> Non
     slow = socket.create_connection(("127.0.0.1", g.port))
     slow.sendall(say("GET /scripted/stuck HTTP/1.1\nHost: h"))
     await until(lambda: stuck)
-    last = -1
-    while last != stuck[0].received:  # until it stands still
-        last = stuck[0].received
-        await asyncio.sleep(0.2)
+    last = await stand_still(stuck[0])
     body = os.urandom(2_000_000)
     async with httpx2.AsyncClient(timeout=30) as client:
         assert (await client.post(f"{g.url}/scripted/x", content=body)).content == body
@@ -344,6 +350,32 @@ async def test_a_client_that_does_not_read_holds_up_only_itself(g: Guest) -> Non
     assert stuck[0].received == last
     await g.thaw()  # and it can be frozen like that
     slow.close()
+
+
+async def test_a_slow_reader_of_a_large_answer_is_frozen_and_goes_on(g: Guest) -> None:
+    """What the reader had not taken before the freeze is not granted a second time after it."""
+    body, streams = os.urandom(8_000_000), list[Stream]()
+
+    async def serve(stream: Stream) -> None:
+        if stream.exchange is None:
+            await stream.read_all(1000)
+            await stream.accept("x_1")
+        streams.append(stream)
+        if not stream.head_received:
+            await stream.head(200, "OK", [("content-length", str(len(body)))])
+        await stream.write(body[stream.received :])
+        await stream.end()
+
+    g.exchange = serve
+    reader, writer = await asyncio.open_connection("127.0.0.1", g.port, limit=4096)
+    writer.write(say("GET /scripted/x HTTP/1.1\nHost: h\nConnection: close"))
+    for thaws in range(3):
+        await until(lambda thaws=thaws: len(streams) > thaws)
+        assert await stand_still(streams[-1]) < len(body)
+        await g.thaw()
+    answer = await asyncio.wait_for(reader.read(), 20)
+    assert answer.endswith(body[-1000:]) and len(answer.partition(b"\r\n\r\n")[2]) == len(body)
+    writer.close()
 
 
 async def test_an_upload_that_nobody_takes_holds_up_only_itself(g: Guest) -> None:

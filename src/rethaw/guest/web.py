@@ -68,6 +68,7 @@ class Exchange(Stream):
     def resync(self) -> None:
         self._drop_body()
         super().resync()
+        self.connection.regrant()
 
     def on_head(self, head: Dict[str, Any]) -> None:
         if self.head_received:
@@ -393,6 +394,10 @@ class Connection:
         if size:
             self._owed -= size
             exchange.took(size)
+
+    def regrant(self) -> None:
+        """The window begins anew: what came before a thaw is granted already."""
+        self._owed = 0
 
     def _finish_if_flushed(self) -> None:
         """Half-close once an answer after which the connection ends is out; the agent then closes its side."""
