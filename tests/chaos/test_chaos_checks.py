@@ -16,7 +16,8 @@ TURNS = 7  # one of each kind
 
 
 def good() -> Record:
-    """A crash in turn 2: an exchange was adopted, another orphaned, a message that was not published went with its line."""
+    """A crash in turn 2: another request for the turn's exchange is taken back, an exchange orphaned, a message that was
+    not published went with its line."""
     events: list[dict[str, Any]] = []
     line = 1
 
@@ -27,18 +28,23 @@ def good() -> Record:
         )
         return seq
 
-    def exchange(name: str, **more: Any) -> None:
-        at = add("exchange.requested", exchange=name, **more)
+    def asked(name: str) -> int:
+        at = add("exchange.requested", exchange=name)
         add("exchange.upstream", exchange=name)
         add("snapshot.created", seq=at)
+        return at
+
+    def answered(name: str) -> None:
         add("exchange.released", exchange=name)
         add("exchange.completed", exchange=name)
 
     outbox: list[dict[str, Any]] = []
     exchanges: list[str] = []
     for turn in range(TURNS):
+        add("emitted", name="turn", body={"turn": turn})
         if turn == 2:
-            branch = len(events)
+            branch = asked("x2.0")
+            add("exchange.adopted", superseded=True, exchange="x2.0")
             add("message.sent", superseded=True, message="lost")
             add("exchange.requested", superseded=True, exchange="orphan")
             add("exchange.upstream", superseded=True, exchange="orphan")
@@ -46,12 +52,13 @@ def good() -> Record:
             add("line.opened", branch_seq=branch)
             add("exchange.orphaned", exchange="orphan")
             exchanges.append("orphan")
-        add("emitted", name="turn", body={"turn": turn})
         kind = script.kind_of(turn)
         if kind == "inbox":
             add("message.consumed", number=1)
         for b in range(3 if kind == "parallel" else 1):
-            exchange(f"x{turn}.{b}")
+            if turn != 2:
+                asked(f"x{turn}.{b}")
+            answered(f"x{turn}.{b}")
             exchanges.append(f"x{turn}.{b}")
         for _ in range({"plain": 1, "inbox": 1, "parallel": 2}.get(kind, 0)):
             n = len(outbox) + 1
@@ -110,6 +117,7 @@ BREAKS: list[tuple[str, Callable[[Record], object]]] = [
     ("calls_counted", lambda r: r.calls.__delitem__(slice(2))),
     ("calls_counted", lambda r: r.calls.extend(["a", "b"])),
     ("released_after_snapshot", lambda r: of(r, "snapshot.created").update(type="snapshot.failed")),
+    ("released_after_snapshot", lambda r: of(r, "line.opened")["data"].update(branch_seq=1)),
     ("inbox_once", lambda r: again(r, "message.consumed", number=1)),
     ("inbox_once", lambda r: of(r, "message.consumed").update(superseded=True)),
     ("outbox_once", lambda r: r.outbox.pop(1)),

@@ -142,18 +142,27 @@ def released_after_snapshot(r: Record) -> list[str]:
     """Promise 4: no byte of an answer before a snapshot that holds its request is durable."""
     if r.of("durability.degraded"):
         return []
-    asked: dict[str, int] = {}
+    asked: dict[str, list[int]] = defaultdict(list)
     best, out = 0, list[str]()
     for e in r.events:
         kind = e["type"]
         if kind in ("exchange.requested", "exchange.adopted"):
-            asked[e["data"]["exchange"]] = e["seq"]
+            asked[e["data"]["exchange"]].append(e["seq"])
         elif kind == "snapshot.created":
             best = max(best, int(e["data"]["seq"]))
         elif kind == "line.opened":
-            best = min(best, int(e["data"]["branch_seq"]))
-        elif kind == "exchange.released" and asked.get(e["data"]["exchange"], 0) > best:
-            out.append(f"{e['data']['exchange']} was released at {e['seq']}, the newest snapshot holds {best}")
+            branch = int(e["data"]["branch_seq"])
+            best = min(best, branch)
+            # A crash takes back what was asked after the snapshot: the restored client waits for its first request.
+            for seqs in asked.values():
+                seqs[:] = [seq for seq in seqs if seq <= branch]
+        elif kind == "exchange.released":
+            exchange = e["data"]["exchange"]
+            seqs = asked[exchange]
+            if not seqs:
+                out.append(f"{exchange} was released at {e['seq']} though nobody on that line asked for it")
+            elif seqs[-1] > best:
+                out.append(f"{exchange} was released at {e['seq']}, the newest snapshot holds {best}")
     return out
 
 
