@@ -244,6 +244,39 @@ async def test_it_is_started_again_when_it_dies(pg: EmbeddedPostgres) -> None:
     await asyncio.wait_for(watcher, 10)
 
 
+@pytest.mark.parametrize("moment", ["launched", "answers"])
+async def test_killed_in_the_middle_of_a_start(
+    pg: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """It is started again, as it is when it dies later; but not for ever."""
+    real, killed = pg._make_database, list[int]()
+
+    async def kill() -> None:
+        assert pg._process is not None
+        killed.append(pg._process.pid)
+        pg._process.kill()
+        await pg._process.wait()
+
+    async def make_database() -> None:
+        if moment == "answers":
+            await real()
+        if len(killed) < times:
+            await kill()
+            raise psycopg.OperationalError("the connection is lost")
+        await real()
+
+    monkeypatch.setattr(pg, "_make_database", make_database)
+    times = 2
+    assert await count(await pg.start(), add=True) == 1
+    assert len(killed) == 2 and pg.pid not in killed
+    await pg.stop()
+    killed.clear()
+    times = 100
+    with pytest.raises(Unavailable, match="ended with -9 at its start"):
+        await pg.start()
+    assert len(killed) == 3
+
+
 @pytest.mark.parametrize("when", ["anywhere", "before_rename"])
 async def test_killed_while_the_cluster_is_made(tmp_path: Path, pg: EmbeddedPostgres, when: str) -> None:
     if when == "before_rename":

@@ -47,6 +47,7 @@ _LOCK_S = 15.0  # a former supervisor may still be ending
 _ORPHAN_GRACE_S = 3.0  # an orphan was sent SIGQUIT by the kernel
 _ORPHAN_QUIT_S = 7.0  # then by us; a postmaster kills its own children 5 s after that
 _LOG_LIMIT = 16 << 20
+_STARTS = 3  # in a row, when something kills PostgreSQL in the middle of one
 
 # Small: a node's memory belongs to agents. WAL is written whole (fsync, full_page_writes) but compressed.
 _SETTINGS = {
@@ -80,6 +81,10 @@ _SETTINGS = {
 _SETTINGS_18 = {"io_method": "sync"}  # no worker processes for reads that are few
 
 
+class _Killed(Unavailable):
+    """A signal ended PostgreSQL in the middle of its start."""
+
+
 class EmbeddedPostgres:
     """A PostgreSQL of our own in `data_dir`. `run_dir`: for its socket (default: beside `data_dir`).
 
@@ -95,6 +100,7 @@ class EmbeddedPostgres:
         self._account: Account | None = None
         self._process: Process | None = None
         self._lock: int | None = None
+        self._log_start = 0  # of the newest process's own lines
         self._stopping = asyncio.Event()
         self._changing = asyncio.Lock()  # starting and stopping exclude each other
         self._parent = cluster.socket_parent(self.run_dir, self.data_dir)
@@ -122,7 +128,7 @@ class EmbeddedPostgres:
         await self._take_lock()
         try:
             async with self._changing:
-                await self._start()
+                await self._start_unless_killed()
         except BaseException:
             await self._halt()
             self._drop_lock()
@@ -171,6 +177,15 @@ class EmbeddedPostgres:
         await self.stop()
 
     # ---- steps of a start
+
+    async def _start_unless_killed(self) -> None:
+        for left in reversed(range(_STARTS)):
+            try:
+                return await self._start()
+            except _Killed as e:
+                if not left:
+                    raise
+                log.warning("%s; starting it again", e.message)
 
     async def _start(self) -> None:
         await self._clear_orphans(self.data_dir)
@@ -240,6 +255,7 @@ class EmbeddedPostgres:
         }
         self._rotate_log()
         out = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._log_start = os.fstat(out).st_size
         try:
             return await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", launch.__file__, json.dumps(spec),
@@ -279,18 +295,21 @@ class EmbeddedPostgres:
             if self._stopping.is_set():
                 raise Unavailable("PostgreSQL is being stopped")
             if process.returncode is not None:
-                raise Unavailable(f"PostgreSQL ended with {process.returncode} at its start: {self._last_words()}",
-                                  remedy=f"see {self.log_file}")  # fmt: skip
+                raise (_Killed if process.returncode < 0 else Unavailable)(
+                    f"PostgreSQL ended with {process.returncode} at its start: {self._last_words()}",
+                    remedy=f"see {self.log_file}",
+                )
             try:
-                conn = await AsyncConnection.connect(self.admin_dsn, autocommit=True, connect_timeout=10)
-                break
-            except psycopg.OperationalError as e:
+                return await self._make_database()
+            except psycopg.OperationalError as e:  # not there yet, or gone again
                 if time.monotonic() > deadline:
                     raise Unavailable(f"PostgreSQL does not answer after {READY_S:.0f} s: {e}",
                                       remedy=f"see {self.log_file}") from e  # fmt: skip
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.2)
-        async with conn:
+
+    async def _make_database(self) -> None:
+        async with await AsyncConnection.connect(self.admin_dsn, autocommit=True, connect_timeout=10) as conn:
             name = sql.Identifier(NAME)
             if not await (await conn.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (NAME,))).fetchone():
                 await conn.execute(sql.SQL("CREATE ROLE {} LOGIN").format(name))
@@ -384,10 +403,10 @@ class EmbeddedPostgres:
 
     def _last_words(self) -> str:
         try:
-            lines = self.log_file.read_text("utf-8", "replace").strip().splitlines()
+            said = self.log_file.read_bytes()[self._log_start :]
         except OSError:
-            return "it left no log"
-        return " | ".join(lines[-4:])
+            said = b""
+        return " | ".join(said.decode("utf-8", "replace").strip().splitlines()[-4:]) or "it left no word"
 
 
 def _sync_dir(path: Path) -> None:
