@@ -1,6 +1,6 @@
 # make demo       see a durable agent survive its first crashes (as root; set-up included)
 # make test       everything that a change must pass
-# make test-long  the whole, with 200 seeded chaos runs
+# make test-long  the whole, with 200 seeded chaos runs and a Ceph cluster (its packages are installed)
 # make lint       style, types and import rules only
 # make setup      only set this machine and .venv up
 # make lock       resolve the pinned requirements anew
@@ -9,7 +9,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 
-.PHONY: help demo test test-long lint setup setup-test lock docs
+.PHONY: help demo test test-long lint setup setup-test setup-long lock docs
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -19,6 +19,9 @@ setup:
 
 setup-test:
 	@scripts/setup.sh test
+
+setup-long:
+	@scripts/setup.sh long
 
 demo: setup
 	@$(PY) examples/coder/demo.py
@@ -35,7 +38,7 @@ test: lint
 	$(PY) -m pytest -m "not long" || { echo "once more, the failed ones alone:"; \
 	  $(PY) -m pytest -m "not long" --last-failed --last-failed-no-failures none; }
 
-test-long: lint
+test-long: setup-long lint
 	$(PY) -m pytest
 
 lock:

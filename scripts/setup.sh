@@ -2,6 +2,7 @@
 # Set this machine and checkout up. Safe to run again; the second time takes about a second.
 #   scripts/setup.sh run    what `rethaw up` and `make demo` need
 #   scripts/setup.sh test   that, and what `make test` needs
+#   scripts/setup.sh long   that, and what `make test-long` needs (a Ceph cluster's programs, about 300 MB)
 # PYTHON=/path/to/python3 chooses the interpreter of .venv.
 set -euo pipefail
 
@@ -14,9 +15,9 @@ flock 9 # two set-ups of one checkout take turns
 total=3
 case $level in
 run) ;;
-test) total=4 ;;
+test | long) total=4 ;;
 *)
-    echo "setup: '$level' is not a level; write 'run' or 'test'" >&2
+    echo "setup: '$level' is not a level; write 'run', 'test' or 'long'" >&2
     exit 2
     ;;
 esac
@@ -131,7 +132,7 @@ missing=()
 find_python || missing+=(python3 python3-venv)
 command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
-if [ "$level" = test ]; then
+if [ "$level" != run ]; then
     command -v git >/dev/null || missing+=(git)
     command -v node >/dev/null || missing+=(nodejs)
     command -v npm >/dev/null || missing+=(npm)
@@ -144,6 +145,11 @@ if [ "$level" = test ]; then
             echo "create_main_cluster = false" >"$no_cluster"
         fi
     fi
+fi
+if [ "$level" = long ]; then # the tests start these themselves, on loopback; nothing runs because of the packages
+    for name in ceph-mon ceph-osd radosgw; do
+        command -v "$name" >/dev/null || missing+=("$name")
+    done
 fi
 if [ ${#missing[@]} -gt 0 ]; then
     apt_install "${missing[@]}"
@@ -224,7 +230,7 @@ fi
 
 # ------------------------------------------------------------------ 4 Node packages (tests)
 
-if [ "$level" = test ]; then
+if [ "$level" != run ]; then
     step "Node packages for the client tests"
     node_want=$(sha256sum <tests/node/package-lock.json | cut -d ' ' -f 1)
     if [ "$(cat tests/node/node_modules/.rethaw-setup 2>/dev/null || true)" = "$node_want" ]; then
