@@ -19,6 +19,7 @@ from rethaw.gateway import providers
 from rethaw.model.enums import EventType
 from rethaw.sdk.agents import find
 from rethaw.server.config import SETTINGS
+from rethaw.server.config_snapshots import S3_SETTINGS, SNAPSHOT_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted(p for p in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -44,10 +45,11 @@ def test_command_line_is_described_as_it_is() -> None:
 
 def test_every_setting_is_described() -> None:
     body = text("configuration.md")
-    for setting, variable in SETTINGS.items():
+    settings = {**SETTINGS, **SNAPSHOT_SETTINGS, **S3_SETTINGS}
+    for setting, variable in settings.items():
         assert f"| `{setting}` | `{variable}` |" in body
-    described = set(re.findall(r"^\| `(\w+)` \| `[A-Z_]+` \|", body, re.MULTILINE))
-    assert described == set(SETTINGS)
+    described = set(re.findall(r"^\| `(\w+)` \| `[A-Z0-9_]+` \|", body, re.MULTILINE))
+    assert described == set(settings)
     for field in providers._FIELDS:  # pyright: ignore[reportPrivateUsage]
         assert re.search(rf"^\| `{field}` \|", body, re.MULTILINE), field
 

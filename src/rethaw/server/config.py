@@ -12,12 +12,13 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from rethaw.gateway.providers import Providers
 from rethaw.model.errors import InvalidInput, NotFound
+from rethaw.server.config_snapshots import SnapshotSettings, snapshot_settings
 
 DEFAULT_DATA_DIR = Path("/var/lib/rethaw")
 DEFAULT_LISTEN = "127.0.0.1:7420"
@@ -47,6 +48,7 @@ class Config:
     log_level: int
     providers: Providers
     source: Path | None = None
+    snapshots: SnapshotSettings = field(default_factory=SnapshotSettings)
 
     def url_at(self, port: int) -> str:
         """Where a client on this machine reaches a server that listens on `port`."""
@@ -68,7 +70,7 @@ def load(
     source = _find(path, env)
     table = _read(source) if source else {}
     where = str(source) if source else "rethaw.toml"
-    known = {*SETTINGS, "providers"}
+    known = {*SETTINGS, "providers", "snapshots"}
     for key in table:
         if key not in known:
             raise InvalidInput(f"{where}: {key!r} is not a setting", remedy=f"known: {', '.join(sorted(known))}")
@@ -97,6 +99,7 @@ def load(
         log_level=_log_level(*value("log_level", "info")),
         providers=_providers(table.get("providers", {}), where, env),
         source=source,
+        snapshots=snapshot_settings(table.get("snapshots", {}), where, env),
     )
 
 
