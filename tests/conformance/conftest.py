@@ -1,5 +1,18 @@
 """Fixtures of the conformance suites."""
 
 from engine_fixtures import boot, data_dir, engine, make_engine, rootfs, spec, staging
+from tier_fixtures import ceph, kind, moto, tier
 
-__all__ = ["boot", "data_dir", "engine", "make_engine", "rootfs", "spec", "staging"]
+__all__ = [
+    "boot",
+    "ceph",
+    "data_dir",
+    "engine",
+    "kind",
+    "make_engine",
+    "moto",
+    "rootfs",
+    "spec",
+    "staging",
+    "tier",
+]
