@@ -7,7 +7,7 @@ blocks the loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -72,6 +72,44 @@ class ProbeReport:
     notes: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
+@dataclass(frozen=True)
+class Terminal:
+    """A terminal for a program: its size in characters and the name of its kind."""
+
+    columns: int = 80
+    rows: int = 24
+    kind: str = "xterm-256color"
+
+
+class Exec(Protocol):
+    """A program started in a sandbox beside the one that it was made for."""
+
+    async def read(self) -> tuple[str, bytes] | None:
+        """The next bytes that it wrote, with "stdout" or "stderr" (a terminal's are all "stdout"). None once it has
+        ended and all was read; what its children still write after its end is not waited for."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """To its standard input; waits while that is full. Nothing happens when nobody reads there any more."""
+        ...
+
+    def end_input(self) -> None:
+        """Its standard input has ended. A terminal's does not end: there Ctrl-D (byte 4) says so."""
+        ...
+
+    def resize(self, columns: int, rows: int) -> None:
+        """The terminal has another size now; nothing happens without one."""
+        ...
+
+    async def wait(self) -> int:
+        """Its exit code (128 + signal for a killed one). When the sandbox died under it, some code but 0."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of it. Whoever wants the program to be gone for certain destroys the sandbox."""
+        ...
+
+
 class Sandbox(Protocol):
     """One running sandbox. `reader` and `writer` are its standard output and input: the channel."""
 
@@ -83,7 +121,24 @@ class Sandbox(Protocol):
     async def capture(self, directory: Path) -> Capture:
         """Save into `directory` (created if missing, must be empty); the guest always runs on afterwards.
 
-        Raises EngineError (StorageFull when there was no room) with the guest still running, unless it died.
+        Raises EngineError (StorageFull when there was no room) with the guest still running, unless it died; and in a
+        sandbox that had an `exec`.
+        """
+        ...
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str = "/",
+        env: Sequence[tuple[str, str]] = (),
+        terminal: Terminal | None = None,
+    ) -> Exec:
+        """Run `argv` beside the guest's own processes, with the guest's environment and `env` on top.
+
+        Only for sandboxes that are thrown away: engines cannot save one that had an exec (gVisor's next restore would
+        panic), so `capture` raises EngineError from now on. Raises EngineError when the sandbox is gone. A program that
+        does not exist shows in its exit code alone.
         """
         ...
 

@@ -30,7 +30,7 @@ _NEEDED = {
     "create": {"bundle", "pid-file"},
     "flags": {"root", "platform", "network", "overlay2", "ignore-cgroups"},
 }
-_ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ async def call(argv: Sequence[str], timeout_s: float) -> Result:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=_ENV,
+        env=ENV,
     )
     try:
         out, err = await asyncio.wait_for(process.communicate(), timeout_s)
@@ -116,7 +116,7 @@ async def call(argv: Sequence[str], timeout_s: float) -> Result:
 
 async def spawn(argv: Sequence[str], stdin: int, stdout: int, stderr: int, timeout_s: float) -> int:
     """Run a command that leaves a sandbox behind, which inherits the three descriptors; its exit code."""
-    process = await asyncio.create_subprocess_exec(*argv, stdin=stdin, stdout=stdout, stderr=stderr, env=_ENV)
+    process = await asyncio.create_subprocess_exec(*argv, stdin=stdin, stdout=stdout, stderr=stderr, env=ENV)
     try:
         return await asyncio.wait_for(process.wait(), timeout_s)
     except (TimeoutError, asyncio.CancelledError) as error:

@@ -10,7 +10,7 @@ import re
 import select
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,13 @@ from rethaw.engines import processes
 from rethaw.engines.base import Capture, Exit
 from rethaw.engines.cgroups import Group
 from rethaw.engines.gvisor import clock
+from rethaw.engines.gvisor.exec import GvisorExec
 from rethaw.engines.gvisor.runsc import Runsc, call
 from rethaw.model import faults
 from rethaw.model.errors import EngineError, StorageFull
 
 if TYPE_CHECKING:
-    from rethaw.engines.base import SandboxSpec
+    from rethaw.engines.base import SandboxSpec, Terminal
 
 log = logging.getLogger("rethaw.engines")
 
@@ -125,6 +126,7 @@ class GvisorSandbox:
         self._staged: list[Path] = []
         self._settling: asyncio.Task[None] | None = None
         self._killed = False
+        self._had_exec = False
         self._opened = False
         self._cleaning: asyncio.Task[None] | None = None
         self._pidfd = os.pidfd_open(pid)
@@ -157,6 +159,11 @@ class GvisorSandbox:
     async def _capture(self, directory: Path) -> Capture:
         if self._exit.done():
             raise EngineError(f"sandbox {self.id} cannot be saved: {self._exit.result().detail}")
+        if self._had_exec:
+            raise EngineError(
+                f"sandbox {self.id} cannot be saved: a program was run in it by exec",
+                remedy="restore its snapshot anew",
+            )
         try:
             faults.point("engine.capture.before")
             directory.mkdir(parents=True, exist_ok=True)
@@ -229,6 +236,26 @@ class GvisorSandbox:
             except OSError:
                 self._staged.remove(path)
         return total
+
+    # ------------------------------------------------------------------ programs beside the guest's own
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str = "/",
+        env: Sequence[tuple[str, str]] = (),
+        terminal: Terminal | None = None,
+    ) -> GvisorExec:
+        async with self._saving:
+            if not self.alive():
+                raise EngineError(f"sandbox {self.id} is gone: no program can be run in it")
+            self._had_exec = True
+        flags = [f"-cwd={cwd}"]
+        if terminal is not None:
+            flags.append(f"-env=TERM={terminal.kind}")
+        flags += [f"-env={name}={value}" for name, value in env]
+        return await GvisorExec.start(self.runsc.command(self.root, "exec", *flags, self.id, *argv), terminal)
 
     # ------------------------------------------------------------------ end
 
