@@ -12,13 +12,14 @@ from starlette.middleware import Middleware
 from starlette.responses import StreamingResponse
 
 from rethaw import __version__
-from rethaw.api import blobs, errors, models, rawjson, sessions
+from rethaw.api import blobs, errors, models, rawjson, sessions, snapshots_look
 from rethaw.api.errors import Ascii
 from rethaw.api.guard import Guard
 from rethaw.api.rooms import Rooms
 from rethaw.control.control import Control
 from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
+from rethaw.model.looking import Looking
 
 
 def create_app(
@@ -32,9 +33,10 @@ def create_app(
     blobs_dir: Path,
     public_url: str,
     heartbeat_s: float = 15.0,
+    looking: Looking | None = None,
 ) -> FastAPI:
     """The application. Everything but /healthz, /openapi.json and /v1/callbacks wants `Authorization: Bearer TOKEN`."""
-    rooms = Rooms(control, log, catalog, crash_hook, doctor_hook, blobs_dir, heartbeat_s)
+    rooms = Rooms(control, log, catalog, crash_hook, doctor_hook, blobs_dir, heartbeat_s, looking)
     app = FastAPI(
         title="Rethaw",
         version=__version__,
@@ -46,6 +48,7 @@ def create_app(
     )
     errors.install(app)
     app.include_router(sessions.router(rooms))
+    app.include_router(snapshots_look.router(rooms))
     _other_routes(app, rooms)
     _describe_token(app)
     return app

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from rethaw.api.errors import answer, unforeseen
 from rethaw.model.errors import RethawError, TooLarge, Unauthorized
@@ -36,6 +37,9 @@ class Guard:
         self._token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._socket(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -61,6 +65,15 @@ class Guard:
             response = unforeseen(f"{scope['method']} {path}", error)
             if not begun:
                 await response(scope, receive, send)
+
+    async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {k.lower(): v for k, v in scope["headers"]}
+        try:
+            self._authorize(unquote(scope["path"]), headers.get(b"authorization"))
+        except Unauthorized as error:
+            await WebSocket(scope, receive, send).send_denial_response(answer(error, {"WWW-Authenticate": "Bearer"}))
+            return
+        await self._app(scope, receive, send)
 
     def _authorize(self, path: str, header: bytes | None) -> None:
         if path in _OPEN or path.startswith("/v1/callbacks/"):

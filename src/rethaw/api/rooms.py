@@ -11,6 +11,7 @@ from typing import Any
 from rethaw.control.control import Control
 from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
+from rethaw.model.looking import Looking
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -26,6 +27,7 @@ class Rooms:
     doctor_hook: Callable[[], Awaitable[Any]]
     blobs_dir: Path
     heartbeat_s: float
+    looking: Looking | None = None  # None: no node in this process
 
     def has_blob(self, digest: str) -> bool:
         return _DIGEST.fullmatch(digest) is not None and (self.blobs_dir / f"{digest}.tar.gz").is_file()

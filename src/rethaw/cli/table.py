@@ -45,6 +45,14 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("crash", "act:crash", "Perform a crash, safely.", "SESSION [sandbox|node|db]"),
         Command("snapshot ls", "look:snapshot_ls", "List a session's snapshots.", "SESSION"),
     ),
+    "Looking inside": (
+        Command("shell", "inspect:shell", "Open a shell inside a snapshot.", "SNAPSHOT [-- COMMAND ...]"),
+        Command("diff", "inspect:diff", "Say what changed between two snapshots.", "BEFORE AFTER"),
+        Command("snapshot files", "inspect:files", "List files of a snapshot.", "SNAPSHOT [PATH]"),
+        Command("snapshot cat", "inspect:cat", "Print a file of a snapshot.", "SNAPSHOT PATH"),
+        Command("snapshot get", "inspect:get", "Copy files out of a snapshot.", "SNAPSHOT PATH DESTINATION"),
+        Command("snapshot verify", "inspect:verify", "Check every stored byte.", "SNAPSHOT|SESSION ... | --all"),
+    ),
     "More": (Command("version", "look:version", "Print the version of this program and of the server."),),
 }
 GROUP_HELP = {"snapshot": "Snapshots of a session."}

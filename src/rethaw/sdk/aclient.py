@@ -15,6 +15,7 @@ from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
 from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
+from rethaw.sdk.snapshots import AsyncSnapshots
 from rethaw.sdk.sse import Parser
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, OnGap, Patience, Target, failure
 from rethaw.sdk.types import Detail, Message, Outcome, Why
@@ -46,6 +47,7 @@ class AsyncClient:
         self.http = httpx2.AsyncClient(**self.target.settings)
         self.sessions = AsyncSessions(self)
         self.blobs = AsyncBlobs(self)
+        self.snapshots = AsyncSnapshots(self)
 
     @property
     def url(self) -> str:

@@ -14,6 +14,7 @@ from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
 from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
+from rethaw.sdk.snapshots import Snapshots
 from rethaw.sdk.sse import Parser
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, OnGap, Patience, Target, failure
 from rethaw.sdk.types import Detail, Message, Outcome, Why
@@ -45,6 +46,7 @@ class Client:
         self.http = httpx2.Client(**self.target.settings)
         self.sessions = Sessions(self)
         self.blobs = Blobs(self)
+        self.snapshots = Snapshots(self)
 
     @property
     def url(self) -> str:

@@ -60,7 +60,7 @@ class Target:
         return {
             "method": call.method,
             "url": call.path,
-            "params": call.params,
+            "params": call.params or None,  # {} would drop what the path has
             "content": call.content,
             "headers": headers,
             "timeout": httpx2.Timeout(self.timeout_s + call.wait_s, connect=CONNECT_S),

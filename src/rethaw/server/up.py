@@ -37,8 +37,10 @@ from rethaw.images.builder import ImageStore
 from rethaw.log.store import Log
 from rethaw.model.errors import Conflict, InvalidInput, RethawError
 from rethaw.model.ids import new_generation
+from rethaw.node.look import NodeLook
 from rethaw.node.node import Node, node_id
 from rethaw.node.parts import Parts
+from rethaw.node.peek import Throwaways
 from rethaw.server import hooks
 from rethaw.server.config import Config
 from rethaw.snapshots.store import SnapshotStore
@@ -188,6 +190,7 @@ async def _run(
         node = Node(parts)
         await node.start()
         say(f"node {parts.node[:8]} with engine {engine.name}")
+        throwaways = Throwaways(parts)
         app = create_app(
             control,
             context_log,
@@ -197,10 +200,18 @@ async def _run(
             doctor_hook=hooks.Doctor(engine).report,
             blobs_dir=data / "code",
             public_url=public_url,
+            looking=NodeLook(parts, throwaways),
         )
         server = uvicorn.Server(
             uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none"
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=2,
+                ws="websockets-sansio",
+                ws_max_size=1 << 20,
+                ws_per_message_deflate=False,
             )
         )
         tasks = [
@@ -222,6 +233,7 @@ async def _run(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await throwaways.close()
             await node.stop()
         for task in failed:
             error = task.exception()

@@ -138,6 +138,9 @@ class GvisorExec:
             os.close(self._terminal)
             self._terminal = None
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        while not self._output.empty():
+            self._output.get_nowait()
+        self._output.put_nowait(None)
         await self._process.wait()
 
 

@@ -1,0 +1,257 @@
+"""Routes that look into snapshots: files, differences, verification, and a shell over a WebSocket.
+
+A shell's connection: the client says a ShellRequest as text. The server says {"type": "ready"} and then what the program
+writes, as binary messages whose first byte is 1 (stdout) or 2 (stderr); the client sends binary messages for its input,
+and as text {"type": "resize", "columns", "rows"} or {"type": "end"}. The server's last words are {"type": "exit", "code",
+"why"} or {"type": "error", "error": {...}}. Whoever hangs up ends it; the sandbox goes with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from typing import Any
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, Request, Response, WebSocket
+from pydantic import BaseModel, ValidationError
+from starlette.responses import StreamingResponse
+from starlette.websockets import WebSocketDisconnect, WebSocketState
+
+from rethaw.api import models
+from rethaw.api.errors import Ascii, answer, body, unforeseen
+from rethaw.api.rooms import Rooms
+from rethaw.control.compare import compare_logs
+from rethaw.model.errors import AmbiguousId, InvalidInput, NotFound, RethawError, Unavailable
+from rethaw.model.looking import IDLE_MAX_S, FileChange, FileEntry, Looking, Shell, ShellRequest, Verified
+from rethaw.model.types import SnapshotInfo
+
+_MESSAGE = 1 << 20
+_CHANNELS = {"stdout": b"\1", "stderr": b"\2"}
+_BYTES = {"Cache-Control": "no-store"}
+
+
+class LogSide(BaseModel):
+    """What one side's log has after the common point, up to its snapshot."""
+
+    session: str
+    line: int
+    after: int
+    upto: int
+    events: dict[str, int]  # type -> how many
+    model_calls: int
+    input_tokens: int
+    output_tokens: int
+
+
+class Difference(BaseModel):
+    """From snapshot `before` to `after`. `common`: {session, line, seq} that both come from, None when there is none
+    known. `log`: what only one side has, by side; of two on one line only `after` has anything."""
+
+    before: SnapshotInfo
+    after: SnapshotInfo
+    files: list[FileChange]
+    common: dict[str, Any] | None
+    log: dict[str, LogSide]
+
+
+def router(rooms: Rooms) -> APIRouter:
+    api = APIRouter(prefix="/v1", responses=models.ERRORS, tags=["snapshots"])
+
+    @api.get("/snapshots/{snapshot}/files", response_model=None)
+    async def files(request: Request, snapshot: str, deep: bool = False) -> Response:
+        """What is at ?path=: the file itself, or what is in the directory (`deep`: below it as well). JSON has no
+        bytes, so undecodable ones of a name are in `path_hex` as well."""
+        path = _path(request)
+        found = await _looking(rooms).files(await find(rooms, snapshot), path, deep=deep)
+        return Ascii({"files": [_file(entry) for entry in found]})
+
+    @api.get("/snapshots/{snapshot}/content", response_class=Response)
+    async def content(request: Request, snapshot: str) -> Response:
+        """The bytes of the regular file at ?path=."""
+        path = _path(request)
+        source = await _looking(rooms).content(await find(rooms, snapshot), path)
+        return StreamingResponse(source, media_type="application/octet-stream", headers=_BYTES)
+
+    @api.get("/snapshots/{snapshot}/archive", response_class=Response)
+    async def archive(request: Request, snapshot: str) -> Response:
+        """The file or directory at ?path= as a tar."""
+        path = _path(request)
+        source = await _looking(rooms).archive(await find(rooms, snapshot), path)
+        return StreamingResponse(source, media_type="application/x-tar", headers=_BYTES)
+
+    @api.post("/snapshots/{snapshot}/verify")
+    async def verify(snapshot: str) -> Verified:
+        """Read and check every stored byte."""
+        return await _looking(rooms).verify(await find(rooms, snapshot))
+
+    @api.get("/diff", response_model=None, responses={200: {"model": Difference}})
+    async def diff(before: str, after: str, files: bool = True) -> Response:
+        """What changed from one snapshot (or session's newest) to another."""
+        one, two = await find(rooms, before), await find(rooms, after)
+        changes = await _looking(rooms).changes(one, two) if files else []
+        common, sides = await compare_logs(rooms.log.db, one, two)
+        return Ascii(
+            {
+                "before": one.model_dump(mode="json"),
+                "after": two.model_dump(mode="json"),
+                "files": [_file(change) for change in changes],
+                "common": common,
+                "log": sides,
+            }
+        )
+
+    @api.websocket("/snapshots/{snapshot}/shell")
+    async def shell(socket: WebSocket, snapshot: str) -> None:
+        await _shell(rooms, socket, snapshot)
+
+    _ = (files, content, archive, verify, diff, shell)
+    return api
+
+
+async def find(rooms: Rooms, text: str) -> SnapshotInfo:
+    """The snapshot that `text` begins, or the newest usable one of the session that it begins.
+
+    Raises NotFound, AmbiguousId.
+    """
+    if not text.startswith("s_"):
+        try:
+            return await rooms.catalog.get(await rooms.control.resolve_snapshot(text))
+        except NotFound:
+            if text.startswith("snap_"):
+                raise
+    try:
+        view = await rooms.control.session(await rooms.control.resolve(text))
+    except NotFound as error:
+        raise NotFound(
+            f"there is no snapshot or session {text!r}", remedy="`rethaw snapshot ls SESSION` shows those there are"
+        ) from error
+    if view.snapshot is None:
+        raise NotFound(f"session {view.id} has no snapshot yet", remedy="wait for its first model call, or suspend it")
+    return await rooms.catalog.get(view.snapshot)
+
+
+def _looking(rooms: Rooms) -> Looking:
+    if rooms.looking is None:
+        raise Unavailable("this server runs no sandboxes", remedy="ask the node that holds the snapshot")
+    return rooms.looking
+
+
+def _path(request: Request) -> bytes:
+    """?path= byte for byte."""
+    query = parse_qs(request.scope["query_string"].decode("latin-1"), errors="surrogateescape")
+    return query.get("path", ["/"])[0].encode("utf-8", "surrogateescape")
+
+
+def _file(entry: FileEntry | FileChange) -> dict[str, Any]:
+    values = dataclasses.asdict(entry)
+    raw = entry.path.encode("utf-8", "surrogateescape")
+    text = raw.decode("utf-8", "replace")
+    return values if text == entry.path else {**values, "path": text, "path_hex": raw.hex()}
+
+
+# ---------------------------------------------------------------- the shell
+
+
+async def _shell(rooms: Rooms, socket: WebSocket, snapshot: str) -> None:
+    try:
+        info, looking = await find(rooms, snapshot), _looking(rooms)
+    except (NotFound, AmbiguousId, Unavailable) as error:
+        await socket.send_denial_response(answer(error))
+        return
+    await socket.accept()
+    shell: Shell | None = None
+    try:
+        opening = asyncio.ensure_future(looking.shell(info, await _request(socket)))
+        try:
+            shell = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_abandon)
+            raise
+        await socket.send_json({"type": "ready", "snapshot": info.id, "session": info.session, "frozen": shell.frozen})
+        await _talk(socket, shell)
+    except WebSocketDisconnect:
+        pass
+    except RethawError as error:
+        await _say_error(socket, body(error.code, error.message, error.remedy, error.details))
+    except Exception as error:
+        response = unforeseen("a shell", error)
+        await _say_error(socket, json.loads(bytes(response.body)))
+    finally:
+        if shell is not None:
+            await asyncio.shield(shell.close())
+
+
+def _abandon(opening: asyncio.Task[Shell]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        _closing.add(task := asyncio.ensure_future(opening.result().close()))
+        task.add_done_callback(_closing.discard)
+
+
+_closing: set[asyncio.Task[None]] = set()
+
+
+async def _request(socket: WebSocket) -> ShellRequest:
+    text = await socket.receive_text()
+    try:
+        request = ShellRequest.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the request"
+        raise InvalidInput(f"{where}: {problem['msg']}", remedy="see docs/inspect.md") from error
+    if not 0 < request.idle_s <= IDLE_MAX_S:
+        raise InvalidInput(f"idle_s {request.idle_s:g} is out of range", remedy=f"use up to {IDLE_MAX_S:g}")
+    if any("\0" in word for word in request.command):
+        raise InvalidInput("the command has a NUL character", remedy="leave it out")
+    return request
+
+
+async def _talk(socket: WebSocket, shell: Shell) -> None:
+    """Until the program has ended or the client has left."""
+    down = asyncio.ensure_future(_down(socket, shell))
+    up = asyncio.ensure_future(_up(socket, shell))
+    try:
+        await asyncio.wait({down, up}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (down, up):
+            task.cancel()
+        results = await asyncio.gather(down, up, return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception) and not isinstance(result, WebSocketDisconnect):
+            raise result
+
+
+async def _down(socket: WebSocket, shell: Shell) -> None:
+    while (got := await shell.read()) is not None:
+        await socket.send_bytes(_CHANNELS[got[0]] + got[1])
+    code, why = await shell.wait()
+    await socket.send_json({"type": "exit", "code": code, "why": why})
+    await socket.close()
+
+
+async def _up(socket: WebSocket, shell: Shell) -> None:
+    while True:
+        message = await socket.receive()
+        if message["type"] == "websocket.disconnect":
+            return
+        if (data := message.get("bytes")) is not None:
+            await shell.write(data)
+            continue
+        try:
+            said: dict[str, Any] = json.loads(message.get("text") or "")
+            if said["type"] == "resize":
+                shell.resize(int(said["columns"]), int(said["rows"]))
+            elif said["type"] == "end":
+                shell.end_input()
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{str(message.get('text'))[:80]!r} is no message of a shell") from error
+
+
+async def _say_error(socket: WebSocket, error: dict[str, Any]) -> None:
+    if socket.client_state is WebSocketState.CONNECTED and socket.application_state is WebSocketState.CONNECTED:
+        try:
+            await socket.send_json({"type": "error", **error})
+            await socket.close()
+        except (RuntimeError, WebSocketDisconnect):
+            return

@@ -1,0 +1,101 @@
+"""This terminal, or these pipes, joined to a program in a throwaway restore."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import sys
+import termios
+import threading
+import tty
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rethaw.cli import output
+from rethaw.model.errors import RethawError
+
+if TYPE_CHECKING:
+    from rethaw.sdk.client import Client
+    from rethaw.sdk.shell import Shell
+
+_CHUNK = 1 << 15
+
+
+def run(connection: Client, snapshot: str, command: Sequence[str], idle_s: float) -> int:
+    """Until it ends; its exit code."""
+    from rethaw.model.looking import TerminalSize
+
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    size = shutil.get_terminal_size()
+    kind = os.environ.get("TERM", "xterm-256color")
+    terminal = TerminalSize(columns=size.columns, rows=size.lines, kind=kind) if interactive else None
+    with connection.snapshots.shell(snapshot, command, terminal=terminal, idle=idle_s) as shell:
+        if interactive and not command:
+            output.note(
+                f"inside snapshot {shell.snapshot} of session {shell.session}: {shell.frozen} processes stand still, "
+                "nothing that you change is kept"
+            )
+        with _raw(shell) if interactive else contextlib.nullcontext():
+            feeding = threading.Thread(target=_feed, args=(shell, interactive), daemon=True)
+            feeding.start()
+            while (got := shell.read()) is not None:
+                output.raw(got[1], stderr=got[0] == "stderr")
+        if shell.why:
+            output.note(shell.why)
+        return shell.exit_code or 0
+
+
+def collect(connection: Client, snapshot: str, command: Sequence[str], idle_s: float) -> dict[str, Any]:
+    """Its output and exit code as a value; stdin is passed on unless it is a terminal."""
+    out = {"stdout": b"", "stderr": b""}
+    with connection.snapshots.shell(snapshot, command, idle=idle_s) as shell:
+        if sys.stdin.isatty():
+            shell.end_input()
+        else:
+            threading.Thread(target=_feed, args=(shell, False), daemon=True).start()
+        while (got := shell.read()) is not None:
+            out[got[0]] += got[1]
+        texts = {name: data.decode(errors="replace") for name, data in out.items()}
+        return {"snapshot": shell.snapshot, **texts, "exit_code": shell.exit_code, "why": shell.why}
+
+
+def _feed(shell: Shell, interactive: bool) -> None:
+    """What is typed goes there, until there is no more of it. The thread ends with the process."""
+    with contextlib.suppress(OSError, ValueError, RethawError):
+        fd = sys.stdin.fileno()
+        while shell.exit_code is None:
+            if select.select([fd], [], [], 0.5)[0]:
+                data = os.read(fd, _CHUNK)
+                if not data:
+                    break
+                shell.write(data)
+        if not interactive:
+            shell.end_input()
+
+
+@contextlib.contextmanager
+def _raw(shell: Shell) -> Generator[None]:
+    """Each key is the program's own, Ctrl-C too, and it hears of new sizes."""
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    changed = threading.Event()
+
+    def tell() -> None:
+        while True:
+            changed.wait()
+            changed.clear()
+            size = shutil.get_terminal_size()
+            shell.resize(size.columns, size.lines)
+
+    # A handler must not send: it may interrupt a send.
+    threading.Thread(target=tell, daemon=True).start()
+    former = signal.signal(signal.SIGWINCH, lambda *_: changed.set())
+    try:
+        tty.setraw(fd)
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGWINCH, former)

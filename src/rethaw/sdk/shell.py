@@ -1,0 +1,123 @@
+"""A program in a throwaway restore, over a WebSocket. `snapshots_look` in the API says what travels on it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from types import TracebackType
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from rethaw.model.errors import RethawError, Unavailable
+from rethaw.model.looking import ShellRequest
+from rethaw.sdk import calls
+from rethaw.sdk.transport import CONNECT_S, Target
+
+_STREAMS = {1: "stdout", 2: "stderr"}
+_RESTORE_S = 120.0
+
+
+class Shell:
+    """Reading in one thread and writing in another is fine. Closing it destroys the sandbox.
+
+    Raises what the server says when it could not be opened: NotFound, SnapshotUnusable, Unavailable and so on.
+    """
+
+    def __init__(self, target: Target, snapshot: str, request: ShellRequest) -> None:
+        self.exit_code: int | None = None
+        self.why = ""  # it ended, when not by itself
+        url = urlsplit(target.url)
+        local = url.hostname in ("127.0.0.1", "::1", "localhost")
+        address = f"{'wss' if url.scheme == 'https' else 'ws'}://{url.netloc}{url.path.rstrip('/')}"
+        try:
+            self._socket: ClientConnection = connect(
+                address + calls.path("snapshots", snapshot, "shell"),
+                additional_headers={"Authorization": f"Bearer {target.token}"} if target.token else {},
+                user_agent_header="rethaw-sdk",
+                open_timeout=CONNECT_S + target.timeout_s,
+                compression=None,
+                max_size=1 << 20,
+                close_timeout=2,
+                proxy=None if local else True,
+            )
+        except InvalidStatus as e:
+            body = bytes(e.response.body or b"")
+            raise calls.error_of(e.response.status_code, body, url=target.url, token_source=target.source) from e
+        except (OSError, TimeoutError, InvalidHandshake) as e:
+            raise Unavailable(
+                f"no Rethaw server answers at {target.url}",
+                remedy="start it with `sudo rethaw up`, or set RETHAW_URL to where it is",
+                sent=False,
+            ) from e
+        self._target = target
+        try:
+            self._socket.send(request.model_dump_json())
+            ready = self._text(self._socket.recv(timeout=_RESTORE_S))
+        except (ConnectionClosed, TimeoutError) as e:
+            self.close()
+            raise self._broken() from e
+        except RethawError:
+            self.close()
+            raise
+        self.snapshot = str(ready.get("snapshot"))
+        self.session = str(ready.get("session"))
+        self.frozen = int(ready.get("frozen", 0))
+
+    def __enter__(self) -> Shell:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def read(self) -> tuple[str, bytes] | None:
+        """The next bytes that it wrote, with "stdout" or "stderr"; None at its end, when `exit_code` is there.
+
+        Raises Unavailable when the server is gone, and what the server says went wrong."""
+        while True:
+            try:
+                message = self._socket.recv()
+            except ConnectionClosed as e:
+                if self.exit_code is not None:
+                    return None
+                raise self._broken() from e
+            if isinstance(message, bytes):
+                return _STREAMS.get(message[0], "stdout"), message[1:]
+            said = self._text(message)
+            if said.get("type") == "exit":
+                self.exit_code, self.why = int(said["code"]), str(said.get("why") or "")
+                return None
+
+    def write(self, data: bytes) -> None:
+        """To its standard input; nothing happens once it has ended."""
+        self._send(data)
+
+    def resize(self, columns: int, rows: int) -> None:
+        self._send(json.dumps({"type": "resize", "columns": columns, "rows": rows}))
+
+    def end_input(self) -> None:
+        """Its standard input has ended (a terminal's has Ctrl-D for that)."""
+        self._send(json.dumps({"type": "end"}))
+
+    def close(self) -> None:
+        with contextlib.suppress(ConnectionClosed, OSError):
+            self._socket.close()
+
+    def _send(self, message: bytes | str) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            self._socket.send(message)
+
+    def _text(self, message: str | bytes) -> dict[str, Any]:
+        said = cast("dict[str, Any]", json.loads(message))
+        if said.get("type") == "error":
+            raise calls.error_of(500, json.dumps(said).encode(), url=self._target.url, token_source=self._target.source)
+        return said
+
+    def _broken(self) -> Unavailable:
+        return Unavailable(
+            f"the connection to {self._target.url} broke, and the throwaway sandbox is gone with it",
+            remedy="open another one",
+            sent=True,
+        )
