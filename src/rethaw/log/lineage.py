@@ -1,7 +1,7 @@
 """Lines and paths: which events the session's current line sees.
 
 A line sees its parent's events up to `branch_seq`, then its own. The path of a session is its current line, back
-through the parents. What the world outside the guest did (`STAYS`) is on every path: no rollback undoes it.
+through the parents, and through those of the session that it was forked from (0003_forks.sql). What the world outside the guest did (`STAYS`) is on every path: no rollback undoes it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from rethaw.model.types import Line
 
 FOREVER = (1 << 63) - 1  # upto_seq of the current line
 
-# Equal to the SQL function rethaw_stays (0001_log.sql); a test compares them.
+# Equal to the SQL function rethaw_stays (0003_forks.sql); a test compares them.
 STAYS: frozenset[EventType] = frozenset(
     {
         EventType.SESSION_CREATED,
         EventType.SESSION_STATE,
         EventType.SESSION_CRASHED,
+        EventType.SESSION_FORKED,
         EventType.LINE_OPENED,
         EventType.MESSAGE_RECEIVED,
         EventType.MESSAGE_PUBLISHED,
@@ -74,3 +75,22 @@ async def path_in(conn: Connection, session: str, line: int | None = None) -> li
 def visible(path: list[Reach], line: int, seq: int) -> bool:
     """Whether an event of `line` at `seq` is on the path (types in `STAYS` always are)."""
     return any(reach.line == line and seq <= reach.upto for reach in path)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a session's log and whose rows it is in: seq from `after` + 1 up to `upto`."""
+
+    session: str
+    after: int
+    upto: int
+
+
+async def parts_in(conn: Connection, session: str) -> list[Part]:
+    """The whole log of `session`, its ancestors' parts first; empty for an unknown session. Never changes."""
+    cursor = await conn.execute(
+        "SELECT a.session, least(s.fork_seq, a.upto), a.upto FROM rethaw_ancestry(%s) a"
+        " JOIN sessions s ON s.id = a.session ORDER BY a.depth DESC",
+        (session,),
+    )
+    return [Part(row[0], row[1], row[2]) for row in await cursor.fetchall()]

@@ -18,13 +18,14 @@ _LOOK = 64 * 1024  # new bytes from which asking what is stored is cheaper than 
 _LOOK_SEGMENTS = 8
 
 _STORED = (
-    "SELECT true, key FROM segments WHERE session = %s AND key = ANY(%b::bytea[])"
-    " UNION ALL SELECT false, digest FROM content WHERE session = %s AND digest = ANY(%b::bytea[])"
+    "SELECT true, key FROM segments WHERE session = ANY(%s::text[]) AND key = ANY(%b::bytea[])"
+    " UNION ALL SELECT false, digest FROM content WHERE session = ANY(%s::text[]) AND digest = ANY(%b::bytea[])"
 )
 _EXPAND = (
-    "WITH RECURSIVE c AS (SELECT k AS root, s.prev, s.parts, 0 AS depth"
-    " FROM unnest(%b::bytea[]) k JOIN segments s ON s.session = %s AND s.key = k"
-    " UNION ALL SELECT c.root, s.prev, s.parts, c.depth + 1 FROM c JOIN segments s ON s.session = %s AND s.key = c.prev)"
+    "WITH RECURSIVE c AS (SELECT k AS root, s.prev, s.parts, 0 AS depth FROM unnest(%b::bytea[]) k,"
+    " LATERAL (SELECT * FROM segments s WHERE s.session = ANY(%s::text[]) AND s.key = k LIMIT 1) s"
+    " UNION ALL SELECT c.root, s.prev, s.parts, c.depth + 1 FROM c,"
+    " LATERAL (SELECT * FROM segments s WHERE s.session = ANY(%s::text[]) AND s.key = c.prev LIMIT 1) s)"
     " SELECT root, parts FROM c ORDER BY root, depth DESC"
 )
 
@@ -78,12 +79,12 @@ async def make_plan(body: bytes, known: content.Known) -> Plan:
     return await asyncio.to_thread(content.plan, body, known)
 
 
-async def drop_stored(conn: Connection, session: str, plan: Plan) -> None:
-    """Take out of `plan` what the session has stored already, if there is enough of it to ask."""
+async def drop_stored(conn: Connection, sessions: Sequence[str], plan: Plan) -> None:
+    """Take out of `plan` what the session or an ancestor has stored already, if there is enough of it to ask."""
     if plan.new_bytes < _LOOK and len(plan.segments) < _LOOK_SEGMENTS:
         return
     keys = [s.key for s in plan.segments]
-    cursor = await conn.execute(_STORED, (session, keys, session, list(plan.contents)), binary=True)
+    cursor = await conn.execute(_STORED, (list(sessions), keys, list(sessions), list(plan.contents)), binary=True)
     have: tuple[set[bytes], set[bytes]] = (set(), set())
     for is_segment, name in await cursor.fetchall():
         have[0 if is_segment else 1].add(bytes(name))
@@ -109,25 +110,25 @@ async def columns(plan: Plan) -> Columns:
     )
 
 
-async def rebuild(conn: Connection, session: str, keys: Sequence[bytes | None]) -> bytes:
-    """The bytes of `keys` expanded, one after the other. Raises RethawError when they are not what was stored."""
+async def rebuild(conn: Connection, sessions: Sequence[str], keys: Sequence[bytes | None]) -> bytes:
+    """The bytes of `keys` expanded, one after the other, from rows of any of `sessions`. Raises RethawError when they are not what was stored."""
     wanted = [bytes(k) for k in keys if k is not None]
     if not wanted:
         return b""
-    cursor = await conn.execute(_EXPAND, (list(dict.fromkeys(wanted)), session, session), binary=True)
+    cursor = await conn.execute(_EXPAND, (list(dict.fromkeys(wanted)), list(sessions), list(sessions)), binary=True)
     spans: dict[bytes, list[bytes | tuple[bytes, int]]] = {}
     for root, parts in await cursor.fetchall():
         spans.setdefault(bytes(root), []).extend(content.unpack(bytes(parts)))
     digests = {piece[0] for span in spans.values() for piece in span if isinstance(piece, tuple)}
-    stored = await contents(conn, session, digests)
+    stored = await contents(conn, sessions, digests)
     return await asyncio.to_thread(_join, wanted, spans, stored)
 
 
-async def contents(conn: Connection, session: str, digests: Iterable[bytes]) -> dict[bytes, bytes]:
+async def contents(conn: Connection, sessions: Sequence[str], digests: Iterable[bytes]) -> dict[bytes, bytes]:
     """Contents by digest."""
     cursor = await conn.execute(
-        "SELECT digest, data, codec, size FROM content WHERE session = %s AND digest = ANY(%b::bytea[])",
-        (session, list(digests)),
+        "SELECT digest, data, codec, size FROM content WHERE session = ANY(%s::text[]) AND digest = ANY(%b::bytea[])",
+        (list(sessions), list(digests)),
         binary=True,
     )
     return {bytes(d): encoding.unpack(data, codec, size) for d, data, codec, size in await cursor.fetchall()}

@@ -15,6 +15,7 @@ from typing import Any
 from rethaw.db.notify import NotifyHub
 from rethaw.db.pool import Connection, Database
 from rethaw.log import encoding, exchanges, requests, writer
+from rethaw.log.lineage import Part, parts_in
 from rethaw.log.verify import Report, verify_in
 from rethaw.model import faults
 from rethaw.model.enums import EventType, ExchangeState
@@ -38,16 +39,18 @@ log = logging.getLogger("rethaw.log")
 RESPONSES = "rethaw_exchange"  # NOTIFY channel; the payload is the exchange's id
 _PAGE_EVENTS, _PAGE_BYTES = 500, 16 * MIB  # of one query when following
 _POLL_S = 0.5  # without a hub
+_PARTS = 4096  # sessions whose parts are remembered
 _X = exchanges.COLUMNS
 
 _READ = """
 WITH p AS MATERIALIZED (
-    SELECT q.line, q.upto FROM sessions s, rethaw_path(s.id, s.line) q WHERE s.id = %(session)s
+    SELECT q.session, q.line, q.upto FROM sessions s, rethaw_path(s.id, s.line) q WHERE s.id = %(session)s
 ), e AS (
-    SELECT e.*, NOT (rethaw_stays(e.type)
-                     OR EXISTS (SELECT 1 FROM p WHERE p.line = e.line AND e.seq <= p.upto)) AS superseded
+    SELECT e.*, NOT (rethaw_stays(e.type) OR EXISTS (
+        SELECT 1 FROM p WHERE p.session = e.session AND p.line = e.line AND e.seq <= p.upto)) AS superseded
     FROM events e
-    WHERE e.session = %(session)s AND e.seq > %(after)s AND (%(types)s::text[] IS NULL OR e.type = ANY(%(types)s))
+    WHERE e.session = %(part)s AND e.seq > %(after)s AND e.seq <= %(upto)s
+      AND (%(types)s::text[] IS NULL OR e.type = ANY(%(types)s))
 ), page AS (
     SELECT * FROM e WHERE %(all_lines)s OR NOT superseded ORDER BY seq LIMIT %(limit)s
 )
@@ -64,6 +67,7 @@ class Log:
         self.db = db
         self.hub = hub
         self._memory = requests.Memory()
+        self._parts: dict[str, list[Part]] = {}
 
     # ---- events
 
@@ -113,12 +117,41 @@ class Log:
             after = page[-1].seq
         return out
 
+    async def parts(self, session: str) -> list[Part]:
+        """The stretches that the log of `session` consists of: those of its ancestors, then its own. Raises NotFound."""
+        known = self._parts.get(session)
+        if known is None:
+
+            async def once() -> list[Part]:
+                async with self.db.connection() as conn:
+                    return await parts_in(conn, session)
+
+            known = await self.db.retrying(once)
+            if not known:
+                raise _no_session(session)
+            if len(self._parts) >= _PARTS:
+                self._parts.clear()
+            self._parts[session] = known
+        return known
+
     async def _page(
         self, session: str, after: int, limit: int, types: Sequence[EventType] | None, all_lines: bool
     ) -> list[Event]:
         """Fewer than `limit` when their bodies are large; empty at the end only."""
+        for part in await self.parts(session):
+            if after < part.upto:
+                page = await self._page_of(part, session, after, limit, types, all_lines)
+                if page:
+                    return page
+        await self.last_seq(session)
+        return []
+
+    async def _page_of(
+        self, part: Part, session: str, after: int, limit: int, types: Sequence[EventType] | None, all_lines: bool
+    ) -> list[Event]:
         params: dict[str, Any] = {
-            "session": session, "after": after, "limit": min(limit, _PAGE_EVENTS), "all_lines": all_lines,
+            "session": session, "part": part.session, "after": max(after, part.after), "upto": part.upto,
+            "limit": min(limit, _PAGE_EVENTS), "all_lines": all_lines,
             "types": None if types is None else [t.value for t in types], "budget": _PAGE_BYTES,
         }  # fmt: skip
 
@@ -126,12 +159,9 @@ class Log:
             async with self.db.connection() as conn:
                 cursor = await conn.execute(_READ, params, binary=True)
                 rows = await cursor.fetchall()
-            return [writer.event_of(session, row[:10], superseded=row[10]) for row in rows]
+            return [writer.event_of(part.session, row[:10], superseded=row[10]) for row in rows]
 
-        page = await self.db.retrying(once)
-        if not page:
-            await self.last_seq(session)
-        return page
+        return await self.db.retrying(once)
 
     async def follow(self, session: str, after: int = 0, *, path_only: bool = True) -> AsyncIterator[Event]:
         """Events with seq > `after`, for ever. `path_only`: an event is given when it is on the path at the time it is
@@ -170,13 +200,14 @@ class Log:
         if upstream:
             sent = encoding.dump_data({"exchange": ident, "epoch": 1, "try": 1})
             first = (sent, f"{EventType.EXCHANGE_UPSTREAM.value}:{ident}:1:1")
-        plan = await requests.make_plan(body, self._memory.known(fence.session))
+        sessions = [part.session for part in await self.parts(fence.session)]
+        plan = await requests.make_plan(body, self._known(sessions))
         encoded: list[requests.Columns] = []
 
         async def once() -> Exchange:
             async with self.db.connection() as conn:
                 if not encoded:
-                    await requests.drop_stored(conn, fence.session, plan)
+                    await requests.drop_stored(conn, sessions, plan)
                     encoded.append(await requests.columns(plan))
                 c = encoded[0]
                 faults.point("log.exchange.before_commit")
@@ -257,11 +288,21 @@ class Log:
         return exchanges.exchange_of(rows[0])
 
     async def list_exchanges(self, session: str) -> list[Exchange]:
-        """Every exchange of the session, oldest first, of all lines and attempts."""
+        """Every exchange of the session's log, oldest first, of all lines and attempts, shared ones included."""
         rows = await self.db.fetch(
-            f"SELECT {_X} FROM exchange_rows WHERE session = %s ORDER BY seq", (session,), binary=True
+            f"SELECT r.* FROM rethaw_ancestry(%s) a, LATERAL (SELECT {_X} FROM exchange_rows x"
+            " WHERE x.session = a.session AND x.seq <= a.upto) r ORDER BY r.seq",
+            (session,),
+            binary=True,
         )
         return [exchanges.exchange_of(row) for row in rows]
+
+    async def stood(self, fence: Fence, exchange: str) -> ExchangeState | None:
+        """See LogSink."""
+        rows = await self.db.fetch("SELECT rethaw_stood(%s, %s)", (fence.session, exchange))
+        if not rows:
+            raise _no_exchange(exchange)
+        return None if rows[0][0] == "own" else ExchangeState(rows[0][0])
 
     async def tail(self, fence: Fence, snapshot: str | None) -> list[Exchange]:
         """See LogSink."""
@@ -293,7 +334,8 @@ class Log:
                 row = await cursor.fetchone()
                 if row is None:
                     raise _no_exchange(exchange)
-                return await requests.rebuild(conn, row[0], row[1:])
+                sessions = [part.session for part in await parts_in(conn, row[0])]
+                return await requests.rebuild(conn, sessions, row[1:])
 
         return await self.db.retrying(once)
 
@@ -391,6 +433,7 @@ class Log:
             await writer.erase_in(conn, session)
 
         self._memory.forget(session)
+        self._parts.pop(session, None)
         await self.db.run(once)
         self._tell(writer.CHANNEL, session)
 
@@ -403,6 +446,13 @@ class Log:
         return await self.db.retrying(lambda: verify_in(self.db, session))
 
     # ---- inner
+
+    def _known(self, sessions: Sequence[str]) -> dict[int, set[bytes]]:
+        out: dict[int, set[bytes]] = {}
+        for session in sessions:
+            for end, keys in self._memory.known(session).items():
+                out.setdefault(end, set()).update(keys)
+        return out
 
     def _tell(self, channel: str, key: str) -> None:
         if self.hub is not None:

@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 from rethaw.db.pool import Database
-from rethaw.log import content, encoding, requests
+from rethaw.log import content, encoding, lineage, requests
 from rethaw.model.errors import NotFound, RethawError
 
 _PAGE = 64
@@ -43,17 +43,18 @@ async def _events(db: Database, report: Report) -> None:
     async with db.tx() as conn:
         await conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         row = await (
-            await conn.execute("SELECT last_seq, line FROM sessions WHERE id = %s", (report.session,))
+            await conn.execute("SELECT last_seq, line, fork_seq, first_line FROM sessions WHERE id = %s", (report.session,))
         ).fetchone()
         if row is None:
             raise NotFound(f"no session {report.session}", remedy="check the id")
-        last, line = row
+        last, line, before, first_line = row
         count, low, high = await (
             await conn.execute(
-                "SELECT count(*), coalesce(min(seq), 1), coalesce(max(seq), 0) FROM events WHERE session = %s",
-                (report.session,),
+                "SELECT count(*), coalesce(min(seq), %s::bigint + 1), coalesce(max(seq), %s) FROM events"
+                " WHERE session = %s",
+                (before, before, report.session),
             )
-        ).fetchone() or (0, 1, 0)
+        ).fetchone() or (0, before + 1, before)
         lines = await (
             await conn.execute(
                 "SELECT count(*), max(l.line), bool_and(l.parent IS NULL OR l.parent < l.line) FROM lines l"
@@ -62,9 +63,9 @@ async def _events(db: Database, report: Report) -> None:
             )
         ).fetchone()
     report.events = count
-    if (low, high, count) != (1, last, last):
+    if (low, high, count) != (before + 1, last, last - before):
         report.problems.append(f"{count} events from {low} to {high}, but the session ends at {last}")
-    if lines is None or lines[0] != line or lines[1] != line or not lines[2]:
+    if lines is None or lines[0] != line - first_line + 1 or lines[1] != line or not lines[2]:
         report.problems.append(f"the lines {lines} do not lead to line {line}")
     after = 0
     while True:
@@ -153,17 +154,22 @@ async def _exchanges(db: Database, report: Report) -> None:
 
 
 class _Segments:
-    """Segments of a session, checked on first use and remembered with their running hash."""
+    """Segments of a session and its ancestors, checked on first use and remembered with their running hash."""
 
-    def __init__(self, db: Database, session: str) -> None:
-        self._db, self._session = db, session
+    def __init__(self, db: Database, sessions: list[str]) -> None:
+        self._db, self._sessions = db, sessions
         self._rows: dict[bytes, tuple[bytes | None, int, bytes]] = {}
         self._checked: dict[bytes, tuple[hashlib._Hash, int]] = {}  # pyright: ignore[reportPrivateUsage]
 
     @classmethod
     async def load(cls, db: Database, session: str) -> _Segments:
-        out = cls(db, session)
-        rows = await db.fetch("SELECT key, prev, size, parts FROM segments WHERE session = %s", (session,), binary=True)
+        async with db.connection() as conn:
+            out = cls(db, [part.session for part in await lineage.parts_in(conn, session)])
+        rows = await db.fetch(
+            "SELECT DISTINCT ON (key) key, prev, size, parts FROM segments WHERE session = ANY(%s::text[])",
+            (out._sessions,),
+            binary=True,
+        )
         out._rows = {bytes(k): (None if p is None else bytes(p), size, bytes(parts)) for k, p, size, parts in rows}
         return out
 
@@ -187,7 +193,7 @@ class _Segments:
         )
         pieces = content.unpack(parts)
         async with self._db.connection() as conn:
-            stored = await requests.contents(conn, self._session, {p[0] for p in pieces if isinstance(p, tuple)})
+            stored = await requests.contents(conn, self._sessions, {p[0] for p in pieces if isinstance(p, tuple)})
         for piece in pieces:
             data = stored.get(piece[0], b"") if isinstance(piece, tuple) else piece
             running.update(data)

@@ -111,11 +111,13 @@ async def open_line_in(
     parent: int | None = None,
     attempt: int | None = None,
     key: str | None = None,
+    back_to: tuple[int, int] | None = None,
 ) -> int:
     """A new line that sees `parent` (default: the session's current line) up to `branch_seq`; the session moves to it,
-    and to `attempt` when given.
+    and to `attempt` when given. `back_to`: line and seq of a rewind; what came after that is of no concern to the new
+    line, recorded answers, messages and signals included.
 
-    Appends line.opened {line, parent, branch_seq, snapshot?, why} itself and returns the line's number. Raises
+    Appends line.opened {line, parent, branch_seq, snapshot?, why, seq?} itself and returns the line's number. Raises
     NotFound, and InvalidInput when `branch_seq` lies beyond the log.
     """
     cursor = await conn.execute("SELECT line, last_seq FROM sessions WHERE id = %s FOR UPDATE", (session,))
@@ -127,16 +129,24 @@ async def open_line_in(
         raise InvalidInput(f"session {session} ends at {last_seq}, a line cannot branch off at {branch_seq}")
     parent = old if parent is None else parent
     cursor = await conn.execute(
-        "WITH l AS (INSERT INTO lines (session, line, parent, branch_seq, why, snapshot)"
-        " SELECT session, max(line) + 1, %s, %s, %s, %s FROM lines WHERE session = %s GROUP BY session"
-        " RETURNING session, line) UPDATE sessions s SET line = l.line, attempt = coalesce(%s::int, s.attempt)"
+        "WITH l AS (INSERT INTO lines (session, line, parent, parent_session, branch_seq, why, snapshot,"
+        " from_session, from_line, from_seq, opened_after)"
+        " SELECT session, max(line) + 1, %(parent)s, nullif(rethaw_owner(session, %(parent)s), session), %(branch)s,"
+        " %(why)s, %(snapshot)s, rethaw_owner(session, %(line)s::int), %(line)s::int, %(seq)s::bigint,"
+        " CASE WHEN %(line)s::int IS NOT NULL THEN %(last)s::bigint END"
+        " FROM lines WHERE session = %(session)s GROUP BY session"
+        " RETURNING session, line, opened_after) UPDATE sessions s SET line = l.line,"
+        " attempt = coalesce(%(attempt)s::int, s.attempt), branch_after = coalesce(l.opened_after, s.branch_after)"
         " FROM l WHERE s.id = l.session RETURNING l.line",
-        (parent, branch_seq, why, snapshot, session, attempt),
-    )
+        {"parent": parent, "branch": branch_seq, "why": why, "snapshot": snapshot, "session": session,
+         "attempt": attempt, "last": last_seq, "line": back_to and back_to[0], "seq": back_to and back_to[1]},
+    )  # fmt: skip
     (line,) = await cursor.fetchone() or (0,)
     data: dict[str, Any] = {"line": line, "parent": parent, "branch_seq": branch_seq, "why": why}
     if snapshot is not None:
         data["snapshot"] = snapshot
+    if back_to is not None:
+        data["seq"] = back_to[1]
     await append_in(
         conn, session, [NewEvent(type=EventType.LINE_OPENED, data=data, key=key)], generation=None
     )  # fmt: skip

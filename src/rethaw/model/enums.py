@@ -63,6 +63,8 @@ class Reason(StrEnum):
     MAX_DURATION = "max_duration"
     CANCELLED = "cancelled"
     FENCED = "fenced"
+    FORKED = "forked"  # a new session from another one's snapshot
+    REWOUND = "rewound"  # a person took it back to an older snapshot
 
 
 class Durability(StrEnum):
@@ -91,7 +93,8 @@ class EventType(StrEnum):
     SESSION_RESULT = "session.result"  # body: JSON value the agent returned
     SESSION_DIVERGED = "session.diverged"
     SESSION_CRASHED = "session.crashed"  # {reason, detail, generation}
-    LINE_OPENED = "line.opened"  # {line, parent, branch_seq, snapshot?, why}
+    SESSION_FORKED = "session.forked"  # another session begins here {fork, seq, snapshot}
+    LINE_OPENED = "line.opened"  # {line, parent, branch_seq, snapshot?, why, seq?}
     ATTEMPT_STARTED = "attempt.started"  # {attempt, fresh, command}
     ATTEMPT_EXITED = "attempt.exited"  # {exit_code, signal?}
     EXCHANGE_REQUESTED = "exchange.requested"  # {exchange, provider, method, path, model?, request_bytes}

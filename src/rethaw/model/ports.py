@@ -49,8 +49,14 @@ class LogSink(Protocol):
         """
         ...
 
+    async def stood(self, fence: Fence, exchange: str) -> ExchangeState | None:
+        """How an exchange of the past (of an ancestor, or of before a rewind) stood where the session left it; None for
+        one of the present. Raises NotFound for one that the session's line never knew."""
+        ...
+
     async def adopt_exchange(self, fence: Fence, exchange: str, guest_id: str, how: str) -> Exchange:
-        """The current line takes exchange `exchange` of the tail as its own: event exchange.adopted {how}."""
+        """The current line takes exchange `exchange` of the tail as its own: event exchange.adopted {how}. One of an
+        ancestor is read only."""
         ...
 
     async def take_over(self, fence: Fence, exchange: str, owner: str, event: NewEvent | None = None) -> Exchange:

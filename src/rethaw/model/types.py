@@ -75,7 +75,8 @@ class NewEvent(Wire):
 
 
 class Event(Wire):
-    """One entry of the context log. `superseded` is computed by readers: true when the session's current path
+    """One entry of the context log. `session` is the one that wrote it: of a fork's log the shared part is an ancestor's.
+    `superseded` is computed by readers: true when the session's current path
     left this event out (it came after the snapshot that a later line was opened from)."""
 
     session: str
@@ -221,6 +222,8 @@ class SessionView(Wire):
     created_at: datetime
     updated_at: datetime
     crashes: int = 0
+    forked_from: str | None = None  # the session whose log is this one's up to `forked_seq`
+    forked_seq: int | None = None
 
 
 class Boot(Wire):
@@ -242,6 +245,7 @@ class Assignment(Wire):
     agent: AgentSpec
     boot: Boot | None = None  # with start
     snapshot: SnapshotInfo | None = None  # with restore
+    branch: int | None = None  # of a fork, or after a rewind: what is at or before this seq is of the past
     reason: Reason = Reason.NONE
     revision: int  # grows with each new assignment to this node
 
