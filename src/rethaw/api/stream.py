@@ -66,7 +66,8 @@ async def following(
             if coming.done():
                 event, coming, quiet = coming.result(), None, 0.0
                 yield event
-                over = over or (until_final and is_final(event))
+                if event.type == EventType.SESSION_STATE:  # a rewind leaves an end behind
+                    over = until_final and is_final(event)
                 continue
             if over:
                 return  # the end was seen, and nothing follows it

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from rethaw.control import inbox, leases, outbox, placement, recovery, reports, rows, sessions, stats, waits
+from rethaw.control import forks, inbox, leases, outbox, placement, recovery, reports, rows, sessions, stats, waits
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.control.waits import Addresses
@@ -21,7 +21,7 @@ from rethaw.log.store import Log
 from rethaw.model import faults
 from rethaw.model.enums import Durability, EventType, Reason, State
 from rethaw.model.errors import Conflict, InvalidInput, WaitTimeout
-from rethaw.model.ids import new_id
+from rethaw.model.ids import new_generation, new_id
 from rethaw.model.types import (
     AgentSpec,
     Assignment,
@@ -217,6 +217,29 @@ class Control:
         if taken is None:
             raise WaitTimeout(f"no snapshot of {session} came within {_SNAPSHOT_WAIT_S:g} s", remedy="see its events")
         return taken
+
+    async def fork(
+        self, session: str, at: int | str | None = None, n: int = 1, *, redeliver: bool = False
+    ) -> list[SessionView]:
+        """`n` new sessions from where `session` was at `at`: a SEQ, a snapshot, or None for its newest snapshot; of a
+        running session one is taken. `redeliver`: messages and signals that came after that are delivered again."""
+        if not 1 <= n <= forks.MOST:
+            raise InvalidInput(f"{n} forks cannot be made", remedy=f"use 1 to {forks.MOST}")
+        if at is None and (await self.session(session)).state.on_node:
+            at = (await self.snapshot(session)).id
+        ids = {new_id("s"): new_generation() for _ in range(n)}
+        made = await self._run(lambda conn: forks.fork(conn, session, at, ids, redeliver))
+        for row in made:
+            if row.state == State.RESUMING:
+                await self._run(lambda conn, s=row.id: sessions.place(conn, s, self.policy))
+        return [await self.session(row.id) for row in made]
+
+    async def rewind(self, session: str, to: int | str, *, redeliver: bool = False) -> SessionView:
+        """Take the session back to `to` (a SEQ or a snapshot). `redeliver`: as with `fork`."""
+        generation = new_generation()
+        return rows.view(
+            await self._run(lambda conn: forks.rewind(conn, session, to, generation, redeliver, self.policy))
+        )
 
     async def erase(self, session: str, *, force: bool = False) -> dict[str, Any]:
         """Delete the session whole. Returns its tombstone {session, created_at, last_seq, erased_at}."""

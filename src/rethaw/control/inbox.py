@@ -47,24 +47,37 @@ async def send(conn: Conn, session: str, message: str, payload: bytes, key: str 
             raise KeyReused(f"key {key!r} was used for another message of session {session}", remedy="use a new key")
         return Message(id=former["id"], number=former["number"], payload=payload, at=former["at"])
     check_open(row)
+    sent = await put(conn, row, message, payload, key)
+    await waits.settle(conn, row, policy)
+    return sent
+
+
+async def put(
+    conn: Conn, row: Row, message: str, payload: bytes, key: str | None, *, repeats: str | None = None
+) -> Message:
+    """The next message of the locked row. `repeats`: one that it delivers again."""
+    session = row.id
     taken = await rows.one(
         conn,
         """INSERT INTO inbox (session, number, id, payload, idempotency_key)
-           SELECT %s, coalesce(max(number), 0) + 1, %s, %s, %s FROM inbox WHERE session = %s RETURNING number, at""",
-        (session, message, payload, key, session),
+           SELECT %s, coalesce(max(number), %s) + 1, %s, %s, %s FROM inbox WHERE session = %s RETURNING number, at""",
+        (session, row.inbox_base, message, payload, key, session),
     )
     assert taken is not None
-    data = {"message": message, "number": taken["number"]}
-    await rows.append(conn, session, NewEvent(type=EventType.MESSAGE_RECEIVED, data=data, body=payload))
-    await waits.settle(conn, row, policy)
+    data = {"message": message, "number": taken["number"], **({"repeats": repeats} if repeats else {})}
+    event = NewEvent(type=EventType.MESSAGE_RECEIVED, data=data, body=payload)
+    (received,) = await rows.append(conn, session, event)
+    await conn.execute("UPDATE inbox SET seq = %s WHERE id = %s", (received.seq, message))
     return Message(id=message, number=taken["number"], payload=payload, at=taken["at"])
 
 
 async def read(conn: Conn, session: str, after: int, limit: int) -> list[Message]:
-    """The inbox, consumed or not, in order."""
+    """The inbox, consumed or not, in order; without what came after a position that was forked from or rewound to."""
     found = await rows.many(
         conn,
-        "SELECT id, number, payload, at FROM inbox WHERE session = %s AND number > %s ORDER BY number LIMIT %s",
+        """SELECT i.id, i.number, i.payload, i.at FROM sessions s, rethaw_spans(s.id, s.line) w
+           JOIN inbox i ON i.session = w.session AND i.seq > w.after AND i.seq <= w.upto
+           WHERE s.id = %s AND i.number > %s ORDER BY i.number LIMIT %s""",
         (session, after, limit),
     )
     return [Message(id=r["id"], number=r["number"], payload=bytes(r["payload"]), at=r["at"]) for r in found]
@@ -98,7 +111,7 @@ async def signal(
             raise KeyReused(f"key {key!r} was used for another signal of session {session}", remedy="use a new key")
         return str(former["id"])
     check_open(row)
-    await _keep(conn, row, signal_id, name, payload, key, None)
+    await keep_signal(conn, row, signal_id, name, payload, key, None)
     await waits.settle(conn, row, policy)
     return signal_id
 
@@ -125,18 +138,29 @@ async def callback(conn: Conn, token: str, signal_id: str, payload: bytes, polic
     if wait["state"] == "cancelled" or wait["state"] == "done":
         raise Conflict(f"nothing waits at this callback address any more: its wait is {wait['state']}")
     await conn.execute("UPDATE callbacks SET used_at = now() WHERE hash = %s", (digest,))
-    await _keep(conn, row, signal_id, wait["name"], payload, None, (found["attempt"], found["wait"]))
+    await keep_signal(conn, row, signal_id, wait["name"], payload, None, (found["attempt"], found["wait"]))
     await waits.settle(conn, row, policy)
     return signal_id
 
 
-async def _keep(
-    conn: Conn, row: Row, signal_id: str, name: str, payload: bytes, key: str | None, only: tuple[int, str] | None
+async def keep_signal(
+    conn: Conn,
+    row: Row,
+    signal_id: str,
+    name: str,
+    payload: bytes,
+    key: str | None,
+    only: tuple[int, str] | None,
+    *,
+    repeats: str | None = None,
 ) -> None:
+    """A signal of the locked row. `only`: the wait (attempt, id) that it is for; `repeats`: one that it delivers again."""
     await conn.execute(
         """INSERT INTO signals (session, id, name, payload, idempotency_key, for_attempt, for_wait)
            VALUES (%s, %s, %s, %s, %s, %s, %s)""",
         (row.id, signal_id, name, payload, key, *(only or (None, None))),
     )
-    data = {"name": name, "signal": signal_id}
-    await rows.append(conn, row.id, NewEvent(type=EventType.SIGNAL_RECEIVED, data=data, body=payload))
+    data = {"name": name, "signal": signal_id, **({"repeats": repeats} if repeats else {})}
+    event = NewEvent(type=EventType.SIGNAL_RECEIVED, data=data, body=payload)
+    (received,) = await rows.append(conn, row.id, event)
+    await conn.execute("UPDATE signals SET seq = %s WHERE id = %s", (received.seq, signal_id))

@@ -37,13 +37,21 @@ async def path(conn: Conn, row: Row) -> Path:
     return Path(await path_in(conn, row.id, row.line))
 
 
+async def sessions(conn: Conn, row: Row) -> list[str]:
+    """Whose rows the session's log is in: its own, and of a fork its ancestors'."""
+    if row.forked_from is None:
+        return [row.id]
+    return [r["session"] for r in await rows.many(conn, "SELECT session FROM rethaw_ancestry(%s)", (row.id,))]
+
+
 async def progress(conn: Conn, row: Row) -> int:
     """How many things the agent did on the path in its current attempt (input of the crash-loop rule)."""
     found = await rows.one(
         conn,
-        """SELECT count(*) AS n FROM events e JOIN rethaw_path(%s, %s) p ON e.line = p.line AND e.seq <= p.upto
-           WHERE e.session = %s AND e.attempt = %s AND e.type = ANY(%s)""",
-        (row.id, row.line, row.id, row.attempt, AGENT_EVENTS),
+        """SELECT count(*) AS n FROM events e
+           JOIN rethaw_path(%s, %s) p ON e.session = p.session AND e.line = p.line AND e.seq <= p.upto
+           WHERE e.session = ANY(%s) AND e.attempt = %s AND e.type = ANY(%s)""",
+        (row.id, row.line, await sessions(conn, row), row.attempt, AGENT_EVENTS),
     )
     return int(found["n"]) if found else 0
 
@@ -57,14 +65,20 @@ async def open_line(
     why: str,
     snapshot: str | None,
     new_attempt: bool = False,
+    attempt: int | None = None,
+    back_to: tuple[int, int] | None = None,
 ) -> Row:
-    """Leave the current line at `branch_seq` of `parent`; waits are as they were there."""
+    """Leave the current line at `branch_seq` of `parent`; waits are as they were there. `back_to`: of a rewind, the line
+    and seq that it goes back to; `attempt` the one of that time."""
     columns: dict[str, Any] = {"published_seq": min(row.published_seq, branch_seq)}
+    high = max(row.attempt, row.high_attempt)
     if new_attempt:
+        attempt = high + 1
         columns |= {"attempt_line": parent, "attempt_seq": branch_seq}
+    elif attempt is not None and attempt != row.attempt:
+        columns |= {"attempt_line": parent, "attempt_seq": branch_seq, "high_attempt": high}
     await rows.update(conn, row.id, **columns)
-    attempt = row.attempt + 1 if new_attempt else None
-    await open_line_in(conn, row.id, branch_seq, why, snapshot, parent=parent, attempt=attempt)
+    await open_line_in(conn, row.id, branch_seq, why, snapshot, parent=parent, attempt=attempt, back_to=back_to)
     row = await rows.load(conn, row.id)
     await _set_back_waits(conn, row, await path(conn, row))
     return row

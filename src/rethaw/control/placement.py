@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rethaw.control import rows, wakeups
+from rethaw.control import lineage, rows, wakeups
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.model.enums import Reason, State
@@ -34,10 +34,11 @@ async def usable(conn: Conn, row: Row, *, limit: int = 16) -> list[SnapshotInfo]
     """
     found = await rows.many(
         conn,
-        """SELECT s.* FROM snapshots s JOIN rethaw_path(%s, %s) p ON s.line = p.line AND s.seq <= p.upto
-           WHERE s.session = %s AND s.attempt = %s AND s.unusable IS NULL AND NOT s.erased
+        """SELECT s.* FROM snapshots s
+           JOIN rethaw_path(%s, %s) p ON s.session = p.session AND s.line = p.line AND s.seq <= p.upto
+           WHERE s.session = ANY(%s) AND s.attempt = %s AND s.unusable IS NULL AND NOT s.erased
            ORDER BY s.seq DESC, s.created_at DESC LIMIT %s""",
-        (row.id, row.line, row.id, row.attempt, limit),
+        (row.id, row.line, await lineage.sessions(conn, row), row.attempt, limit),
     )
     return [snapshot_info(r) for r in found]
 
@@ -57,6 +58,7 @@ async def assign(conn: Conn, row: Row, action: str, *, reason: Reason = Reason.N
         line=row.line,
         attempt=row.attempt,
         agent=row.agent,
+        branch=row.branch_after,
         reason=reason,
         revision=bumped["revision"],
         **more,
@@ -99,8 +101,9 @@ async def cursor(conn: Conn, row: Row) -> int:
     found = await rows.one(
         conn,
         """SELECT coalesce(max(m.number), 0) AS n FROM inbox_moves m
-           JOIN rethaw_path(%s, %s) p ON m.line = p.line AND m.seq <= p.upto WHERE m.session = %s""",
-        (row.id, row.line, row.id),
+           JOIN rethaw_path(%s, %s) p ON m.session = p.session AND m.line = p.line AND m.seq <= p.upto
+           WHERE m.session = ANY(%s)""",
+        (row.id, row.line, await lineage.sessions(conn, row)),
     )
     return int(found["n"]) if found else 0
 
@@ -128,7 +131,7 @@ async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
     if info is not None:
         await assign(conn, row, "restore", reason=row.reason, snapshot=info)
     else:
-        fresh = row.attempt > 1 or row.crashes > 0
+        fresh = row.attempt > 1 or row.crashes > 0 or row.branch_after is not None
         boot = Boot(args=json.loads(row.args), cursor=await cursor(conn, row), fresh=fresh)
         await assign(conn, row, "start", reason=row.reason, boot=boot)
     return row

@@ -124,8 +124,8 @@ async def mark_unusable(conn: Conn, row: Row, snapshot: str, why: str) -> None:
     why = rows.clean(why)
     marked = await rows.one(
         conn,
-        "UPDATE snapshots SET unusable = %s WHERE id = %s AND session = %s AND unusable IS NULL RETURNING id",
-        (why, snapshot, row.id),
+        "UPDATE snapshots SET unusable = %s WHERE id = %s AND session = ANY(%s) AND unusable IS NULL RETURNING id",
+        (why, snapshot, await lineage.sessions(conn, row)),
     )
     if marked is None:
         return
@@ -143,11 +143,12 @@ async def _boot_anew(conn: Conn, row: Row, why: str) -> Row:
     if line is None or seq is None:
         newest = await rows.one(
             conn,
-            "SELECT line, seq FROM snapshots WHERE session = %s AND attempt = %s ORDER BY seq DESC LIMIT 1",
-            (row.id, row.attempt),
+            """SELECT s.line, s.seq FROM snapshots s
+               JOIN rethaw_path(%s, %s) p ON s.session = p.session AND s.line = p.line AND s.seq <= p.upto
+               WHERE s.session = ANY(%s) AND s.attempt = %s ORDER BY s.seq DESC LIMIT 1""",
+            (row.id, row.line, await lineage.sessions(conn, row), row.attempt),
         )
-        shown = await lineage.path(conn, row)
-        if newest is not None and shown.shows(newest["line"], newest["seq"]):
+        if newest is not None:
             line, seq = newest["line"], newest["seq"]
         else:
             line, seq = row.attempt_line, row.attempt_seq

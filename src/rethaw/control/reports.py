@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rethaw.control import placement, recovery, rows, transitions, waits
+from rethaw.control import lineage, placement, recovery, rows, transitions, waits
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -110,9 +110,10 @@ async def _has_result(conn: Conn, row: Row, change: StateChange) -> bool:
     return bool(
         await rows.many(
             conn,
-            """SELECT 1 FROM events e JOIN rethaw_path(%s, %s) p ON e.line = p.line AND e.seq <= p.upto
-               WHERE e.session = %s AND e.type = 'session.result' AND e.attempt = %s LIMIT 1""",
-            (row.id, row.line, row.id, row.attempt),
+            """SELECT 1 FROM events e
+               JOIN rethaw_path(%s, %s) p ON e.session = p.session AND e.line = p.line AND e.seq <= p.upto
+               WHERE e.session = ANY(%s) AND e.type = 'session.result' AND e.attempt = %s LIMIT 1""",
+            (row.id, row.line, await lineage.sessions(conn, row), row.attempt),
         )
     )
 

@@ -85,6 +85,12 @@ class Row:
     loop_line: int | None
     loop_seq: int | None
     crash_asked: bool
+    forked_from: str | None
+    fork_seq: int
+    branch_after: int | None
+    inbox_base: int
+    outbox_base: int
+    high_attempt: int
 
     @property
     def loop(self) -> Loop:
@@ -207,4 +213,6 @@ def view(row: Row) -> SessionView:
         created_at=row.created_at,
         updated_at=row.updated_at,
         crashes=row.crashes,
+        forked_from=row.forked_from,
+        forked_seq=row.fork_seq if row.forked_from is not None else None,
     )

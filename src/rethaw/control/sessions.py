@@ -254,6 +254,15 @@ async def erase(conn: Conn, session: str, force: bool) -> dict[str, Any]:
         row = await rows.load(conn, session, lock=True)
     except NotFound:
         return await tombstone(conn, session)  # the reply to the commit was lost
+    forks = await rows.many(conn, "SELECT id FROM sessions WHERE forked_from = %s ORDER BY id", (session,))
+    if forks:
+        names = [r["id"] for r in forks]
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise Conflict(
+            f"session {row.id} cannot be removed: its forks read its log ({shown})",
+            remedy="remove them first: `rethaw rm FORK ...`",
+            forks=names,
+        )
     if not row.state.final and row.state != State.SUSPENDED:
         if not force:
             raise Conflict(

@@ -185,6 +185,13 @@ async def _superfluous(conn: Conn, node: str, policy: Policy) -> list[SnapshotIn
     sessions = {r["session"] for r in found if not r["erased"]}
     needed: set[str] = set()
     agents: dict[str, AgentSpec] = {}
+    # A fork may have none of its own yet.
+    live = await rows.many(
+        conn,
+        """SELECT id FROM sessions
+           WHERE forked_from IS NOT NULL AND state NOT IN ('completed', 'failed', 'cancelled')""",
+    )
+    sessions |= {r["id"] for r in live}
     for session in sessions:
         for row in await rows.select(conn, "WHERE s.id = %s", (session,)):
             agents[session] = row.agent

@@ -51,6 +51,8 @@ async def open_wait(conn: Conn, row: Row, attempt: int, spec: WaitSpec, addresse
         raise Conflict(f"attempt {attempt} of session {row.id} is over", remedy=f"its current one is {row.attempt}")
     _check(spec)
     found = await find(conn, row.id, attempt, spec.id)
+    if found is None and row.forked_from is not None and await inherit(conn, [row.id], attempt, spec.id):
+        found = await find(conn, row.id, attempt, spec.id)
     if found is not None and found["state"] == "done" and _same(found, spec):
         await _given(conn, row, found)
         return await _state(conn, row, found, addresses)
@@ -62,12 +64,12 @@ async def open_wait(conn: Conn, row: Row, attempt: int, spec: WaitSpec, addresse
         found = {**found, "state": "stale", "deadline": None, "opened_at": None, "item": _kept_item(found, spec)}
     if found is None or found["state"] in ("stale", "cancelled"):
         found = await _open(conn, row, attempt, spec, found)
-        if spec.kind == "signal":
-            await conn.execute(
-                """INSERT INTO callbacks (hash, session, attempt, wait) VALUES (%s, %s, %s, %s)
-                   ON CONFLICT (hash) DO NOTHING""",
-                (addresses.hash(addresses.token(row.id, attempt, spec.id)), row.id, attempt, spec.id),
-            )
+    if spec.kind == "signal" and found["state"] == "open":
+        await conn.execute(
+            """INSERT INTO callbacks (hash, session, attempt, wait) VALUES (%s, %s, %s, %s)
+               ON CONFLICT (hash) DO NOTHING""",
+            (addresses.hash(addresses.token(row.id, attempt, spec.id)), row.id, attempt, spec.id),
+        )
     if await _try(conn, row, found):
         found = await find(conn, row.id, attempt, spec.id)
         assert found is not None
@@ -94,6 +96,35 @@ async def cancel(conn: Conn, row: Row, attempt: int, wait: str) -> None:
         await _close(conn, row, found, "cancelled", EventType.WAIT_CANCELLED, {"why": "by the agent"})
     elif found is not None and found["state"] == "done":
         await _given(conn, row, found)
+
+
+_COLUMNS = """session, attempt, id, kind, name, after, timeout_s, state, opened_at, deadline, opened_line, opened_seq,
+    done_line, done_seq, timed_out, number, item, payload"""
+_INHERIT = f"""
+WITH p AS MATERIALIZED (SELECT q.* FROM sessions s, rethaw_path(s.id, s.line) q WHERE s.id = %(first)s),
+w AS (
+    SELECT DISTINCT ON (w.id) w.*, w.state IN ('done', 'cancelled') AND w.done_seq <= a.upto
+           AND EXISTS (SELECT 1 FROM p d WHERE d.line = w.done_line AND w.done_seq <= d.upto) AS over
+    FROM rethaw_ancestry(%(first)s) a
+    JOIN waits w ON w.session = a.session AND w.attempt = %(attempt)s AND w.opened_seq <= a.upto
+    JOIN p ON p.line = w.opened_line AND w.opened_seq <= p.upto
+    WHERE a.depth > 0 AND (%(wait)s::text IS NULL OR w.id = %(wait)s)
+    ORDER BY w.id, a.depth
+)
+INSERT INTO waits ({_COLUMNS})
+SELECT f, w.attempt, w.id, w.kind, w.name, w.after, w.timeout_s, CASE WHEN over THEN w.state ELSE 'open' END, w.opened_at,
+       w.deadline, w.opened_line, w.opened_seq, CASE WHEN over THEN w.done_line END, CASE WHEN over THEN w.done_seq END,
+       over AND w.timed_out, CASE WHEN over THEN w.number END, CASE WHEN over THEN w.item END,
+       CASE WHEN over THEN w.payload END
+FROM unnest(%(forks)s::text[]) f, w WHERE %(wait)s::text IS NOT NULL OR NOT over
+ON CONFLICT DO NOTHING"""
+
+
+async def inherit(conn: Conn, forks: list[str], attempt: int, wait: str | None = None) -> bool:
+    """Give `forks` (of one parent at one position) the waits that their ancestors had there: the open ones, or `wait`
+    alone, whatever became of it. Whether there were any. Each keeps its first deadline."""
+    values = {"first": forks[0], "forks": forks, "attempt": attempt, "wait": wait}
+    return (await conn.execute(_INHERIT, values)).rowcount > 0
 
 
 async def settle(conn: Conn, row: Row, policy: Policy) -> Row:
@@ -198,8 +229,10 @@ async def _try(conn: Conn, row: Row, found: dict[str, Any]) -> bool:
     if found["kind"] == "inbox":
         message = await rows.one(
             conn,
-            "SELECT * FROM inbox WHERE session = %s AND number > %s ORDER BY number LIMIT 1",
-            (row.id, found["after"]),
+            """SELECT i.* FROM rethaw_spans(%s, %s) w
+               JOIN inbox i ON i.session = w.session AND i.seq > w.after AND i.seq <= w.upto
+               WHERE i.number > %s ORDER BY i.number LIMIT 1""",
+            (row.id, row.line, found["after"]),
         )
         if message is not None:
             await _done(
@@ -211,8 +244,8 @@ async def _try(conn: Conn, row: Row, found: dict[str, Any]) -> bool:
         if signal is not None:
             seq = await _done(conn, row, found, item=signal["id"], payload=bytes(signal["payload"]))
             await conn.execute(
-                "INSERT INTO signal_uses (signal, attempt, wait, line, seq) VALUES (%s, %s, %s, %s, %s)",
-                (signal["id"], found["attempt"], found["id"], row.line, seq),
+                "INSERT INTO signal_uses (signal, attempt, wait, session, line, seq) VALUES (%s, %s, %s, %s, %s, %s)",
+                (signal["id"], found["attempt"], found["id"], row.id, row.line, seq),
             )
             return True
     deadline: datetime | None = found["deadline"]
@@ -229,15 +262,18 @@ async def _signal_for(conn: Conn, row: Row, found: dict[str, Any]) -> dict[str, 
     wait of the path has used."""
     return await rows.one(
         conn,
-        """SELECT s.* FROM signals s
-           WHERE s.session = %s AND s.name = %s
+        """SELECT s.* FROM rethaw_spans(%s, %s) w
+           JOIN signals s ON s.session = w.session AND s.seq > w.after AND s.seq <= w.upto
+           WHERE s.name = %s
              AND (s.for_wait IS NULL OR s.for_attempt < %s OR (s.for_attempt = %s AND s.for_wait = %s))
              AND NOT EXISTS (
-                 SELECT 1 FROM signal_uses u JOIN rethaw_path(%s, %s) p ON u.line = p.line AND u.seq <= p.upto
+                 SELECT 1 FROM signal_uses u
+                 JOIN rethaw_path(%s, %s) p ON u.session = p.session AND u.line = p.line AND u.seq <= p.upto
                  WHERE u.signal = s.id AND (u.attempt, u.wait) <> (%s, %s))
            ORDER BY (s.id = %s) DESC NULLS LAST, (s.for_wait IS NOT NULL) DESC, s.position LIMIT 1""",
         (
             row.id,
+            row.line,
             found["name"],
             found["attempt"],
             found["attempt"],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 from rethaw.gateway import revive
 from rethaw.gateway.local import refusal
@@ -37,8 +37,9 @@ class Intake:
 
     # ------------------------------------------------------------ step 1: by id
 
-    async def reattach(self, life: Life, stream: GuestStream) -> Run:
-        """The run of an exchange that guest memory names. Raises Broken when there is nothing to go on with."""
+    async def reattach(self, life: Life, stream: GuestStream) -> Run | None:
+        """The run of an exchange that guest memory names; None when it was open where the past ends and is to be asked
+        anew. Raises Broken when there is nothing to go on with."""
         exchange = stream.exchange
         assert exchange is not None
         faults.point("gateway.tail.reattach")
@@ -50,9 +51,43 @@ class Intake:
             x = await self._log.exchange(exchange)
         except NotFound as error:
             raise Broken(str(error)) from None
-        if x.session != self._session.id:
-            raise Broken(f"exchange {exchange} is not this session's")  # the guest lies
+        if self.is_past(life, x):
+            return await self._of_the_past(life, x, stream.received, stream.head_received)
         return await self._from_log(x, stream.received, stream.head_received)
+
+    def is_past(self, life: Life, x: Exchange) -> bool:
+        """Whether a fork or a rewind lies between the exchange and the present."""
+        return x.session != self._session.id or x.seq <= life.branch
+
+    async def _of_the_past(self, life: Life, x: Exchange, held: int = 0, head_held: bool = False) -> Run | None:
+        """What was answered before the session was forked or rewound is given from the log. None: it was open then."""
+        try:
+            state = await self._log.stood(life.fence, x.id)
+        except NotFound:
+            raise Broken(f"exchange {x.id} is not this session's") from None  # the guest lies
+        if state is None:
+            return await self._from_log(x, held, head_held)
+        if state in (ExchangeState.COMPLETE, ExchangeState.FAILED):
+            recorded = x.model_copy(update={"state": state})
+            run = self._session.runs[x.id] = Run.recorded(self._log, self._shared.batcher, recorded)
+            return run
+        if state is not ExchangeState.OPEN:
+            raise Broken(f"exchange {x.id} was {state.value}")
+        if held or head_held:
+            event = revive.torn(x, held, key=f"torn:{x.id}:{life.fence.session}:{life.branch}")
+            await self._log.append(life.fence, [event])
+            raise Broken("this answer was not whole when the session was forked or rewound")
+        return None
+
+    async def replacement(self, life: Life, exchange: str) -> Run:
+        """The session's own run for a request of the past. Once: asked again after a crash, it is found in the tail."""
+        x = await self._log.exchange(exchange)
+        body = await self._log.read_request(exchange)
+        meta = x.meta.model_copy(update={"guest_id": f"{x.meta.guest_id}@{exchange}"})
+        return await self._once(life, meta, lambda: self._replace(life, meta, body))
+
+    async def _replace(self, life: Life, meta: RequestMeta, body: bytes) -> Run:
+        return await self._adopt(life, meta, life.tail.take_own(meta)) or await self._begin(life, meta, body, None)
 
     async def _from_log(self, x: Exchange, held: int = 0, head_held: bool = False) -> Run:
         """A run for an exchange that this process does not have. `held`: answer bytes that the guest has.
@@ -101,10 +136,15 @@ class Intake:
             digest = await asyncio.to_thread(request.digest, body)
         else:
             digest = request.digest(body)
-        key = (request.guest_id, digest)
+        meta, provider_error = self._meta(request, digest, body)
+        return await self._once(life, meta, lambda: self._find_or_begin(life, meta, body, provider_error))
+
+    async def _once(self, life: Life, meta: RequestMeta, work: Callable[[], Coroutine[Any, Any, Run]]) -> Run:
+        """What `work` gives; goes on, and is not begun again, when the caller is cancelled."""
+        key = (meta.guest_id, meta.digest)
         task = life.intakes.get(key)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = life.intakes[key] = asyncio.create_task(self._find_or_begin(life, request, digest, body))
+            task = life.intakes[key] = asyncio.create_task(work())
             task.add_done_callback(_seen)
         return await asyncio.shield(task)
 
@@ -121,18 +161,25 @@ class Intake:
         for key in [k for k in life.intakes if k[0] == guest_id]:
             life.intakes.pop(key).add_done_callback(done)
 
-    async def _find_or_begin(self, life: Life, request: Request, digest: str, body: bytes) -> Run:
-        meta, provider_error = self._meta(request, digest, body)
-        run = await self._hung_up(life, meta) or await self._of_tail(life, meta)
+    async def _find_or_begin(
+        self, life: Life, meta: RequestMeta, body: bytes, provider_error: ProviderError | None
+    ) -> Run:
+        run = await self._hung_up(life, meta) or await self._adopt(life, meta, life.tail.take(meta))
         if run is not None:
             return run
+        return await self._begin(life, meta, body, provider_error)
+
+    async def _begin(self, life: Life, meta: RequestMeta, body: bytes, provider_error: ProviderError | None) -> Run:
         sink, owner = self._log, self._shared.owner
         faults.point("gateway.request.before_durable")
         x = await sink.begin_exchange(life.fence, meta, body, owner, upstream=provider_error is None)
         faults.point("gateway.request.durable")
         if x.state is not ExchangeState.OPEN or x.owner != owner or x.head is not None or self._session.known(x.id):
             # The path has this very call: the snapshot was taken between making it durable and telling the guest.
-            run = self._session.known(x.id) or await self._from_log(x)
+            run = self._session.known(x.id)
+            if run is None and self.is_past(life, x):
+                run = await self._of_the_past(life, x) or await self.replacement(life, x.id)
+            run = run or await self._from_log(x)
             run.adopted = True
             return run
         run = self._session.runs[x.id] = Run(sink, self._shared.batcher, x)
@@ -198,15 +245,15 @@ class Intake:
             raise
         return run
 
-    async def _of_tail(self, life: Life, meta: RequestMeta) -> Run | None:
-        """Step 2: the answer to this request is in the log, or on its way there."""
-        x = life.tail.take(meta)
+    async def _adopt(self, life: Life, meta: RequestMeta, x: Exchange | None) -> Run | None:
+        """Step 2: the answer to this request is in the log, or on its way there, as `x` that the tail gave."""
         if x is None:
             return None
         faults.point("gateway.tail.adopt")
         try:
-            x = await self._log.adopt_exchange(life.fence, x.id, meta.guest_id, "tail")
-            run = self._session.known(x.id) or await self._from_log(x)
+            adopted = await self._log.adopt_exchange(life.fence, x.id, meta.guest_id, "tail")
+            past = self.is_past(life, x)  # then it is as it stood at that time, whatever became of it
+            run = self._session.known(x.id) or await self._from_log(x if past else adopted)
         except Broken:
             return None  # gone in between: ask anew
         except BaseException:

@@ -60,10 +60,10 @@ def _ends(x: Exchange, body: bytes) -> bool:
         return False
 
 
-def torn(x: Exchange, held: int) -> NewEvent:
+def torn(x: Exchange, held: int, key: str | None = None) -> NewEvent:
     """`held`: bytes of the answer that the guest has."""
     data = {"exchange": x.id, "epoch": x.epoch, "guest_bytes": held, "recorded_bytes": x.received}
-    return NewEvent(type=EventType.EXCHANGE_TORN, data=data, key=f"torn:{x.id}:{x.epoch}")
+    return NewEvent(type=EventType.EXCHANGE_TORN, data=data, key=key or f"torn:{x.id}:{x.epoch}")
 
 
 def reissued(x: Exchange) -> NewEvent:

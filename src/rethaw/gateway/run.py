@@ -53,6 +53,8 @@ class Run:
         self.epoch = exchange.epoch
         self.attempt = exchange.attempt
         self.line = exchange.line
+        self.seq = exchange.seq
+        self.session = exchange.session
         self.state = exchange.state
         self.usage: Usage | None = exchange.usage
         self.head: ResponseHead | None = None

@@ -49,6 +49,7 @@ class Life:
     attempt: int
     gate: ReleaseGate
     hooks: GatewayHooks
+    branch: int = 0  # exchanges at or before this seq, and those of other sessions, are of the past
     tail: Tail = field(default_factory=Tail)
     restored: bool = False  # from a snapshot
     mine: set[str] = field(default_factory=set[str])  # exchanges that entered guest memory in this life
@@ -90,13 +91,19 @@ class SessionGateway:
         assert self._life is not None, "attach() comes first"
         return self._life
 
-    def attach(self, fence: Fence, attempt: int, gate: ReleaseGate, hooks: GatewayHooks) -> None:
-        """A new life (boot or restore). Its `handle` calls use this fence, gate and hooks."""
+    def attach(
+        self, fence: Fence, attempt: int, gate: ReleaseGate, hooks: GatewayHooks, *, branch: int | None = None
+    ) -> None:
+        """A new life (boot or restore). Its `handle` calls use this fence, gate and hooks. `branch`: of a fork, or after a
+        rewind, the seq up to which the log is of the past."""
+        for run in list(self.runs.values()):
+            if branch is not None and run.seq <= branch:
+                del self.runs[run.id]  # the line that asked was left: what still comes goes into the log only
         for run in self.runs.values():
             run.live = False
             if run.client in (Client.WAITING, Client.PARKED, Client.EXPECTED):
                 run.client = Client.FROZEN
-        self._life = Life(fence, attempt, gate, hooks)
+        self._life = Life(fence, attempt, gate, hooks, branch or 0)
         attached, self._attached = self._attached, asyncio.Event()
         attached.set()
 
@@ -106,8 +113,11 @@ class SessionGateway:
         life.restored = snapshot is not None
         exchanges = await self._shared.log.tail(life.fence, snapshot)
         released: set[str] = set()
+        own = [x.seq for x in exchanges if not self._intake.is_past(life, x)]
+        if own:
+            released = await self._intake.released(min(own))
+        released.update(x.id for x in exchanges if self._intake.is_past(life, x))  # of a past that is not ours to give up
         if exchanges:
-            released = await self._intake.released(min(x.seq for x in exchanges))
             log.info("session %s: %d exchanges after snapshot %s", self.id, len(exchanges), snapshot)
         life.tail = Tail(exchanges, released)
 
@@ -231,6 +241,8 @@ class SessionGateway:
         """The run that answers `stream`; None when the stream was answered here."""
         if stream.exchange is not None:
             run = await self._intake.reattach(life, stream)
+            if run is None:
+                return await self._replace(life, stream, stream.exchange)
             if run.id in life.mine and run.id not in life.gated:
                 self._ask_gate(life, run)  # cancelled between accept and this, earlier
             return run
@@ -245,6 +257,21 @@ class SessionGateway:
             await stream.end()
             return None
         return await self._enter(life, stream, request, body)
+
+    async def _replace(self, life: Life, stream: GuestStream, exchange: str) -> Run:
+        """The guest waits for an exchange that was open where its past ends: it gets one of its own. Needs no snapshot:
+        the one that the guest came from asks for it again."""
+        await stream.read_all(EXCHANGE_LIMIT)  # the end of a body that is not kept any more
+        while not self._calm.is_set():
+            await self._calm.wait()
+        self._entering += 1
+        try:
+            run = await self._intake.replacement(life, exchange)
+            await stream.accept(run.id)
+            return run
+        finally:
+            self._entering -= 1
+            self._entered.set()
 
     async def _enter(self, life: Life, stream: GuestStream, request: Request, body: bytes) -> Run:
         """Make the request durable, or find the exchange that it repeats, and tell the guest."""

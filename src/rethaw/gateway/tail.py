@@ -39,6 +39,13 @@ class Tail:
         best = min(fits, key=lambda x: (x.meta.guest_id != meta.guest_id, _rank(x), x.seq))
         return self._entries.pop(best.id)
 
+    def take_own(self, meta: RequestMeta) -> Exchange | None:
+        """The entry with this digest and this very guest id."""
+        for x in self._entries.values():
+            if (x.meta.digest, x.meta.guest_id) == (meta.digest, meta.guest_id):
+                return self._entries.pop(x.id)
+        return None
+
     def put_back(self, exchange: Exchange) -> None:
         """It could not be taken after all."""
         self._entries[exchange.id] = exchange

@@ -32,7 +32,7 @@ class AsyncContext:
 
     @property
     def session(self) -> str:
-        """The session's id."""
+        """The session's id. A fork has its own; RETHAW_SESSION in its environment is the one that it was started as."""
         return self._about.session
 
     @property

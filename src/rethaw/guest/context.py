@@ -66,8 +66,8 @@ class Context:
 
     @property
     def session(self) -> str:
-        """The session's id."""
-        return str(self._about()["session"])
+        """The session's id. A fork has its own; RETHAW_SESSION in its environment is the one that it was started as."""
+        return protocol.session(self._path, str(self._about()["session"]))
 
     @property
     def attempt(self) -> int:

@@ -104,6 +104,7 @@ class Guest:
         }
         if providers is not None:
             self._web.providers = {str(p) for p in cast("List[Any]", providers)}
+        self._write("session", str(config.get("session")))
         self._write("generation", self._generation)
         workdir = str(config.get("workdir") or "/")
         outputs = self._agent.start(command, self._environment(given), workdir)
@@ -149,6 +150,10 @@ class Guest:
                 time.clock_settime_ns(time.CLOCK_REALTIME, message["wall_ns"])
             except OSError as error:
                 note(f"setting the clock: {error}")
+        session = message.get("session")
+        if isinstance(session, str) and session != self._calls.info.get("session"):
+            self._calls.info["session"] = session  # a fork: this memory was another session's
+            self._write("session", session)
         self._calls.before_hello()
         if generation != self._generation:
             self._generation = generation

@@ -66,6 +66,15 @@ def generation(path: str) -> str:
         no_guestd(path)
 
 
+def session(path: str, started_as: str) -> str:
+    """The session's id: another one than it was started as, in a fork."""
+    try:
+        with open(os.path.dirname(path) + "/session", encoding="ascii") as file:  # noqa: PTH120, PTH123
+            return file.read().strip() or started_as
+    except OSError:
+        return started_as  # a snapshot of an older guestd
+
+
 def no_guestd(path: str) -> NoReturn:
     raise Unavailable(
         f"nothing answers at {path}", remedy="a Context works inside a Rethaw sandbox; use agent.local() elsewhere"

@@ -5,7 +5,7 @@
 Every thaw is a resync: handlers are cancelled at quiesce, and after `go` guestd's hello names its open streams, each of
 which is handed over anew with what the guest holds of it. Nothing about streams is remembered here in between.
 
-Control messages to the guest: start{...}, signal{sig}, kill, ping{n}, quiesce{marker}, go{generation, wall_ns}, crash.
+Control messages to the guest: start{...}, signal{sig}, kill, ping{n}, quiesce{marker}, go{generation, wall_ns, session?}, crash.
 From it: hello{generation, streams, pid, exited}, quiet{marker, exchanges, cursor, pid, exited}, pong{n}.
 """
 
@@ -113,11 +113,14 @@ class Link:
         self._generation = str(config.get("generation", ""))
         return await self._begin(frames.encode_control({**config, "type": "start"}), timeout_s)
 
-    async def resume(self, marker: str, generation: str, timeout_s: float = GO_TIMEOUT_S) -> Hello:
-        """Let the guestd of a restored sandbox go on; `marker` is that of its snapshot."""
+    async def resume(
+        self, marker: str, generation: str, timeout_s: float = GO_TIMEOUT_S, *, session: str | None = None
+    ) -> Hello:
+        """Let the guestd of a restored sandbox go on; `marker` is that of its snapshot. `session`: whose it is now, in case
+        the snapshot is another one's."""
         self._expect("new")
         self._marker = bytes.fromhex(marker)
-        return await self._begin(self._go_bytes(generation), timeout_s)
+        return await self._begin(self._go_bytes(generation, session), timeout_s)
 
     async def quiesce(self, timeout_s: float = 2.0) -> QuietState:
         """Cancel all handlers and make the guest quiet: all that was said on its streams before is in its memory, and
@@ -211,9 +214,11 @@ class Link:
 
     # ------------------------------------------------------------ thaw
 
-    def _go_bytes(self, generation: str) -> bytes:
+    def _go_bytes(self, generation: str, session: str | None = None) -> bytes:
         self._generation = generation
-        go = {"type": "go", "generation": generation, "wall_ns": time.time_ns()}
+        go: dict[str, Any] = {"type": "go", "generation": generation, "wall_ns": time.time_ns()}
+        if session is not None:
+            go["session"] = session
         return self._marker + frames.encode_control(go)
 
     async def _begin(self, first: bytes, timeout_s: float) -> Hello:

@@ -221,7 +221,7 @@ class Supervisor:
         sandbox = await self._parts.engine.boot(spec)
         life = self._new_life(a, sandbox, spec)
         try:
-            life.gateway.attach(life.fence, a.attempt, life.saver, self)
+            life.gateway.attach(life.fence, a.attempt, life.saver, self, branch=a.branch)
             await life.gateway.restored(None)
             await life.link.start(start_config(a, self._parts.providers))
         except BaseException:
@@ -246,9 +246,9 @@ class Supervisor:
         faults.point("supervisor.restored")
         life = self._new_life(a, sandbox, spec)
         try:
-            life.gateway.attach(life.fence, a.attempt, life.saver, self)
+            life.gateway.attach(life.fence, a.attempt, life.saver, self, branch=a.branch)
             await life.gateway.restored(a.snapshot.id)
-            await life.link.resume(a.snapshot.resync, a.generation)
+            await life.link.resume(a.snapshot.resync, a.generation, session=a.session)
         except BaseException:
             await life.close()
             raise
