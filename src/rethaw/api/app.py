@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.responses import StreamingResponse
 
 from rethaw import __version__
-from rethaw.api import blobs, errors, models, rawjson, sessions, snapshots_look
+from rethaw.api import blobs, errors, models, rawjson, sessions, snapshots, snapshots_look
 from rethaw.api.errors import Ascii
 from rethaw.api.guard import Guard
 from rethaw.api.rooms import Rooms
@@ -20,6 +20,7 @@ from rethaw.control.control import Control
 from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
 from rethaw.model.looking import Looking
+from rethaw.model.ports import Carrier
 
 
 def create_app(
@@ -34,9 +35,11 @@ def create_app(
     public_url: str,
     heartbeat_s: float = 15.0,
     looking: Looking | None = None,
+    carrier: Carrier | None = None,
+    node: str = "",
 ) -> FastAPI:
     """The application. Everything but /healthz, /openapi.json and /v1/callbacks wants `Authorization: Bearer TOKEN`."""
-    rooms = Rooms(control, log, catalog, crash_hook, doctor_hook, blobs_dir, heartbeat_s, looking)
+    rooms = Rooms(control, log, catalog, crash_hook, doctor_hook, blobs_dir, heartbeat_s, looking, carrier, node)
     app = FastAPI(
         title="Rethaw",
         version=__version__,
@@ -49,6 +52,7 @@ def create_app(
     errors.install(app)
     app.include_router(sessions.router(rooms))
     app.include_router(snapshots_look.router(rooms))
+    app.include_router(snapshots.router(rooms))
     _other_routes(app, rooms)
     _describe_token(app)
     return app

@@ -12,6 +12,7 @@ from rethaw.control.control import Control
 from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
 from rethaw.model.looking import Looking
+from rethaw.model.ports import Carrier
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -28,6 +29,8 @@ class Rooms:
     blobs_dir: Path
     heartbeat_s: float
     looking: Looking | None = None  # None: no node in this process
+    carrier: Carrier | None = None
+    node: str = ""
 
     def has_blob(self, digest: str) -> bool:
         return _DIGEST.fullmatch(digest) is not None and (self.blobs_dir / f"{digest}.tar.gz").is_file()

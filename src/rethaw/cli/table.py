@@ -44,6 +44,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("rm", "act:rm", "Erase sessions whole.", "SESSION ..."),
         Command("crash", "act:crash", "Perform a crash, safely.", "SESSION [sandbox|node|db]"),
         Command("snapshot ls", "look:snapshot_ls", "List a session's snapshots.", "SESSION"),
+        Command("snapshot create", "keep:create", "Take a snapshot now.", "SESSION"),
+        Command("snapshot pin", "keep:pin", "Keep a snapshot whatever retention says.", "SNAPSHOT"),
+        Command("snapshot unpin", "keep:unpin", "Leave a snapshot to retention again.", "SNAPSHOT"),
+        Command("snapshot export", "keep:export", "Write a snapshot into a file.", "SNAPSHOT FILE"),
+        Command("snapshot import", "keep:import_", "Make a session of an exported file.", "FILE"),
     ),
     "Looking inside": (
         Command("shell", "inspect:shell", "Open a shell inside a snapshot.", "SNAPSHOT [-- COMMAND ...]"),

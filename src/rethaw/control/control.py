@@ -10,7 +10,20 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from rethaw.control import forks, inbox, leases, outbox, placement, recovery, reports, rows, sessions, stats, waits
+from rethaw.control import (
+    forks,
+    imports,
+    inbox,
+    leases,
+    outbox,
+    placement,
+    recovery,
+    reports,
+    rows,
+    sessions,
+    stats,
+    waits,
+)
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.control.waits import Addresses
@@ -240,6 +253,18 @@ class Control:
         return rows.view(
             await self._run(lambda conn: forks.rewind(conn, session, to, generation, redeliver, self.policy))
         )
+
+    async def described(self, info: SnapshotInfo) -> dict[str, Any]:
+        """What an exported snapshot says of its session."""
+        return await self._run(lambda conn: imports.described(conn, info))
+
+    async def take_in(
+        self, agent: AgentSpec, args: dict[str, Any], info: SnapshotInfo, node: str, origin: str
+    ) -> SessionView:
+        """A new session, suspended at a snapshot of another installation whose files are on `node`."""
+        session = new_id("s")
+        row = await self._run(lambda conn: imports.take_in(conn, session, agent, args, info, node, origin))
+        return rows.view(row)
 
     async def erase(self, session: str, *, force: bool = False) -> dict[str, Any]:
         """Delete the session whole. Returns its tombstone {session, created_at, last_seq, erased_at}."""

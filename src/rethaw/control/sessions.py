@@ -43,7 +43,7 @@ _LEAST = {
 }
 
 
-def _check_agent(agent: AgentSpec) -> None:
+def check_agent(agent: AgentSpec) -> None:
     if not agent.name or len(agent.name) > 200 or "\0" in agent.name:
         raise InvalidInput(f"{agent.name[:80]!r} cannot name an agent", remedy="use 1 to 200 characters")
     if not agent.command and agent.entry is None:
@@ -83,7 +83,7 @@ async def create(
     conn: Conn, session: str, agent: AgentSpec, args: dict[str, Any], key: str | None, policy: Policy
 ) -> tuple[Row, bool]:
     """The session, and whether it is new. With a known `key`: the existing one, or KeyReused for other arguments."""
-    _check_agent(agent)
+    check_agent(agent)
     if key is not None and (not 0 < len(key) <= 500 or "\0" in key):
         raise InvalidInput(f"{key[:80]!r} cannot be a key", remedy="use 1 to 500 characters, no NUL")
     spec, text = canonical(agent.model_dump(mode="json")), canonical(args)

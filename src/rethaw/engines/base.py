@@ -204,6 +204,10 @@ class Engine(Protocol):
         """Copy the engine binary into the data directory (once), so that snapshots outlive upgrades; its sha256."""
         ...
 
+    async def fits(self, build: str, cpu: str) -> bool:
+        """Whether a snapshot of that build can be restored here. Raises EngineMismatch naming CPU features that lack."""
+        ...
+
     async def prune_builds(self, keep: set[str]) -> list[str]:
         """Remove kept binaries that no snapshot needs any more (`keep`: digests that some does); their digests."""
         ...

@@ -116,7 +116,9 @@ class SessionGateway:
         own = [x.seq for x in exchanges if not self._intake.is_past(life, x)]
         if own:
             released = await self._intake.released(min(own))
-        released.update(x.id for x in exchanges if self._intake.is_past(life, x))  # of a past that is not ours to give up
+        released.update(
+            x.id for x in exchanges if self._intake.is_past(life, x)
+        )  # of a past that is not ours to give up
         if exchanges:
             log.info("session %s: %d exchanges after snapshot %s", self.id, len(exchanges), snapshot)
         life.tail = Tail(exchanges, released)

@@ -43,7 +43,9 @@ async def _events(db: Database, report: Report) -> None:
     async with db.tx() as conn:
         await conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         row = await (
-            await conn.execute("SELECT last_seq, line, fork_seq, first_line FROM sessions WHERE id = %s", (report.session,))
+            await conn.execute(
+                "SELECT last_seq, line, fork_seq, first_line FROM sessions WHERE id = %s", (report.session,)
+            )
         ).fetchone()
         if row is None:
             raise NotFound(f"no session {report.session}", remedy="check the id")

@@ -8,10 +8,12 @@ has not answered for 30 s (implementations retry until then, with backoff; every
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from rethaw.model.enums import Durability, EventType, ExchangeState, Reason
 from rethaw.model.types import (
+    AgentSpec,
     Assignment,
     Chunk,
     Event,
@@ -193,6 +195,20 @@ class ControlPlane(Protocol):
 
     async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
         """Saving keeps failing, or works again: row flag and event."""
+        ...
+
+
+class Carrier(Protocol):
+    """Snapshots into and out of one file, on a node."""
+
+    async def export(self, info: SnapshotInfo, described: dict[str, Any], target: Path) -> None:
+        """Write `info`, what a restore needs and what is said of its session ({agent, args}) into `target`."""
+        ...
+
+    async def take_in(self, snapshot: str, source: Path) -> tuple[SnapshotInfo, AgentSpec, dict[str, Any], str]:
+        """Add what `source` holds to the store as `snapshot`: its row, agent, arguments and the session it came from.
+
+        Raises InvalidInput for a damaged file, EngineMismatch and ImageError naming what does not fit here."""
         ...
 
 

@@ -286,6 +286,20 @@ def snapshot(session: str) -> Call[SnapshotInfo]:
     return Call("POST", path("sessions", session, "snapshots"), _snapshot, content=b"{}", wait_s=60)
 
 
+def pin(snapshot: str, pinned: bool) -> Call[SnapshotInfo]:
+    return Call("POST", path("snapshots", snapshot, "pin"), _snapshot, content=to_json({"pinned": pinned}))
+
+
+def export(snapshot: str) -> Call[bytes]:
+    return Call("GET", path("snapshots", snapshot, "export"), _raw, accept="application/octet-stream", wait_s=600)
+
+
+def import_() -> Call[SessionView]:
+    """Its content is the exported file."""
+    kind = "application/octet-stream"
+    return Call("POST", path("snapshots", "import"), session_view, content_type=kind, wait_s=600)
+
+
 def snapshots(session: str) -> Call[list[SnapshotInfo]]:
     def read(body: bytes) -> list[SnapshotInfo]:
         return [cast("SnapshotInfo", _wire(SnapshotInfo, row)) for row in _object(body)["snapshots"]]

@@ -5,14 +5,16 @@ A SNAPSHOT is an id or a unique beginning of one, or a session's, whose newest s
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import httpx2
 
 from rethaw.model.durations import Duration, seconds
-from rethaw.model.errors import NotFound
+from rethaw.model.errors import Conflict, InvalidInput, NotFound
 from rethaw.model.looking import IDLE_S, FileEntry, ShellRequest, TerminalSize, Verified
 from rethaw.model.types import SnapshotInfo
 from rethaw.sdk import calls, looking
@@ -21,7 +23,7 @@ from rethaw.sdk.looking import Difference
 
 if TYPE_CHECKING:
     from rethaw.sdk.aclient import AsyncClient
-    from rethaw.sdk.client import Client
+    from rethaw.sdk.client import Client, Session
     from rethaw.sdk.shell import Shell
 
 
@@ -54,6 +56,47 @@ class Snapshots:
     def verify(self, snapshot: str) -> Verified:
         """Read and check every stored byte. Raises SnapshotUnusable naming snapshot and file."""
         return self._client.run(looking.verify(snapshot))
+
+    def pin(self, snapshot: str, pinned: bool = True) -> SnapshotInfo:
+        """Keep it whatever retention says, or (False) no longer."""
+        return self._client.run(calls.pin(snapshot, pinned))
+
+    def export(self, snapshot: str, target: Path) -> int:
+        """Write it and all that a restore needs into the file `target`, which must not exist, not encrypted; its bytes."""
+        chunks = self._stream(calls.export(snapshot))
+        size = 0
+        try:
+            first = next(chunks, b"")
+            with target.open("xb") as out:
+                os.fchmod(out.fileno(), 0o600)
+                for chunk in itertools.chain([first], chunks):
+                    size += out.write(chunk)
+        except FileExistsError as error:
+            raise Conflict(f"{str(target)!r} exists already", remedy="name another file, or remove it first") from error
+        except OSError as error:
+            raise InvalidInput(f"{str(target)!r} cannot be written: {error.strerror}") from error
+        finally:
+            chunks.close()
+        return size
+
+    def import_file(self, source: Path) -> Session[Any]:
+        """A new session, suspended at the snapshot in the exported file `source`. Raises InvalidInput when the file is
+        damaged, EngineMismatch or ImageError when it does not fit the server."""
+        call = calls.import_()
+        request = self._client.target.request(call)
+        try:
+            with source.open("rb") as f:
+                request["content"] = iter(lambda: f.read(1 << 20), b"")
+                response = self._client.http.request(**request)
+        except OSError as error:
+            raise InvalidInput(f"{str(source)!r} cannot be read: {error.strerror}", remedy="name a file") from error
+        except httpx2.HTTPError as e:
+            raise self._client.target.unavailable(e) from e
+        if response.status_code >= 400:
+            where = {"url": self._client.url, "token_source": self._client.target.source}
+            raise calls.error_of(response.status_code, response.content, **where)
+        view = call.read(response.content)
+        return self._client.sessions.get(view.id)
 
     def every(self, name: str | None = None) -> list[SnapshotInfo]:
         """All snapshots of the session that `name` begins, of every session without one."""
@@ -131,7 +174,7 @@ class _Reader:
 
 
 class AsyncSnapshots:
-    """`Snapshots` with await. Archives and shells are of the blocking client alone."""
+    """`Snapshots` with await. Archives, exported files and shells are of the blocking client alone."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
@@ -143,6 +186,10 @@ class AsyncSnapshots:
     async def read(self, snapshot: str, path: str | bytes) -> bytes:
         """A regular file's bytes."""
         return await self._client.run(looking.content(snapshot, path))
+
+    async def pin(self, snapshot: str, pinned: bool = True) -> SnapshotInfo:
+        """Keep it whatever retention says, or (False) no longer."""
+        return await self._client.run(calls.pin(snapshot, pinned))
 
     async def verify(self, snapshot: str) -> Verified:
         """Read and check every stored byte. Raises SnapshotUnusable naming snapshot and file."""

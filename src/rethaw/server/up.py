@@ -41,6 +41,7 @@ from rethaw.node.look import NodeLook
 from rethaw.node.node import Node, node_id
 from rethaw.node.parts import Parts
 from rethaw.node.peek import Throwaways
+from rethaw.node.transfers import Transfers
 from rethaw.server import hooks
 from rethaw.server.config import Config
 from rethaw.snapshots.store import SnapshotStore
@@ -201,6 +202,8 @@ async def _run(
             blobs_dir=data / "code",
             public_url=public_url,
             looking=NodeLook(parts, throwaways),
+            carrier=Transfers(parts),
+            node=parts.node,
         )
         server = uvicorn.Server(
             uvicorn.Config(

@@ -132,7 +132,8 @@ def snapshot_ls(session: str, /, *, json: Json = False) -> None:
     """List a session's snapshots, oldest first.
 
     PAUSED is how long the session stood still, DURABLE how long it took until
-    the snapshot was on disk and committed, pause included.
+    the snapshot was on disk and committed, pause included, UPLOADED until the
+    object store had it. STORED is what it added to the store.
 
     For example:
       rethaw snapshot ls s_06f2
@@ -161,14 +162,15 @@ def snapshot_ls(session: str, /, *, json: Json = False) -> None:
             one.why,
             f"{one.paused_ms:.0f} ms",
             f"{one.durable_ms:.0f} ms",
+            "" if one.uploaded_ms is None else f"{one.uploaded_ms:.0f} ms",
             human_bytes(one.raw_bytes),
             human_bytes(one.stored_bytes),
             output.ago(one.created_at),
-            f"unusable: {one.unusable}" if one.unusable else "",
+            f"unusable: {one.unusable}" if one.unusable else "pinned" if one.pinned else "",
         ]
         for one in found
     ]
-    output.table(["SNAPSHOT", "SEQ", "LINE", "WHY", "PAUSED", "DURABLE", "RAW", "STORED", "AGE", ""], rows)
+    output.table(["SNAPSHOT", "SEQ", "LINE", "WHY", "PAUSED", "DURABLE", "UPLOADED", "RAW", "STORED", "AGE", ""], rows)
 
 
 def version(*, json: Json = False) -> None:

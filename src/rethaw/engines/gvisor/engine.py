@@ -91,6 +91,17 @@ class GvisorEngine:
     async def keep_build(self) -> str:
         return (await self._open()).sha256
 
+    async def fits(self, build: str, cpu: str) -> bool:
+        current = await self._open()
+        self._check_cpu(cpu)
+        if build == current.sha256:
+            return True
+        try:
+            await self._builds.kept(build)
+        except EngineMismatch:
+            return False
+        return True
+
     async def prune_builds(self, keep: set[str]) -> list[str]:
         """Remove kept builds that no snapshot needs any more (`keep`: those that some does); their digests."""
         return await self._builds.prune(keep)
