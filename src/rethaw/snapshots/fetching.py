@@ -102,8 +102,13 @@ class Fetcher:
         task = self._running.get(target)
         if task is None:
             task = self._running[target] = asyncio.ensure_future(self._fetch(pack, place, target))
-            task.add_done_callback(lambda _: self._running.pop(target, None))
+            task.add_done_callback(lambda done: self._ended(target, done))
         await asyncio.shield(task)
+
+    def _ended(self, target: Path, task: asyncio.Task[None]) -> None:
+        self._running.pop(target, None)
+        if not task.cancelled():
+            task.exception()  # who waited may have gone
 
     async def close(self) -> None:
         """End what is under way; nothing half-written stays."""

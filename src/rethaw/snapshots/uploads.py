@@ -4,7 +4,7 @@
     snapshots/SNAPSHOT   a snapshot's record (`records`), after every object that it names
     condemned/RANDOM     what the garbage collector is about to delete (`collecting`)
 
-In the background, packs are laid together in the order in which snapshots came. Less than 8 MiB wait for company, for
+In the background, packs are laid together in the order in which snapshots came; a few records are put at a time. Less than 8 MiB wait for company, for
 `linger_s` at most. `upload` does not wait (an agent's answer may hang on it): its packs go up at once, together with those
 of others that ask at the same moment, and then objects may be as small as a pack. `flush` does the same for all.
 
@@ -277,9 +277,13 @@ class Uploader:
             return [], False
         await self._look()
         done = [job.snapshot for job in jobs if self._places.is_up(job.snapshot)]
-        ready = [job for job in jobs if job.snapshot not in done and self._complete(job)][:_RECORDS_AT_ONCE]
         # The other lane may be at the same snapshot.
-        ready = [job for job in ready if job.snapshot not in self._recording]
+        ready = [
+            job
+            for job in jobs
+            if job.snapshot not in done and job.snapshot not in self._recording and self._complete(job)
+        ][:_RECORDS_AT_ONCE]
+        self._recording.update(job.snapshot for job in ready)
         results = await asyncio.gather(*map(self._record, ready), return_exceptions=True)
         for job, result in zip(ready, results, strict=True):
             if isinstance(result, BaseException):
@@ -334,7 +338,6 @@ class Uploader:
 
     async def _record(self, job: Job) -> bool:
         """Put the record of a complete job. False: an object turned out to be gone, the job is not complete any more."""
-        self._recording.add(job.snapshot)
         looked = self._looked
         try:
             packs: dict[str, PackPlace] = {}

@@ -83,7 +83,7 @@ class LocalTier:
     async def list(self, prefix: str) -> Sequence[Found]:
         folder = base.check_prefix(prefix)
         try:
-            return await self._run(folder, lambda: self._list(self._root / folder))
+            return await self._run(folder or "*", lambda: self._list(self._root / folder))
         except ObjectMissing:
             return []
 
@@ -156,6 +156,7 @@ class LocalTier:
         _sync(path.parent)
 
     def _list(self, folder: Path) -> list[Found]:
+        self._make(self._root)  # a new tier is an empty one
         found: list[Found] = []
         pending = [folder]
         while pending:
