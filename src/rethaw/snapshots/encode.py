@@ -249,11 +249,12 @@ def _gather(content: Words, indices: Ints) -> Words:
     return content if len(indices) == len(content) else content[indices]
 
 
-def _worn(former: Known) -> NDArray[np.bool_] | None:
-    """Pages to store anew, because the snapshot's pages lie scattered over too many packs: those in the emptiest ones,
-    and those whose deltas refer there."""
+def _worn(former: Known) -> NDArray[np.bool_]:
+    """Pages that must not be referred to: those of zeros, which lie nowhere; and if the snapshot's pages are scattered
+    over too many packs, those in the emptiest ones, and those whose deltas refer there."""
+    nowhere = former.pack == ZERO
     if len(former.packs) < MAX_PACKS:
-        return None
+        return nowhere
     used = former.pack[former.pack >= 0]
     live = np.bincount(used, minlength=len(former.packs))
     live += np.bincount(former.base_pack[former.base_pack >= 0], minlength=len(former.packs))
@@ -261,4 +262,4 @@ def _worn(former: Known) -> NDArray[np.bool_] | None:
     worn = np.zeros(len(former.packs) + 1, dtype=np.bool_)
     worn[emptiest] = True
     worn[-1] = False  # serves the number -1
-    return worn[former.pack] | worn[former.base_pack]
+    return nowhere | worn[former.pack] | worn[former.base_pack]

@@ -91,7 +91,7 @@ class Plan:
 
 
 def plan(pages: Words, found: Words, former: Former | None, renew: Bools | None = None) -> Plan:
-    """Compare. `found`: hashes of `pages`. `renew`: former pages that must not be referred to any more."""
+    """Compare. `found`: hashes of `pages`. `renew`: former pages that must not be referred to."""
     count = len(pages)
     zero = zeros(pages, found)
     same = np.full(count, -1, dtype=np.int32)
