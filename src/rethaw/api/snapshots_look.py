@@ -165,12 +165,12 @@ async def _shell(rooms: Rooms, socket: WebSocket, snapshot: str) -> None:
     try:
         opening = asyncio.ensure_future(looking.shell(info, await _request(socket)))
         try:
-            shell = await asyncio.shield(opening)
+            opened = shell = await asyncio.shield(opening)
         except asyncio.CancelledError:
             opening.add_done_callback(_abandon)
             raise
-        await socket.send_json({"type": "ready", "snapshot": info.id, "session": info.session, "frozen": shell.frozen})
-        await _talk(socket, shell)
+        await socket.send_json({"type": "ready", "snapshot": info.id, "session": info.session, "frozen": opened.frozen})
+        await _talk(socket, opened)
     except WebSocketDisconnect:
         pass
     except RethawError as error:

@@ -90,9 +90,11 @@ def _raw(shell: Shell) -> Generator[None]:
             size = shutil.get_terminal_size()
             shell.resize(size.columns, size.lines)
 
-    # A handler must not send: it may interrupt a send.
+    def notice(_number: int, _frame: object) -> None:
+        changed.set()  # a handler must not send: it may interrupt a send
+
     threading.Thread(target=tell, daemon=True).start()
-    former = signal.signal(signal.SIGWINCH, lambda *_: changed.set())
+    former = signal.signal(signal.SIGWINCH, notice)
     try:
         tty.setraw(fd)
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from rethaw.db.pool import Database
 from rethaw.log.lineage import Reach, path_in
@@ -61,4 +61,4 @@ async def compare_logs(
             "input_tokens": sum(int(row[2]) for row in rows),
             "output_tokens": sum(int(row[3]) for row in rows),
         }
-    return common, cast("dict[str, dict[str, Any]]", sides)
+    return common, sides
