@@ -5,6 +5,7 @@ Each check takes the `Record` and returns what is wrong, in words; nothing when 
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -202,13 +203,20 @@ def outbox_once(r: Record) -> list[str]:
     return out
 
 
+def last_words(r: Record) -> str:
+    """The end of the agent's output."""
+    bodies = [e["body"] for e in r.of("output", path=True)[-20:] if isinstance(e["body"], str)]
+    said = b"".join(base64.urlsafe_b64decode(body) for body in bodies)
+    return said[-500:].decode("utf-8", "replace")
+
+
 def outcome(r: Record) -> list[str]:
     """Promises 1 and 7: the result of an undisturbed run, or the end that the agent brought upon itself."""
     if r.plan.die_at is not None and r.state == "failed":
         fine = r.reason == "exited" and r.exit_code in (137, -9)
         return [] if fine else [f"the agent killed itself, the session says {r.reason}, exit code {r.exit_code}"]
     if r.state != "completed":
-        return [f"the session ended {r.state} ({r.reason}, exit code {r.exit_code})"]
+        return [f"the session ended {r.state} ({r.reason}, exit code {r.exit_code}); it said {last_words(r)!r}"]
     if r.plan.die_at is not None:
         return ["the agent should have killed itself"]
     want = script.expected(r.plan.turns)
