@@ -56,10 +56,12 @@ def post(messages: list[Any], stream: bool, timeout: float) -> str:
 
 
 async def ask(messages: list[Any], stream: bool = True, timeout: float = 60.0) -> str:
-    """As a client with retries does it: the same request again, after a moment."""
-    for _ in range(40):
+    """As a client with retries does it: the same request again, after a moment, each time a little more patient. (An
+    answer waits for a snapshot that holds the request: on a busy machine that alone may take longer than the first.)"""
+    for tries in range(40):
         try:
-            return await asyncio.get_running_loop().run_in_executor(POOL, post, messages, stream, timeout)
+            patience = timeout + 0.1 * tries
+            return await asyncio.get_running_loop().run_in_executor(POOL, post, messages, stream, patience)
         except Again as error:
             print("again:", error, flush=True)
             await asyncio.sleep(0.1)
