@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from rethaw.model.types import AgentSpec, Message, SessionView, SnapshotInfo
 
@@ -27,6 +27,23 @@ class CancelBody(_Body):
 
 class CrashBody(_Body):
     what: Literal["sandbox", "node", "db"] = "sandbox"
+
+
+class ForkBody(_Body):
+    """`at`: a SEQ, a snapshot's id or a beginning of one; without it the newest snapshot (a running session takes one)."""
+
+    at: StrictInt | StrictStr | None = None
+    n: StrictInt = 1
+    redeliver: bool = False  # what came after `at` is delivered again
+
+
+class RewindBody(_Body):
+    to: StrictInt | StrictStr
+    redeliver: bool = False
+
+
+class Forks(BaseModel):
+    sessions: list[SessionView]
 
 
 class EmptyBody(_Body):

@@ -153,6 +153,18 @@ def router(rooms: Rooms) -> APIRouter:
     async def cancel(session: str, body: models.CancelBody | None = None) -> SessionView:
         return await control.cancel(await control.resolve(session), now=body is not None and body.now)
 
+    @api.post("/{session}/fork", status_code=201)
+    async def fork(session: str, body: models.ForkBody | None = None) -> models.Forks:
+        """New sessions that share this one's log and pages up to `at`."""
+        body = body or models.ForkBody()
+        ident = await control.resolve(session)
+        return models.Forks(sessions=await control.fork(ident, body.at, body.n, redeliver=body.redeliver))
+
+    @api.post("/{session}/rewind")
+    async def rewind(session: str, body: models.RewindBody) -> SessionView:
+        """The same session, back at `to`; what it did since stays in its log as a superseded line."""
+        return await control.rewind(await control.resolve(session), body.to, redeliver=body.redeliver)
+
     @api.post("/{session}/crash")
     async def crash(session: str, body: models.CrashBody | None = None) -> SessionView:
         """Perform a crash: SIGKILL to the session's sandbox, to the whole node, or to the database."""
@@ -174,7 +186,7 @@ def router(rooms: Rooms) -> APIRouter:
 
     _ = (
         start, find, show, why, erase, events, logs, exchanges, result, send, inbox, outbox, signal, suspend, resume,
-        cancel, crash, take, snapshots,
+        cancel, fork, rewind, crash, take, snapshots,
     )  # fmt: skip
     return api
 

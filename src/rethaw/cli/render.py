@@ -86,6 +86,7 @@ def show_lines(detail: Detail) -> list[str]:
         ("state", color(state_text(view), state_color(view.state.value))),
         ("detail", plain(view.detail or "")),
         ("key", plain(view.key or "")),
+        ("forked from", f"{view.forked_from} at event {view.forked_seq}" if view.forked_from else ""),
         ("created", f"{view.created_at.astimezone():%Y-%m-%d %H:%M:%S} ({ago(view.created_at)} ago)"),
         ("memory", human_bytes(view.agent.memory_bytes)),
         ("log", f"{view.last_seq} events, line {view.line}, attempt {view.attempt}"),

@@ -275,6 +275,19 @@ class AsyncSessions:
         """Kill it, to see it come back."""
         return await self._client.run(calls.action(session, "crash", {"what": what}))
 
+    async def fork(
+        self, session: str, *, at: int | str | None = None, n: int = 1, redeliver: bool = False
+    ) -> list[AsyncSession[Any]]:
+        """`n` new sessions that begin where `session` was at `at`: a seq of its log, a snapshot's id, or None for its
+        newest snapshot (of a running session one is taken). Messages and signals that came after that are delivered to
+        them only with `redeliver`. Raises InvalidInput, NotFound, Conflict."""
+        views = await self._client.run(calls.fork(session, at, n, redeliver))
+        return [AsyncSession(self._client, view.id, view) for view in views]
+
+    async def rewind(self, session: str, *, to: int | str, redeliver: bool = False) -> SessionView:
+        """Take the session back to `to` (a seq or a snapshot's id), also one that has ended. Its log keeps both lines."""
+        return await self._client.run(calls.rewind(session, to, redeliver))
+
     async def snapshot(self, session: str) -> SnapshotInfo:
         """Take one now."""
         return await self._client.run(calls.snapshot(session))
@@ -356,6 +369,15 @@ class AsyncSession(Generic[R_co]):
 
     async def crash(self, what: Literal["sandbox", "node", "db"] = "sandbox") -> SessionView:
         self.view = await self.client.sessions.crash(self.id, what)
+        return self.view
+
+    async def fork(self, *, at: int | str | None = None, n: int = 1, redeliver: bool = False) -> list[AsyncSession[R_co]]:
+        """New sessions from here, or from `at`; see `Sessions.fork`."""
+        return cast("list[AsyncSession[R_co]]", await self.client.sessions.fork(self.id, at=at, n=n, redeliver=redeliver))
+
+    async def rewind(self, *, to: int | str, redeliver: bool = False) -> SessionView:
+        """Back to a seq or a snapshot; see `Sessions.rewind`."""
+        self.view = await self.client.sessions.rewind(self.id, to=to, redeliver=redeliver)
         return self.view
 
     async def snapshot(self) -> SnapshotInfo:

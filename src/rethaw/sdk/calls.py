@@ -282,6 +282,19 @@ def action(
     return Call("POST", path("sessions", session, name), session_view, content=to_json(body))
 
 
+def fork(session: str, at: int | str | None, n: int, redeliver: bool) -> Call[list[SessionView]]:
+    def read(body: bytes) -> list[SessionView]:
+        return [cast("SessionView", _wire(SessionView, row)) for row in _object(body)["sessions"]]
+
+    body = {"at": at, "n": n, "redeliver": redeliver}
+    return Call("POST", path("sessions", session, "fork"), read, content=to_json(body), wait_s=120)
+
+
+def rewind(session: str, to: int | str, redeliver: bool) -> Call[SessionView]:
+    body = {"to": to, "redeliver": redeliver}
+    return Call("POST", path("sessions", session, "rewind"), session_view, content=to_json(body))
+
+
 def snapshot(session: str) -> Call[SnapshotInfo]:
     return Call("POST", path("sessions", session, "snapshots"), _snapshot, content=b"{}", wait_s=60)
 

@@ -270,6 +270,19 @@ class Sessions:
         """Kill it, to see it come back."""
         return self._client.run(calls.action(session, "crash", {"what": what}))
 
+    def fork(
+        self, session: str, *, at: int | str | None = None, n: int = 1, redeliver: bool = False
+    ) -> list[Session[Any]]:
+        """`n` new sessions that begin where `session` was at `at`: a seq of its log, a snapshot's id, or None for its
+        newest snapshot (of a running session one is taken). Messages and signals that came after that are delivered to
+        them only with `redeliver`. Raises InvalidInput, NotFound, Conflict."""
+        views = self._client.run(calls.fork(session, at, n, redeliver))
+        return [Session(self._client, view.id, view) for view in views]
+
+    def rewind(self, session: str, *, to: int | str, redeliver: bool = False) -> SessionView:
+        """Take the session back to `to` (a seq or a snapshot's id), also one that has ended. Its log keeps both lines."""
+        return self._client.run(calls.rewind(session, to, redeliver))
+
     def snapshot(self, session: str) -> SnapshotInfo:
         """Take one now."""
         return self._client.run(calls.snapshot(session))
@@ -351,6 +364,15 @@ class Session(Generic[R_co]):
 
     def crash(self, what: Literal["sandbox", "node", "db"] = "sandbox") -> SessionView:
         self.view = self.client.sessions.crash(self.id, what)
+        return self.view
+
+    def fork(self, *, at: int | str | None = None, n: int = 1, redeliver: bool = False) -> list[Session[R_co]]:
+        """New sessions from here, or from `at`; see `Sessions.fork`."""
+        return cast("list[Session[R_co]]", self.client.sessions.fork(self.id, at=at, n=n, redeliver=redeliver))
+
+    def rewind(self, *, to: int | str, redeliver: bool = False) -> SessionView:
+        """Back to a seq or a snapshot; see `Sessions.rewind`."""
+        self.view = self.client.sessions.rewind(self.id, to=to, redeliver=redeliver)
         return self.view
 
     def snapshot(self) -> SnapshotInfo:

@@ -60,7 +60,8 @@ def ls(
     if not views:
         output.note("no sessions; start one: rethaw run FILE.py")
         return
-    ids = output.short(view.id for view in views)
+    ids = output.short([*(view.id for view in views), *(view.forked_from for view in views if view.forked_from)])
+    forked = any(view.forked_from for view in views)
 
     def row(view: SessionView) -> list[str]:
         crashes = str(view.crashes) if view.crashes else "-"
@@ -72,12 +73,13 @@ def ls(
             output.ago(view.created_at),
             crashes,
             view.key or "-",
+            *([ids[view.forked_from] if view.forked_from else "-"] if forked else []),
         ]
 
     output.table(
-        ["SESSION", "AGENT", "STATE", "SINCE", "AGE", "CRASHES", "KEY"],
+        ["SESSION", "AGENT", "STATE", "SINCE", "AGE", "CRASHES", "KEY", *(["FORK OF"] if forked else [])],
         [row(view) for view in views],
-        codes=[["", "", output.state_color(view.state.value), "", "", "", ""] for view in views],
+        codes=[["", "", output.state_color(view.state.value), *[""] * (4 + forked)] for view in views],
     )
 
 
