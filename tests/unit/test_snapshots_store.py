@@ -11,12 +11,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_fixtures import (
-    KERNEL, MEMORY, Content, Memory, changed, files, heap, load, noise, place, run, save, seeds, steps, store_in,
+    KERNEL,
+    MEMORY,
+    Content,
+    Memory,
+    changed,
+    files,
+    heap,
+    load,
+    noise,
+    place,
+    run,
+    save,
+    seeds,
+    steps,
+    store_in,
 )  # fmt: skip
 
 from rethaw.model.types import SnapshotInfo
-from rethaw.snapshots import pages as pages_module
-from rethaw.snapshots.encode import MAX_PACKS
 from rethaw.snapshots.pages import PAGE
 from rethaw.snapshots.store import SnapshotStore
 
@@ -60,7 +72,11 @@ async def generations(directory: Path, script: list[Any], gone: set[int], option
     for n, (names, seed, parent) in enumerate(script):
         memory = changed(memory, names, seed)
         snapshot = f"snap_{n}"
-        content[snapshot] = {MEMORY: memory.data, KERNEL: noise(seed, seed % 5000), "second.img": memory.data[: PAGE * 3]}
+        content[snapshot] = {
+            MEMORY: memory.data,
+            KERNEL: noise(seed, seed % 5000),
+            "second.img": memory.data[: PAGE * 3],
+        }
         of = {
             "previous": infos[-1].id if infos else None,
             "none": None,

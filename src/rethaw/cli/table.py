@@ -42,7 +42,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("resume", "act:resume", "Let a suspended session go on.", "SESSION"),
         Command("cancel", "act:cancel", "End a session.", "SESSION"),
         Command("fork", "branch:fork", "Begin new sessions from where a session is or was.", "SESSION"),
-        Command("rewind", "branch:rewind", "Take a session back to an older point of its log.", "SESSION --to SNAPSHOT|SEQ"),
+        Command(
+            "rewind", "branch:rewind", "Take a session back to an older point of its log.", "SESSION --to SNAPSHOT|SEQ"
+        ),
         Command("rm", "act:rm", "Erase sessions whole.", "SESSION ..."),
         Command("crash", "act:crash", "Perform a crash, safely.", "SESSION [sandbox|node|db]"),
         Command("snapshot ls", "look:snapshot_ls", "List a session's snapshots.", "SESSION"),

@@ -263,7 +263,7 @@ class Control:
     ) -> SessionView:
         """A new session, suspended at a snapshot of another installation whose files are on `node`."""
         session = new_id("s")
-        row = await self._run(lambda conn: imports.take_in(conn, session, agent, args, info, node, origin))
+        row = await self._run(lambda conn: imports.take_in(conn, session, agent, args, info, node, origin, self.policy))
         return rows.view(row)
 
     async def erase(self, session: str, *, force: bool = False) -> dict[str, Any]:

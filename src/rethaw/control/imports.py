@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from rethaw.control import rows, sessions
+from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.log.writer import create_session_in
 from rethaw.model.enums import Desired, EventType, Reason, State
@@ -13,11 +14,18 @@ from rethaw.model.types import AgentSpec, NewEvent, SnapshotInfo
 
 
 async def take_in(
-    conn: Conn, session: str, agent: AgentSpec, args: dict[str, Any], info: SnapshotInfo, node: str, origin: str
+    conn: Conn,
+    session: str,
+    agent: AgentSpec,
+    args: dict[str, Any],
+    info: SnapshotInfo,
+    node: str,
+    origin: str,
+    policy: Policy,
 ) -> Row:
     """A session suspended at `info`, whose files are on `node`; a person resumes it. `origin`: what it was a snapshot
     of. Its log begins here: its attempt goes on, what the model saw before is in guest memory."""
-    sessions.check_agent(agent)
+    sessions.check_agent(agent, policy)
     await create_session_in(conn, session)
     spec, text = sessions.canonical(agent.model_dump(mode="json")), sessions.canonical(args)
     await conn.execute("INSERT INTO session_specs (session, agent, args) VALUES (%s, %s, %s)", (session, spec, text))

@@ -15,4 +15,5 @@ class Policy:
     deaths_per_step_total: int = 10  # and whatever it logs meanwhile, or an agent that logs, then dies, loops for ever
     overcommit: float = 4.0  # memory limits of a node's sessions may sum up to this many times its memory
     keep_newest: int = 3  # snapshots of a live session's path that recovery may ask for
+    object_store: bool = False  # nodes upload snapshots
     cancel_slack_s: float = 20.0  # on top of an agent's grace period, before control stops waiting for its node

@@ -43,7 +43,8 @@ _LEAST = {
 }
 
 
-def check_agent(agent: AgentSpec) -> None:
+def check_agent(agent: AgentSpec, policy: Policy) -> None:
+    """Raises InvalidInput naming the value and the remedy."""
     if not agent.name or len(agent.name) > 200 or "\0" in agent.name:
         raise InvalidInput(f"{agent.name[:80]!r} cannot name an agent", remedy="use 1 to 200 characters")
     if not agent.command and agent.entry is None:
@@ -72,10 +73,10 @@ def check_agent(agent: AgentSpec) -> None:
     for name in (*agent.env, *agent.image.env):
         if not name or "=" in name:
             raise InvalidInput(f"env of agent {agent.name}: {name!r} cannot name a variable", remedy="leave out the =")
-    if agent.durability is Durability.REPLICATED:
+    if agent.durability is Durability.REPLICATED and not policy.object_store:
         raise InvalidInput(
-            f'agent {agent.name} asks for durability "replicated", which needs an object store; none can be configured yet',
-            remedy='use "local"',
+            f'agent {agent.name} asks for durability "replicated", which needs an object store, and none is configured',
+            remedy='name a bucket in [snapshots.s3] of the server\'s rethaw.toml, or use "local"',
         )
 
 
@@ -83,7 +84,7 @@ async def create(
     conn: Conn, session: str, agent: AgentSpec, args: dict[str, Any], key: str | None, policy: Policy
 ) -> tuple[Row, bool]:
     """The session, and whether it is new. With a known `key`: the existing one, or KeyReused for other arguments."""
-    check_agent(agent)
+    check_agent(agent, policy)
     if key is not None and (not 0 < len(key) <= 500 or "\0" in key):
         raise InvalidInput(f"{key[:80]!r} cannot be a key", remedy="use 1 to 500 characters, no NUL")
     spec, text = canonical(agent.model_dump(mode="json")), canonical(args)

@@ -71,11 +71,15 @@ class Catalog:
         await self._db.run(fn)
         return await self.get(snapshot)
 
-    async def uploaded(self, snapshot: str, uploaded_ms: float) -> None:
-        """The object store has it. Nothing for one that is gone."""
+    async def uploaded(self, snapshot: str, after_ms: float) -> None:
+        """The object store has it, `after_ms` after it was durable here. Nothing for one that is gone."""
 
         async def fn(conn: Conn) -> None:
-            await conn.execute("UPDATE snapshots SET uploaded_ms = %s WHERE id = %s", (uploaded_ms, snapshot))
+            await conn.execute(
+                """UPDATE snapshots SET uploaded_ms = (info::json ->> 'durable_ms')::float8 + %s
+                   WHERE id = %s AND uploaded_ms IS NULL""",
+                (after_ms, snapshot),
+            )
 
         await self._db.run(fn)
 
@@ -100,6 +104,20 @@ class Catalog:
             await conn.execute("DELETE FROM snapshots WHERE id = %s", (snapshot,))
 
         await self._db.run(fn)
+
+    async def not_uploaded(self, node: str) -> list[SnapshotInfo]:
+        """Snapshots of `node` that the object store may not have, oldest first."""
+
+        async def fn(conn: Conn) -> list[SnapshotInfo]:
+            found = await rows.many(
+                conn,
+                """SELECT * FROM snapshots WHERE node = %s AND uploaded_ms IS NULL AND unusable IS NULL AND NOT erased
+                   AND (info::json ->> 'uploaded_ms') IS NULL ORDER BY created_at""",
+                (node,),
+            )
+            return [placement.snapshot_info(r) for r in found]
+
+        return await self._db.run(fn)
 
     async def ids(self, node: str) -> set[str]:
         """Every snapshot of `node` that has a row."""

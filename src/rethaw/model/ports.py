@@ -127,8 +127,8 @@ class SnapshotCatalog(Protocol):
         """Logged as snapshot.unusable; never chosen again."""
         ...
 
-    async def uploaded(self, snapshot: str, uploaded_ms: float) -> None:
-        """The object store has it, `uploaded_ms` after the start of its pause."""
+    async def uploaded(self, snapshot: str, after_ms: float) -> None:
+        """The object store has it, `after_ms` after it was durable on its node."""
         ...
 
     async def superfluous(self, node: str) -> list[SnapshotInfo]:
@@ -136,6 +136,10 @@ class SnapshotCatalog(Protocol):
         ...
 
     async def forget(self, snapshot: str) -> None: ...
+
+    async def not_uploaded(self, node: str) -> list[SnapshotInfo]:
+        """Snapshots of this node that the object store may not have, oldest first."""
+        ...
 
     async def ids(self, node: str) -> set[str]:
         """Every snapshot of this node that has a row: its files are to stay."""

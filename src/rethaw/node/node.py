@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from pathlib import Path
 
 from rethaw.model.enums import Reason, State
-from rethaw.model.errors import Conflict, Fenced, RethawError
+from rethaw.model.errors import Conflict, Fenced, RethawError, SnapshotUnusable
 from rethaw.model.ids import new_id
 from rethaw.model.types import NodeInfo, StateChange
 from rethaw.node.parts import Parts
@@ -46,6 +47,8 @@ class Node:
         swept = await parts.engine.sweep_orphans()
         if swept:
             log.info("removed %d sandboxes of an earlier process", swept)
+        if parts.store.remote is not None:
+            await parts.store.remote.start()
         await parts.gateway.start()
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         await parts.control.register_node(
@@ -64,12 +67,15 @@ class Node:
             group.create_task(self._renew())
             group.create_task(self._take())
             group.create_task(self._collect())
+            group.create_task(self._offer())
 
     async def stop(self) -> None:
         """In order: each session is saved and told `node_stopped`, so that it resumes when the node is back."""
         await asyncio.gather(*(self._put_down(s) for s in self._supervisors.values()), return_exceptions=True)
         await self._parts.gateway.close()
         await self._parts.engine.close()
+        if self._parts.store.remote is not None:
+            await self._parts.store.remote.close()
         self._parts.store.close()
 
     async def _put_down(self, supervisor: Supervisor) -> None:
@@ -134,6 +140,19 @@ class Node:
         if supervisor is not None:
             task = asyncio.ensure_future(supervisor.close())
             task.add_done_callback(lambda _: None)
+
+    async def _offer(self) -> None:
+        """What an earlier process did not upload: its own list may have been lost with the power."""
+        parts = self._parts
+        while parts.store.remote is not None:
+            try:
+                for info in await parts.catalog.not_uploaded(parts.node):
+                    with contextlib.suppress(SnapshotUnusable):
+                        await parts.store.upload_later(info)
+                return
+            except (RethawError, OSError) as error:
+                log.info("uploads are offered again later: %s", error)
+                await asyncio.sleep(_COLLECT_EVERY)
 
     async def _collect(self) -> None:
         """Snapshots that retention gave up, and files that no row knows (a save that died half-way)."""

@@ -260,6 +260,14 @@ class Saver:
         found = {name: getattr(written, name) for name in ("path", "digest", "sections", "raw_bytes", "stored_bytes")}
         durable_ms = round((time.monotonic() - c.started) * 1000, 2)
         info = info.model_copy(update={**found, "durable_ms": durable_ms})
+        if self._agent.durability is Durability.REPLICATED:
+            # Before the row: what the row makes visible must survive this node.
+            try:
+                await parts.store.upload(info)
+            except RethawError:
+                await parts.store.delete(info.id)
+                raise
+            info = info.model_copy(update={"uploaded_ms": round((time.monotonic() - c.started) * 1000, 2)})
         faults.point("saver.commit")
         try:
             info = await parts.catalog.commit(self._fence, info)
@@ -267,6 +275,11 @@ class Saver:
             await parts.store.delete(info.id)
             raise
         faults.point("saver.committed")
+        if info.uploaded_ms is None:
+            try:
+                await parts.store.upload_later(info)
+            except OSError as error:  # it is offered again after the next start
+                log.warning("snapshot %s does not wait for its upload: %s", info.id, error)
         return info
 
     async def note_failure(self, error: Exception) -> None:

@@ -371,9 +371,13 @@ class AsyncSession(Generic[R_co]):
         self.view = await self.client.sessions.crash(self.id, what)
         return self.view
 
-    async def fork(self, *, at: int | str | None = None, n: int = 1, redeliver: bool = False) -> list[AsyncSession[R_co]]:
+    async def fork(
+        self, *, at: int | str | None = None, n: int = 1, redeliver: bool = False
+    ) -> list[AsyncSession[R_co]]:
         """New sessions from here, or from `at`; see `Sessions.fork`."""
-        return cast("list[AsyncSession[R_co]]", await self.client.sessions.fork(self.id, at=at, n=n, redeliver=redeliver))
+        return cast(
+            "list[AsyncSession[R_co]]", await self.client.sessions.fork(self.id, at=at, n=n, redeliver=redeliver)
+        )
 
     async def rewind(self, *, to: int | str, redeliver: bool = False) -> SessionView:
         """Back to a seq or a snapshot; see `Sessions.rewind`."""

@@ -26,6 +26,7 @@ from rethaw import __version__
 from rethaw.api.app import create_app
 from rethaw.control.control import Control
 from rethaw.control.loops import ControlLoops
+from rethaw.control.policy import Policy
 from rethaw.control.snapshots import Catalog
 from rethaw.db.embedded import EmbeddedPostgres
 from rethaw.db.migrate import migrate
@@ -44,7 +45,9 @@ from rethaw.node.peek import Throwaways
 from rethaw.node.transfers import Transfers
 from rethaw.server import hooks
 from rethaw.server.config import Config
+from rethaw.snapshots.remote import Remote
 from rethaw.snapshots.store import SnapshotStore
+from rethaw.snapshots.uploads import Uploader
 
 log = logging.getLogger("rethaw.server")
 Say = Callable[[str], None]
@@ -170,9 +173,10 @@ async def _run(
     public_url = config.public_url or url
     token = token_of(data)
     async with NotifyHub(db) as hub:
+        policy = Policy(object_store=config.snapshots.s3 is not None)
         context_log = Log(db, hub)
-        catalog = Catalog(db, hub)
-        control = Control(db, context_log, hub, public_url=public_url, secret=token.encode())
+        catalog = Catalog(db, hub, policy)
+        control = Control(db, context_log, hub, public_url=public_url, secret=token.encode(), policy=policy)
         engine = GvisorEngine(data)
         await engine.build()
         parts = Parts(
@@ -181,7 +185,7 @@ async def _run(
             data_dir=data,
             engine=engine,
             images=ImageStore(data),
-            store=SnapshotStore(data),
+            store=_store(config, catalog),
             gateway=Gateway(context_log, config.providers, incarnation),
             log=context_log,
             control=control,
@@ -242,6 +246,28 @@ async def _run(
             error = task.exception()
             assert error is not None
             raise error if isinstance(error, RethawError) else RethawError(f"the server stopped: {error!r}") from error
+
+
+def _store(config: Config, catalog: Catalog) -> SnapshotStore:
+    settings, remote = config.snapshots, None
+    if settings.s3 is not None:
+        from rethaw.snapshots.tiers.s3 import S3Tier
+
+        tier = S3Tier(settings.s3)
+        uploader = Uploader(
+            tier,
+            config.data_dir / "snapshots" / "remote",
+            linger_s=settings.s3.linger_s,
+            on_uploaded=catalog.uploaded,
+        )
+        remote = Remote(tier, uploader)
+    return SnapshotStore(
+        config.data_dir,
+        keys=settings.keyring(),
+        staging_bytes=settings.staging_bytes,
+        kept_bytes=settings.cache_bytes,
+        remote=remote,
+    )
 
 
 async def _serve_api(server: uvicorn.Server, sock: socket.socket) -> None:

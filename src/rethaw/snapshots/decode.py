@@ -46,11 +46,9 @@ class _Open:
 class Packs:
     """Open packs of a directory. Threads may share it."""
 
-    def __init__(self, path_of: Callable[[str], Path], keys: Keyring, fetch: Callable[[PackRef], None]) -> None:
-        """`fetch`: bring a pack that is not here into its place, or raise."""
+    def __init__(self, path_of: Callable[[str], Path], keys: Keyring) -> None:
         self._path_of = path_of
         self._keys = keys
-        self._fetch = fetch
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -62,8 +60,6 @@ class Packs:
                 return self._open[ref.id]
         path = self._path_of(ref.id)
         try:
-            if not path.exists():
-                self._fetch(ref)
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise PackDamaged(ref.id, f"cannot be read ({error.strerror})") from error

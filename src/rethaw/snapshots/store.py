@@ -15,30 +15,34 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Collection, Generator
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rethaw.model import faults
-from rethaw.model.errors import RethawError, SnapshotUnusable
+from rethaw.model.errors import RethawError, SnapshotUnusable, Unavailable
 from rethaw.model.ids import new_id
 from rethaw.model.types import MIB, Section, SnapshotInfo
 from rethaw.snapshots import decode, encode, manifest, transfer
+from rethaw.snapshots.books import Books
 from rethaw.snapshots.decode import PackDamaged, Packs
 from rethaw.snapshots.encode import Encoded, Known
 from rethaw.snapshots.keys import Keyring
-from rethaw.snapshots.manifest import Manifest, PackRef
+from rethaw.snapshots.manifest import Manifest
 from rethaw.snapshots.pack import Damaged, digest
 from rethaw.snapshots.pages import PAGE
+from rethaw.snapshots.remote import Remote
 from rethaw.snapshots.staging import Staging, default_budget, staging_for, storage_full
+from rethaw.snapshots.uploads import Job
 
+T = TypeVar("T")
 log = logging.getLogger("rethaw.snapshots")
 _THREADS = 4
+_COLLECT_REMOTE_S = 3600.0  # it lists the bucket
 _KNOWN = 64  # snapshots whose pages are at hand for comparison; about 0.3 MiB each beside their raw pages
 
 
@@ -65,10 +69,12 @@ class SnapshotStore:
         staging_bytes: int | None = None,
         kept_bytes: int = 1024 * MIB,
         wait_s: float = 10.0,
+        remote: Remote | None = None,
     ) -> None:
         self._data = data_dir
         self._home = data_dir / "snapshots" / "store"
         self.keys = keys or Keyring()
+        self.remote = remote
         self._pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="snapshots")
         self.staging = Staging(
             staging_for(data_dir),
@@ -77,13 +83,12 @@ class SnapshotStore:
             wait_s=wait_s,
             dropped=self._forget_known,
         )
-        self.packs = Packs(self.pack_path, self.keys, self._fetch)
-        self._lock = threading.Lock()
-        self._needs: dict[str, frozenset[str]] = {}  # snapshot -> packs, of every manifest on disk
-        self._users: Counter[str] = Counter()  # pack -> manifests and pins
+        self.packs = Packs(self.pack_path, self.keys)
+        self._books = Books(self._remove_packs)
         self._known: OrderedDict[str, dict[str, Known]] = OrderedDict()
         self._first: dict[str, str] = {}  # image -> snapshot that new sessions of it are compared with
         self._loading: dict[str, asyncio.Lock] = {}
+        self._collected = time.monotonic()
 
     # ------------------------------------------------------------ files
 
@@ -109,7 +114,7 @@ class SnapshotStore:
                 continue
             if key is not None:
                 self.keys.require(key, path.stem)
-            self._add(path.stem, found.packs)
+            self._books.add(path.stem, found.packs)
             if found.meta.get("parent") is None and isinstance(image := found.meta.get("image"), str):
                 self._first.setdefault(image, path.stem)
 
@@ -117,41 +122,11 @@ class SnapshotStore:
         self._pool.shutdown(wait=True)
         self.staging.close()
 
-    def _add(self, snapshot: str, packs: Collection[PackRef]) -> None:
-        with self._lock:
-            self._needs[snapshot] = frozenset(ref.id for ref in packs)
-            self._users.update(self._needs[snapshot])
-
-    def _release(self, packs: Collection[str]) -> list[str]:
-        """Take back one use of each pack; those that nothing uses any more."""
-        gone: list[str] = []
-        with self._lock:
-            for pack in packs:
-                self._users[pack] -= 1
-                if self._users[pack] <= 0:
-                    del self._users[pack]
-                    gone.append(pack)
-        return gone
-
-    @contextlib.contextmanager
-    def _pinned_snapshot(self, snapshot: str | None) -> Generator[str | None]:
-        """The packs of `snapshot` stay at least as long as this. Gives it back, or None when it is gone already."""
-        with self._lock:
-            packs = self._needs.get(snapshot or "", frozenset())
-            self._users.update(packs)
-        try:
-            yield snapshot if packs else None
-        finally:
-            self._remove_packs(self._release(packs))
-
     def _remove_packs(self, packs: Collection[str]) -> None:
         for pack in packs:
             self.packs.forget(pack)
             with contextlib.suppress(OSError):
                 self.pack_path(pack).unlink()
-
-    def _fetch(self, ref: PackRef) -> None:
-        """Bring a pack from a farther tier."""
 
     # ------------------------------------------------------------ staging
 
@@ -181,7 +156,7 @@ class SnapshotStore:
 
         Raises StorageFull, SnapshotUnusable (what was read back differs) or OSError; then nothing is left on disk.
         """
-        with self._pinned_snapshot(meta.get("parent") or self._first.get(str(meta.get("image")))) as wanted:
+        with self._books.pinned(meta.get("parent") or self._first.get(str(meta.get("image")))) as wanted:
             former = await self._former(wanted)
             written, encoded = await asyncio.to_thread(self._write, snapshot, sections, paged, meta, former)
         self._known[snapshot] = encoded.known
@@ -251,7 +226,7 @@ class SnapshotStore:
             partial["manifest"].rename(final["manifest"])
             faults.point("store.renamed")
             _sync_directory(self._home)
-            self._add(snapshot, encoded.manifest.packs)
+            self._books.add(snapshot, encoded.manifest.packs)
         except BaseException as error:
             for path in (final["manifest"], *partial.values(), final["pack"]):
                 with contextlib.suppress(OSError):
@@ -301,8 +276,10 @@ class SnapshotStore:
             self.staging.use(info.id)
             return {s.name: kept / s.name for s in info.sections}
         faults.point("store.load")
-        found = await asyncio.to_thread(self._manifest, info.id, info.digest)
-        return await self._raw(info.id, found)
+        return await self._healed(info.id, lambda: self._read(info))
+
+    async def _read(self, info: SnapshotInfo) -> dict[str, Path]:
+        return await self._raw(info.id, await asyncio.to_thread(self._manifest, info.id, info.digest))
 
     async def _raw(self, snapshot: str, found: Manifest) -> dict[str, Path]:
         """The sections in staging, in use. Callers that want the same at once share one copy."""
@@ -326,7 +303,7 @@ class SnapshotStore:
         return {name: directory / name for name in names}
 
     def _load(self, snapshot: str, found: Manifest, directory: Path) -> None:
-        with self._pinned_snapshot(snapshot):
+        with self._books.pinned(snapshot):
             try:
                 decode.load(
                     found, {s.name: directory / s.name for s in (*found.pages, *found.blobs)}, self.packs, self._pool
@@ -362,7 +339,58 @@ class SnapshotStore:
             except PackDamaged as error:
                 raise self._unusable(info.id, str(error), f"{error.pack}.pack") from error
 
-        return await asyncio.to_thread(look)
+        return await self._healed(info.id, lambda: asyncio.to_thread(look))
+
+    # ------------------------------------------------------------ a second place
+
+    async def _healed(self, snapshot: str, read: Callable[[], Awaitable[T]]) -> T:
+        """What `read` gives. When files are missing or damaged here, and whole in the second place, it is tried again
+        with those."""
+        try:
+            return await read()
+        except SnapshotUnusable as error:
+            if self.remote is None or not await self._bring(self.remote, snapshot, str(error.details.get("file", ""))):
+                raise
+            log.warning("%s; fetched again from the object store", error)
+        return await read()
+
+    async def _bring(self, remote: Remote, snapshot: str, damaged: str) -> bool:
+        """Fetch what `snapshot` lacks here. `damaged`: the file that is of no use. False: the second place has nothing."""
+        record = await remote.record(snapshot)
+        if record is None:
+            return False
+        path = self.manifest_path(snapshot)
+        if not path.exists() or damaged == path.name:
+            partial = path.with_name(f".{path.name}")
+            await asyncio.to_thread(_write_synced, partial, record.manifest)
+            partial.rename(path)
+        try:
+            packs = manifest.decode_head(record.manifest, snapshot)[0].packs
+        except Damaged as error:
+            raise self._unusable(snapshot, f"its copy in the object store {error}", path.name) from error
+        if damaged.endswith(".pack"):
+            ident = damaged.removesuffix(".pack")
+            self.packs.forget(ident)
+            self.pack_path(ident).unlink(missing_ok=True)
+        missing = [ref.id for ref in packs if not self.pack_path(ref.id).exists()]
+        await remote.fetch(record.header, missing, self.pack_path)
+        self._books.add(snapshot, packs)
+        return True
+
+    async def upload(self, info: SnapshotInfo) -> None:
+        """Returns once the second place has `info`, which need not have a row yet. Raises TierUnavailable."""
+        if self.remote is None:
+            raise Unavailable("no object store is configured", remedy="set bucket in [snapshots.s3] of rethaw.toml")
+        await self.remote.uploader.upload(await self._job(self.remote, info))
+
+    async def upload_later(self, info: SnapshotInfo) -> None:
+        """The same in the background, if there is a second place."""
+        if self.remote is not None:
+            await self.remote.uploader.enqueue(await self._job(self.remote, info))
+
+    async def _job(self, remote: Remote, info: SnapshotInfo) -> Job:
+        found = await asyncio.to_thread(self._manifest, info.id)
+        return remote.job(info, self.manifest_path(info.id), found.packs, self.pack_path)
 
     # ------------------------------------------------------------ one file
 
@@ -400,6 +428,8 @@ class SnapshotStore:
     async def delete(self, snapshot: str) -> None:
         """Remove a snapshot, durable and staged, and the packs that only it needed."""
         self.drop_staged(snapshot)
+        if self.remote is not None:
+            await self.remote.uploader.forget(snapshot)
         await asyncio.to_thread(self._delete, snapshot)
 
     def _delete(self, snapshot: str) -> None:
@@ -409,14 +439,16 @@ class SnapshotStore:
         with contextlib.suppress(OSError):
             self.manifest_path(snapshot).unlink()
         faults.point("store.unlinked")
-        with self._lock:
-            packs = self._needs.pop(snapshot, frozenset())
-        self._remove_packs(self._release(packs))
+        self._books.remove(snapshot)
 
     async def collect(self, live: Collection[str], grace_s: float) -> int:
         """Remove what died half-way: manifests of snapshots not in `live`, packs that nothing needs and partial files,
         all older than `grace_s`; the number of files. Safe beside saves: theirs are younger, or pinned."""
-        return await asyncio.to_thread(self._collect, frozenset(live), grace_s)
+        removed = await asyncio.to_thread(self._collect, frozenset(live), grace_s)
+        if self.remote is not None and time.monotonic() - self._collected > _COLLECT_REMOTE_S:
+            self._collected = time.monotonic()
+            await self.remote.uploader.collect(live)
+        return removed
 
     def _collect(self, live: frozenset[str], grace_s: float) -> int:
         removed = 0
@@ -428,16 +460,12 @@ class SnapshotStore:
                     path.unlink()
                 elif path.suffix == ".manifest" and path.stem not in live:
                     self._delete(path.stem)
-                elif path.suffix == ".pack" and not self._used(path.stem):
+                elif path.suffix == ".pack" and not self._books.used(path.stem):
                     self._remove_packs([path.stem])
                 else:
                     continue
                 removed += 1
         return removed
-
-    def _used(self, pack: str) -> bool:
-        with self._lock:
-            return self._users[pack] > 0
 
     def stored_bytes(self) -> int:
         """What the store takes on disk."""

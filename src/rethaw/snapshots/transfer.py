@@ -31,7 +31,6 @@ from rethaw.model.ids import new_id
 from rethaw.snapshots import decode, encode, manifest
 from rethaw.snapshots.decode import PackDamaged, Packs
 from rethaw.snapshots.keys import Keyring
-from rethaw.snapshots.manifest import PackRef
 from rethaw.snapshots.pack import HASH, Damaged
 
 MAGIC = b"RTHWXPRT"
@@ -119,16 +118,12 @@ def unpack(source: Path, target: Path, pool: Executor) -> Exported:
                     out.write(block)
                     size -= len(block)
             files = {s.name: target / s.name for s in (*found.pages, *found.blobs)}
-            decode.load(found, files, Packs(lambda _: partial, Keyring(), _nowhere), pool)
+            decode.load(found, files, Packs(lambda _: partial, Keyring()), pool)
         except PackDamaged as error:
             raise _refuse(f"is damaged ({error})") from error
         finally:
             partial.unlink(missing_ok=True)
     return Exported(info, extra, frozenset(s.name for s in found.pages))
-
-
-def _nowhere(ref: PackRef) -> None:
-    """There is no farther tier to bring a pack from."""
 
 
 def _lengths(f: BinaryIO, size: int) -> tuple[int, int, int]:
