@@ -18,6 +18,7 @@ log = logging.getLogger("rethaw.api")
 
 BLOB_LIMIT = 512 * MIB
 START_LIMIT = 16 * MIB
+EXPORT_LIMIT = 64 * 1024 * MIB  # an exported snapshot; it goes to the disk as it comes
 _PAYLOAD_LIMIT = 2 * MESSAGE_LIMIT  # the payload itself is measured exactly, later
 _OPEN = ("/healthz", "/openapi.json")
 
@@ -26,6 +27,8 @@ def limit_of(path: str) -> int:
     """Bytes that a request's body may have."""
     if path == "/v1/blobs":
         return BLOB_LIMIT
+    if path == "/v1/snapshots/import":
+        return EXPORT_LIMIT
     return START_LIMIT if path == "/v1/sessions" else _PAYLOAD_LIMIT
 
 

@@ -346,13 +346,16 @@ class SnapshotStore:
     async def _healed(self, snapshot: str, read: Callable[[], Awaitable[T]]) -> T:
         """What `read` gives. When files are missing or damaged here, and whole in the second place, it is tried again
         with those."""
-        try:
-            return await read()
-        except SnapshotUnusable as error:
-            if self.remote is None or not await self._bring(self.remote, snapshot, str(error.details.get("file", ""))):
-                raise
-            log.warning("%s; fetched again from the object store", error)
-        return await read()
+        healed: set[str] = set()  # one file is named at a time
+        while True:
+            try:
+                return await read()
+            except SnapshotUnusable as error:
+                file = str(error.details.get("file", ""))
+                if self.remote is None or file in healed or not await self._bring(self.remote, snapshot, file):
+                    raise
+                healed.add(file)
+                log.warning("%s; fetched again from the object store", error.message)
 
     async def _bring(self, remote: Remote, snapshot: str, damaged: str) -> bool:
         """Fetch what `snapshot` lacks here. `damaged`: the file that is of no use. False: the second place has nothing."""
