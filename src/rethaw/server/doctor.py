@@ -9,8 +9,9 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rethaw.db import binaries
@@ -20,10 +21,13 @@ from rethaw.engines.gvisor.engine import GvisorEngine
 from rethaw.model.errors import RethawError
 from rethaw.sdk.sizes import human_bytes
 from rethaw.server.config import Config
+from rethaw.snapshots.tiers.s3 import S3Tier
+from rethaw.snapshots.tiers.settings import S3Settings
 
 _DISK_LEAST = 2 << 30  # an image, and some snapshots
 _STAGING = Path("/dev/shm")  # DESIGN §7: a pause ends once the engine has written into memory
 _STAGING_LEAST = 1 << 30
+_BUCKET_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ async def examine(config: Config, timeout_s: float = 60.0) -> AsyncIterator[Find
     yield _builder()
     for name in config.providers.names():
         yield _provider(config, name)
+    if (keys := _keys(config)) is not None:
+        yield keys
+    if config.snapshots.s3 is not None:
+        yield await _bucket(config.snapshots.s3)
     with tempfile.TemporaryDirectory(prefix="rethaw-doctor-") as scratch:
         engine: Engine = GvisorEngine(Path(scratch))
         # Its warnings repeat what the findings say.
@@ -119,3 +127,30 @@ def _provider(config: Config, name: str) -> Finding:
     except RethawError as e:
         return Finding(f"provider {name}", False, e.message, e.remedy or "", needed=False)
     return Finding(f"provider {name}", True, provider.base_url, needed=False)
+
+
+def _keys(config: Config) -> Finding | None:
+    """None when snapshots are not to be encrypted."""
+    try:
+        keyring = config.snapshots.keyring()
+    except RethawError as e:
+        return Finding("encryption", False, e.message, e.remedy or "")
+    return None if keyring.active is None else Finding("encryption", True, f"with the key {keyring.active}")
+
+
+async def _bucket(settings: S3Settings) -> Finding:
+    """A small object is put, read and deleted."""
+    tier = S3Tier(replace(settings, timeout_s=min(settings.timeout_s, _BUCKET_S)))
+    name, content = f"probe/{os.urandom(8).hex()}", os.urandom(1024)
+    started = time.monotonic()
+    try:
+        try:
+            await tier.put(name, content)
+            same = await tier.get(name, 0, len(content)) == content
+        finally:
+            await tier.delete(name)
+    except RethawError as e:
+        return Finding("bucket", False, e.message, e.remedy or "", needed=False)
+    said = f"{tier.label}: put, get and delete in {(time.monotonic() - started) * 1000:.0f} ms"
+    remedy = "look for a proxy or cache between"
+    return Finding("bucket", same, said if same else f"{tier.label} gave back other bytes", remedy, needed=False)
