@@ -28,7 +28,7 @@ def proxy(moto: S3Settings) -> Iterator[FaultProxy]:
 
 
 async def probed(settings: S3Settings) -> Finding:
-    return await doctor._bucket(settings)  # pyright: ignore[reportPrivateUsage]
+    return await doctor.probe_bucket(settings)
 
 
 async def test_a_bucket_that_works(moto: S3Settings) -> None:

@@ -62,7 +62,7 @@ async def examine(config: Config, timeout_s: float = 60.0) -> AsyncIterator[Find
     if (keys := _keys(config)) is not None:
         yield keys
     if config.snapshots.s3 is not None:
-        yield await _bucket(config.snapshots.s3)
+        yield await probe_bucket(config.snapshots.s3)
     with tempfile.TemporaryDirectory(prefix="rethaw-doctor-") as scratch:
         engine: Engine = GvisorEngine(Path(scratch))
         # Its warnings repeat what the findings say.
@@ -138,7 +138,7 @@ def _keys(config: Config) -> Finding | None:
     return None if keyring.active is None else Finding("encryption", True, f"with the key {keyring.active}")
 
 
-async def _bucket(settings: S3Settings) -> Finding:
+async def probe_bucket(settings: S3Settings) -> Finding:
     """A small object is put, read and deleted."""
     tier = S3Tier(replace(settings, timeout_s=min(settings.timeout_s, _BUCKET_S)))
     name, content = f"probe/{os.urandom(8).hex()}", os.urandom(1024)

@@ -10,6 +10,8 @@ from rethaw.db.embedded import EmbeddedPostgres
 from rethaw.engines.base import Engine, ProbeReport
 from rethaw.model.errors import Conflict
 from rethaw.node.node import Node
+from rethaw.server.doctor import Finding, probe_bucket
+from rethaw.snapshots.tiers.settings import S3Settings
 
 _AFTER_ANSWER_S = 0.2
 
@@ -34,10 +36,12 @@ class Crash:
 
 
 class Doctor:
-    """Probes the engines of a running server by taking a guest through boot, save and restore."""
+    """Probes the engines of a running server by taking a guest through boot, save and restore, and its bucket."""
 
-    def __init__(self, *engines: Engine) -> None:
+    def __init__(self, *engines: Engine, s3: S3Settings | None = None) -> None:
         self._engines = engines
+        self._s3 = s3
 
-    async def report(self) -> list[ProbeReport]:
-        return [await engine.probe() for engine in self._engines]
+    async def report(self) -> list[ProbeReport | Finding]:
+        reports: list[ProbeReport | Finding] = [await engine.probe() for engine in self._engines]
+        return reports if self._s3 is None else [*reports, await probe_bucket(self._s3)]

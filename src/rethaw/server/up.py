@@ -202,7 +202,7 @@ async def _run(
             catalog,
             token=token,
             crash_hook=hooks.Crash(node, postgres).crash,
-            doctor_hook=hooks.Doctor(engine).report,
+            doctor_hook=hooks.Doctor(engine, s3=config.snapshots.s3).report,
             blobs_dir=data / "code",
             public_url=public_url,
             looking=NodeLook(parts, throwaways),

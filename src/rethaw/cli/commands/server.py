@@ -123,6 +123,8 @@ def doctor(*, config: str | None = None, json: Json = False) -> int:
 
 
 def _of_server(report: dict[str, Any]) -> dict[str, Any]:
+    if "said" in report:  # a finding already
+        return report
     took = [f"{name} {report[f'{name}_ms']:.0f} ms" for name in ("boot", "save", "restore") if report.get(f"{name}_ms")]
     said = f"{report.get('version')}: {report.get('detail')}" + (f" ({', '.join(took)})" if took else "")
     name = str(report.get("engine"))
