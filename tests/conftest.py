@@ -11,6 +11,9 @@ import pytest
 # A developer's own server must never be what a test talks to.
 for _name in ("RETHAW_URL", "RETHAW_TOKEN", "RETHAW_CONFIG", "RETHAW_DATA_DIR", "RETHAW_LISTEN", "DATABASE_URL"):
     os.environ.pop(_name, None)
+# Nor their bucket or keys.
+for _name in [n for n in os.environ if n.startswith(("AWS_", "RETHAW_S3_", "RETHAW_SNAPSHOT_"))]:
+    del os.environ[_name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

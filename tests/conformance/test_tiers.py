@@ -314,6 +314,17 @@ async def test_no_such_bucket(service: str, request: pytest.FixtureRequest) -> N
             await call
 
 
+async def test_the_environment_does_not_redirect_a_bucket(moto: S3Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client reads AWS_* by itself; what is configured counts."""
+    for name in ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_REGION", "elsewhere-1")
+    monkeypatch.setenv("AWS_BUCKET", "another")
+    tier = S3Tier(replace(moto, prefix="environment"))
+    await tier.put("a", b"x")
+    assert await tier.get("a", 0, 1) == b"x"
+
+
 # ---------------------------------------------------------------- a directory's own
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,28 @@ async def test_no_damage_is_believed(data: st.DataObject) -> None:
         with pytest.raises(ObjectDamaged, match="snapshots/snap_1") as caught:
             await records.read(tier, "snap_1")
         assert caught.value.details["tier"] == tier.label and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"snapshot":"snap_1"', b'"snapshot":"snap_2"'),
+        (b'"size":30', b'"size":31'),
+        (b"objects/a", b"obj/../.."),
+        (b'["objects/a",5,0,10]', b'["objects/a",5,1,10]'),
+        (b'["objects/a",5,0,10]', b'["objects/a",5,0,"x"]'),
+        (b'"packs":{', b'"sacks":{'),
+        (b'"p_2":{"size":0,"extents":[]}', b'"p_2":["size",0,"extents",[]]'),
+    ],
+)
+async def test_a_header_with_a_right_sum_must_fit_together_too(tier: LocalTier, old: bytes, new: bytes) -> None:
+    data = records.encode(HEADER, b"")
+    text = data[52:-32].replace(old, new)
+    assert text != data[52:-32]
+    fixed = data[:8] + len(text).to_bytes(4, "big") + data[12:20] + hashlib.sha256(text).digest()
+    await tier.put("snapshots/snap_1", fixed + text + data[-32:])
+    with pytest.raises(ObjectDamaged, match="its header is not one"):
+        await records.read(tier, "snap_1")
 
 
 async def test_extents_must_make_up_their_packs() -> None:

@@ -43,6 +43,7 @@ class Places:
         self._snapshots_dir = state_dir / "snapshots"
         self._objects: dict[str, dict[str, list[Extent]]] = {}  # object -> pack -> extents
         self._packs: dict[str, set[str]] = {}  # pack -> objects
+        self._whole: dict[str, tuple[Extent, ...]] = {}  # packs that are known to be up as a whole
         self._up: set[str] = set()
 
     def load(self) -> None:
@@ -71,11 +72,15 @@ class Places:
 
     def cover(self, pack: str, size: int) -> tuple[Extent, ...] | None:
         """Where the whole pack is; None while some of it is nowhere."""
-        found = cover(self.extents(pack), 0, size)
-        return None if found is None else tuple(found)
+        known = self._whole.get(pack)
+        if known is None and (found := cover(self.extents(pack), 0, size)) is not None:
+            known = self._whole[pack] = tuple(found)
+        return known
 
     def gaps(self, pack: str, size: int, more: Iterable[tuple[int, int]] = ()) -> list[tuple[int, int]]:
         """(offset, length) of what is neither up nor in `more`."""
+        if pack in self._whole:
+            return []
         return gaps(size, [*((e.pack_offset, e.length) for e in self.extents(pack)), *more])
 
     def add(self, name: str, packs: Mapping[str, Sequence[Extent]]) -> None:
@@ -103,6 +108,7 @@ class Places:
         """The object `name` is not there any more. Whether it was known."""
         packs = self._objects.pop(name, None)
         for pack in packs or ():
+            self._whole.pop(pack, None)
             self._packs[pack].discard(name)
             if not self._packs[pack]:
                 del self._packs[pack]

@@ -29,7 +29,7 @@ from typing import Any, cast
 
 from rethaw.model.errors import InvalidInput, ObjectDamaged
 from rethaw.snapshots.packing import Extent, cover
-from rethaw.snapshots.tiers.base import Tier
+from rethaw.snapshots.tiers.base import Tier, check_name
 
 FOLDER = "snapshots"
 MAGIC = b"RTHWREC1"
@@ -135,23 +135,28 @@ def _decode_header(data: bytes, name: str, label: str, whole: int | None = None)
         raise _damaged(name, label, "its header does not match its sum")
     try:
         found = cast("dict[str, Any]", json.loads(text))
+        if name != name_of(str(found["snapshot"])):
+            raise ValueError(f"it is of {found['snapshot']!r}")
         packs = {
             str(pack): PackPlace(int(place["size"]), tuple(_extent(e) for e in place["extents"]))
             for pack, place in cast("dict[str, Any]", found["packs"]).items()
         }
+        for pack, place in packs.items():
+            if cover(place.extents, 0, place.size) != list(place.extents):
+                raise ValueError(f"the extents of pack {pack} do not make it up")
         return (
             Header(str(found["snapshot"]), str(found["info"]).encode(), packs),
             _FIXED.size + header,
             manifest,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, InvalidInput) as error:
         raise _damaged(name, label, f"its header is not one ({error})") from error
 
 
 def _extent(value: Sequence[Any]) -> Extent:
     name, *numbers = value
     object_offset, pack_offset, length = map(int, numbers)
-    return Extent(str(name), object_offset, pack_offset, length)
+    return Extent(check_name(str(name)), object_offset, pack_offset, length)
 
 
 def _damaged(name: str, label: str, what: str) -> ObjectDamaged:

@@ -117,6 +117,7 @@ class LocalTier:
                 remedy="check that it is mounted, and its permissions",
                 object=name,
                 tier=self.label,
+                reason="directory",
             ) from error
 
     def _put(self, path: Path, data: Source, cancelled: threading.Event) -> None:
