@@ -38,6 +38,7 @@ from backports import zstd
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from rethaw.model.errors import SnapshotUnusable
 from rethaw.snapshots.keys import Keyring
 from rethaw.snapshots.pages import PAGE
 
@@ -72,6 +73,15 @@ def digest(*parts: bytes | memoryview) -> bytes:
 def key_bytes(key_id: str | None) -> bytes:
     """A key's id as it stands in a header."""
     return bytes(8) if key_id is None else bytes.fromhex(key_id)
+
+
+def unsealed(keys: Keyring, key_id: str, ident: str, number: int, data: bytes) -> bytes:
+    """`keys.open`, but what does not open is Damaged like any other damage. Raises KeyMissing."""
+    try:
+        return keys.open(key_id, ident, number, data)
+    except SnapshotUnusable as error:
+        what = "its index" if number == INDEX_NUMBER else f"frame {number}"
+        raise Damaged(f"is damaged ({what} does not open with the key {key_id})") from error
 
 
 def inflate(data: bytes, raw: int) -> bytes:
@@ -208,6 +218,8 @@ def read_index(fd: int, pack: str, keys: Keyring) -> Index:
         raise Damaged(f"begins with {magic!r}, a pack with {MAGIC!r}")
     if version != VERSION:
         raise Damaged(f"is of version {version}, this Rethaw reads version {VERSION}; use a newer one")
+    if flags & ~_SEALED:
+        raise Damaged(f"has flags {flags}, of which this Rethaw knows {_SEALED}; use a newer one")
     if name.rstrip(b"\0") != pack.encode():
         raise Damaged(f"is the pack {name.rstrip(bytes(1))!r}")
     offset, length, raw, hashed, end = _FOOTER.unpack(exactly(fd, size - _FOOTER.size, _FOOTER.size))
@@ -219,7 +231,7 @@ def read_index(fd: int, pack: str, keys: Keyring) -> Index:
     if digest(header, struct.pack("<QII", offset, length, raw), index) != hashed:
         raise Damaged("is damaged (its index does not match its hash)")
     key_id = key.hex() if flags & _SEALED else None
-    plain = inflate(index if key_id is None else keys.open(key_id, pack, INDEX_NUMBER, index), raw)
+    plain = inflate(index if key_id is None else unsealed(keys, key_id, pack, INDEX_NUMBER, index), raw)
     return _parsed(pack, key_id, plain, offset)
 
 
@@ -242,20 +254,30 @@ def _parsed(pack: str, key_id: str | None, plain: bytes, end: int) -> Index:
     raws = take(frames, "<u4").astype(np.uint32)
     kinds = take(frames, "u1").astype(np.uint8)
     hashes = take(frames * HASH, "u1").tobytes()
+    _check_sizes(lengths, raws, kinds)
     offsets, first, deltas = _laid_out(lengths, raws, kinds)
     count = int(deltas.sum())
     base_pack = take(count, "<u2").astype(np.int32)
     base_slot = take(count, "<u4").astype(np.int32)
     names = take(base_count * _ID, "u1").tobytes()
     fits = int(first[-1]) == slots and _HEADER.size + int(lengths.sum(dtype=np.int64)) == end and at == len(plain)
-    sizes_fit = bool((raws <= np.where(kinds == BLOB, BLOB_BYTES, FRAME_PAGES * PAGE)).all())
-    if not (fits and sizes_fit and bool((kinds <= BLOB).all()) and bool((base_pack < base_count).all())):
+    if not (fits and bool((base_pack < base_count).all()) and bool((base_slot >= 0).all())):
         raise Damaged("has an index that contradicts itself")
     bases = [names[n : n + _ID].rstrip(b"\0").decode("ascii", "replace") for n in range(0, len(names), _ID)]
     return Index(
         pack, key_id, lengths, raws, kinds, hashes, offsets, first, _spread(deltas, base_pack),
         _spread(deltas, base_slot), bases,
     )  # fmt: skip
+
+
+def _check_sizes(lengths: NDArray[np.uint32], raws: NDArray[np.uint32], kinds: NDArray[np.uint8]) -> None:
+    """Before anything is reckoned or allocated from them. Raises Damaged."""
+    blobs = kinds == BLOB
+    good = (kinds <= BLOB) & (raws <= np.where(blobs, BLOB_BYTES, FRAME_PAGES * PAGE))
+    good &= blobs | (raws % PAGE == 0)
+    good &= lengths <= raws + raws // 128 + 1024  # zstd makes nothing much longer
+    if not good.all():
+        raise Damaged(f"has an index that contradicts itself, at frame {int(np.argmin(good))}")
 
 
 def exactly(fd: int, offset: int, length: int) -> bytes:
@@ -276,7 +298,7 @@ def raw_frame(index: Index, frame: int, data: bytes, keys: Keyring) -> bytes:
     """The content of a frame from its stored bytes. Raises Damaged."""
     stored_frame(index, frame, data)
     if index.key_id is not None:
-        data = keys.open(index.key_id, index.pack, frame, data)
+        data = unsealed(keys, index.key_id, index.pack, frame, data)
     return inflate(data, int(index.raws[frame]))
 
 
