@@ -89,6 +89,8 @@ class Packs:
         """The content of one frame. Raises PackDamaged."""
         found = self.get(ref)
         index = found.index
+        if not 0 <= number < len(index.lengths):
+            raise PackDamaged(ref.id, f"has {len(index.lengths)} frames, frame {number} is wanted")
         try:
             data = packs.exactly(found.fd, int(index.offsets[number]), int(index.lengths[number]))
             return packs.raw_frame(index, number, data, self._keys)
@@ -148,7 +150,8 @@ def resolve(section: Pages, refs: list[PackRef], store: Packs) -> Resolved:
     for number in _numbers(pack[delta_pack >= 0]):
         index = store.get(refs[number]).index
         slots = slot[(delta_pack >= 0) & (pack == number)]
-        if int(slots.max()) >= int(index.first_slot[-1]) or (index.base_pack[slots] >= 0).any():
+        beyond = int(slots.max()) >= int(index.first_slot[-1]) or int(slots.min()) < 0
+        if beyond or (index.base_pack[slots] >= 0).any():
             raise PackDamaged(refs[number].id, "is referred to by a delta where it has no whole page")
     return Resolved(pack, slot, delta_pack, delta_slot)
 

@@ -22,16 +22,20 @@ is a delta. A reader refuses a newer version by name, checks the hash first and 
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from backports import zstd
 from numpy.typing import NDArray
 
+from rethaw.model.errors import SnapshotUnusable
 from rethaw.snapshots.keys import Keyring
-from rethaw.snapshots.pack import Damaged, digest, inflate, key_bytes
+from rethaw.snapshots.pack import BLOB_BYTES, Damaged, digest, inflate, key_bytes
 from rethaw.snapshots.pages import PAGE
 
 MAGIC = b"RTHWMANI"
@@ -40,6 +44,9 @@ MAX_HEAD = 16 << 20
 MAX_BODY = 256 << 20  # 16 million pages of 4 KiB, 64 GiB
 MAX_SECTION = 64 << 30
 _SEALED = 1
+# Both become parts of file names, and a manifest may come from elsewhere.
+_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,100}")
+_ID = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _PREFIX = struct.Struct("<8sHH8s40sIQQ")
 _HASH = 16
 HEADER = _PREFIX.size + _HASH
@@ -134,6 +141,8 @@ def _checked(data: bytes, snapshot: str) -> tuple[str | None, int, int]:
         raise Damaged(f"begins with {magic!r}, a manifest with {MAGIC!r}")
     if version != VERSION:
         raise Damaged(f"is of version {version}, this Rethaw reads version {VERSION}; use a newer one")
+    if flags & ~_SEALED:
+        raise Damaged(f"has flags {flags}, of which this Rethaw knows {_SEALED}; use a newer one")
     if name.rstrip(b"\0") != snapshot.encode():
         raise Damaged(f"is of the snapshot {name.rstrip(bytes(1))!r}")
     if head > MAX_HEAD or max(body, raw) > MAX_BODY:
@@ -151,7 +160,10 @@ def decode(data: bytes, snapshot: str, keys: Keyring) -> Manifest:
     out, described = _head(data[HEADER : HEADER + head], snapshot)
     body = data[HEADER + head :]
     if key_id is not None:
-        body = keys.open(key_id, snapshot, _NUMBER, body)
+        try:
+            body = keys.open(key_id, snapshot, _NUMBER, body)
+        except SnapshotUnusable as error:
+            raise Damaged(f"is damaged (its body does not open with the key {key_id})") from error
     plain = inflate(body, raw)
     at = 0
     for section in described:
@@ -165,7 +177,18 @@ def decode(data: bytes, snapshot: str, keys: Keyring) -> Manifest:
         if len(pack) and (int(pack.max()) >= len(out.packs) or int(pack.min()) < ZERO):
             raise Damaged(f"names a pack that is not in its list, in section {section['name']}")
         out.pages.append(Pages(section["name"], section["raw_bytes"], pack, slot))
+    if at != len(plain):
+        raise Damaged("has a body that is longer than its sections")
     return out
+
+
+def read(path: Path) -> bytes:
+    """A manifest's bytes, no more than there may be. Raises OSError, Damaged."""
+    with path.open("rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        if size > HEADER + MAX_HEAD + MAX_BODY:
+            raise Damaged(f"has {size} bytes, which is more than allowed")
+        return f.read(size)
 
 
 def decode_head(data: bytes, snapshot: str) -> tuple[Manifest, str | None]:
@@ -177,13 +200,15 @@ def decode_head(data: bytes, snapshot: str) -> tuple[Manifest, str | None]:
 def _head(text: bytes, snapshot: str) -> tuple[Manifest, list[dict[str, Any]]]:
     try:
         head = json.loads(text)
-        packs = [PackRef(str(i), int(size), str(hashed)) for i, size, hashed in head["packs"]]
+        packs = [_ref(*entry) for entry in head["packs"]]
         out = Manifest(snapshot, dict(head["meta"]), packs)
         paged: list[dict[str, Any]] = []
+        names: set[str] = set()
         for section in head["sections"]:
             name, raw = str(section["name"]), int(section["raw_bytes"])
-            if not 0 <= raw <= MAX_SECTION or "/" in name or name in ("", ".", ".."):
+            if not 0 <= raw <= MAX_SECTION or not _NAME.fullmatch(name) or name in names:
                 raise ValueError(f"section {name!r} of {raw} bytes")
+            names.add(name)
             if "pages" in section:
                 if int(section["pages"]) != -(-raw // PAGE):
                     raise ValueError(f"section {name!r} of {raw} bytes in {section['pages']} pages")
@@ -191,9 +216,17 @@ def _head(text: bytes, snapshot: str) -> tuple[Manifest, list[dict[str, Any]]]:
             else:
                 first, count = section["frames"]
                 blob = Blob(name, raw, int(section["pack"]), int(first), int(count))
-                if not 0 <= blob.pack < max(1, len(packs)) or blob.first < 0 or blob.count < 0:
-                    raise ValueError(f"section {name!r} in pack {blob.pack}")
+                if not 0 <= blob.pack < len(packs) or blob.first < 0 or blob.count != -(-raw // BLOB_BYTES):
+                    raise ValueError(f"section {name!r} of {raw} bytes in {blob.count} frames of pack {blob.pack}")
                 out.blobs.append(blob)
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"has a head that says nothing sensible ({error})") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise Damaged(f"has a head that says nothing sensible ({str(error)[:200]})") from error
     return out, paged
+
+
+def _ref(ident: Any, size: Any, hashed: Any) -> PackRef:
+    """The id becomes part of a file's name."""
+    good = isinstance(ident, str) and isinstance(size, int) and isinstance(hashed, str)
+    if not good or not _ID.fullmatch(ident) or size < 0:
+        raise ValueError(f"pack {ident!r} of {size!r} bytes")
+    return PackRef(ident, size, hashed)

@@ -108,7 +108,7 @@ class SnapshotStore:
         self.staging.open()
         for path in sorted(self._home.glob("*.manifest")):
             try:
-                found, key = manifest.decode_head(path.read_bytes(), path.stem)
+                found, key = manifest.decode_head(manifest.read(path), path.stem)
             except (Damaged, OSError) as error:
                 log.warning("%s %s", path.name, error)
                 continue
@@ -233,7 +233,7 @@ class SnapshotStore:
                     path.unlink()
             if isinstance(error, Damaged):
                 raise self._unusable(snapshot, f"pack {pack} {error}", f"{pack}.pack") from error
-            if isinstance(error, OSError) and (full := storage_full(error, f"snapshot {snapshot}")):
+            if isinstance(error, OSError) and (full := storage_full(error, f"snapshot {snapshot} in {self._home}")):
                 raise full from error
             raise
         written = Written(
@@ -258,7 +258,7 @@ class SnapshotStore:
         """Raises SnapshotUnusable. `expected`: the digest of the file as committed."""
         path = self.manifest_path(snapshot)
         try:
-            data = path.read_bytes()
+            data = manifest.read(path)
             if expected is not None and digest(data).hex() != expected:
                 raise Damaged("is damaged (its hash does not match)")
             return manifest.decode(data, snapshot, self.keys)
@@ -311,7 +311,7 @@ class SnapshotStore:
             except PackDamaged as error:
                 raise self._unusable(snapshot, str(error), f"{error.pack}.pack") from error
             except OSError as error:
-                raise storage_full(error, f"snapshot {snapshot}") or error from error
+                raise storage_full(error, f"snapshot {snapshot} in {directory}") or error from error
 
     def done(self, snapshot: str) -> None:
         """The engine has read what `load` gave."""
