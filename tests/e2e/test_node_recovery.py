@@ -362,7 +362,7 @@ def test_saves_that_fail_at_every_step_leave_the_agent_running(home: House) -> N
     assert len([t for t in home.provider.texts if "failing" in t]) == turns
     assert not session.events("snapshot.restored")
     processes.wait_until(lambda: not processes.alive(sandbox), 20, "its sandbox to be gone")
-    partial = [p for p in (home.server.data_dir / "snapshots" / session.id).iterdir() if p.name.startswith(".")]
+    partial = [p for p in (home.server.data_dir / "snapshots" / "store").iterdir() if p.name.startswith(".")]
     assert partial == []
     gapless(session.events(all_lines=True))
 
