@@ -204,21 +204,25 @@ def pages_into(fd: int, section: Pages, refs: list[PackRef], store: Packs, pool:
 
     def lay(groups: list[_Group], over: bool) -> None:
         for group in groups:
-            content = np.frombuffer(store.frame(group.ref, group.frame), dtype=np.uint64).reshape(-1, _WORDS)
-            target, at = group.target, group.at
-            first, last = int(target[0]), int(target[-1])
-            if not over and last - first == len(target) - 1 == int(at[-1] - at[0]):
-                rows = content[int(at[0]) : int(at[-1]) + 1]  # in a row on both sides
-                _write_all(fd, memoryview(rows.tobytes()), first * PAGE)
-            elif over:
-                out[target] ^= content[at]
+            data, target, at = store.frame(group.ref, group.frame), group.target, group.at
+            if over:
+                out[target] ^= np.frombuffer(data, dtype=np.uint64).reshape(-1, _WORDS)[at]
             else:
-                out[target] = content[at]
+                # Written, not copied into the mapping: a store into a file system that is full kills the process.
+                _write_pages(fd, memoryview(data), target, at)
 
     wholes = _groups(where.pack, where.slot, np.flatnonzero(where.pack >= 0), refs, store)
     parallel(pool, lambda some: lay(some, False), _shares(wholes))
     deltas = _groups(where.delta_pack, where.delta_slot, np.flatnonzero(where.delta_pack >= 0), refs, store)
     parallel(pool, lambda some: lay(some, True), _shares(deltas))
+
+
+def _write_pages(fd: int, data: memoryview, target: NDArray[np.intp], at: NDArray[np.int64]) -> None:
+    """Pages `at` of `data` to pages `target` of the file, with a write for each run of both."""
+    cuts = (np.flatnonzero((np.diff(target) != 1) | (np.diff(at) != 1)) + 1).tolist()
+    for first, end in zip([0, *cuts], [*cuts, len(target)], strict=True):
+        start = int(at[first]) * PAGE
+        _write_all(fd, data[start : start + (end - first) * PAGE], int(target[first]) * PAGE)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -236,13 +240,16 @@ def load(manifest: Manifest, target: dict[str, Path], store: Packs, pool: Execut
     """Write every section into the file that `target` names for it. Raises PackDamaged, OSError."""
     for blob in manifest.blobs:
         with target[blob.name].open("wb", buffering=0) as f:
-            left = blob.raw_bytes
+            done = 0
             for number in range(blob.first, blob.first + blob.count):
                 data = store.frame(manifest.packs[blob.pack], number)
-                f.write(data)
-                left -= len(data)
-            if left:
-                raise PackDamaged(manifest.packs[blob.pack].id, f"lacks {left} bytes of section {blob.name}")
+                _write_all(f.fileno(), memoryview(data), done)
+                done += len(data)
+            if done != blob.raw_bytes:
+                raise PackDamaged(
+                    manifest.packs[blob.pack].id,
+                    f"holds {done} bytes of section {blob.name}, which has {blob.raw_bytes}",
+                )
     for section in manifest.pages:
         with target[section.name].open("w+b", buffering=0) as f:
             f.truncate(len(section.pack) * PAGE)
