@@ -57,6 +57,7 @@ class Staging:
         self._kept: OrderedDict[str, int] = OrderedDict()
         self._reserved: dict[str, int] = {}
         self._in_use: dict[str, int] = {}
+        self._doomed: set[str] = set()  # dropped while in use
         self._freed = asyncio.Event()
 
     def open(self) -> None:
@@ -103,7 +104,14 @@ class Staging:
         return path
 
     def drop(self, name: str) -> None:
-        """Forget what lies under `name`."""
+        """Forget what lies under `name`; if somebody reads it, once that is done."""
+        if self._in_use.get(name):
+            self._doomed.add(name)
+        else:
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        self._doomed.discard(name)
         self._reserved.pop(name, None)
         self._kept.pop(name, None)
         shutil.rmtree(self.path / name, ignore_errors=True)
@@ -125,7 +133,7 @@ class Staging:
         if name not in self._kept:
             return None
         if not (self.path / name).is_dir():  # somebody cleaned the memory up behind our back
-            self.drop(name)
+            self._remove(name)
             return None
         self._kept.move_to_end(name)
         return self.path / name
@@ -140,7 +148,10 @@ class Staging:
             self._in_use[name] = left
         else:
             self._in_use.pop(name, None)
+            if name in self._doomed:
+                self._remove(name)
             self._evict(self._kept_bytes)
+            self._freed.set()
 
     def _evict(self, budget: int) -> None:
         total = sum(self._kept.values())
@@ -149,4 +160,4 @@ class Staging:
                 break
             if not self._in_use.get(name):
                 total -= self._kept[name]
-                self.drop(name)
+                self._remove(name)
