@@ -289,3 +289,16 @@ async def test_a_store_that_became_encrypted_and_clear_again(tmp_path: Path) -> 
         for info in infos:
             assert await load(store, info) == content[info.id]
         store.close()
+
+
+async def test_a_key_that_only_a_former_pack_needs_is_asked_for_at_the_start(tmp_path: Path) -> None:
+    """The snapshots of the old key are gone, but newer ones refer to pages under it: found out at the first restore."""
+    store = store_in(tmp_path, keys=keyring(KEY))
+    first = await save(store, {MEMORY: heap(1, 40)})
+    store.close()
+    store = store_in(tmp_path, keys=keyring(OTHER, KEY))
+    await save(store, {MEMORY: heap(1, 40) + noise(1, PAGE)}, parent=first.id)
+    await store.delete(first.id)
+    store.close()
+    with pytest.raises(KeyMissing, match=str(keyring(KEY).active)):
+        store_in(tmp_path, keys=keyring(OTHER))

@@ -19,10 +19,12 @@ class Books:
         self._lock = threading.Lock()
         self._needs: dict[str, frozenset[str]] = {}  # snapshot -> packs
         self._users: Counter[str] = Counter()  # pack -> manifests and pins
+        self._unread: set[str] = set()  # snapshots whose needs are not known: while there are any, no pack goes
 
     def add(self, snapshot: str, packs: Collection[PackRef]) -> None:
         """The manifest of `snapshot` is on disk. Once only."""
         with self._lock:
+            self._unread.discard(snapshot)
             if snapshot not in self._needs:
                 self._needs[snapshot] = frozenset(ref.id for ref in packs)
                 self._users.update(self._needs[snapshot])
@@ -30,12 +32,35 @@ class Books:
     def remove(self, snapshot: str) -> None:
         """The manifest of `snapshot` is gone."""
         with self._lock:
+            self._unread.discard(snapshot)
             packs = self._needs.pop(snapshot, frozenset())
         self._release(packs)
 
-    def used(self, pack: str) -> bool:
+    def unread(self, snapshot: str) -> None:
+        """Its manifest is there and does not say what it needs, to this process or for now."""
         with self._lock:
-            return self._users[pack] > 0
+            self._unread.add(snapshot)
+
+    def unsure(self) -> list[str]:
+        with self._lock:
+            return sorted(self._unread)
+
+    def packs(self) -> list[str]:
+        with self._lock:
+            return list(self._users)
+
+    def used(self, pack: str) -> bool:
+        """Whether something needs it, or may."""
+        with self._lock:
+            return self._users[pack] > 0 or bool(self._unread)
+
+    def hold(self, pack: str) -> None:
+        """It is being written. Until `let_go`."""
+        with self._lock:
+            self._users[pack] += 1
+
+    def let_go(self, pack: str) -> None:
+        self._release([pack])
 
     @contextlib.contextmanager
     def pinned(self, snapshot: str | None) -> Generator[str | None]:
@@ -57,5 +82,5 @@ class Books:
                 if self._users[pack] <= 0:
                     del self._users[pack]
                     gone.append(pack)
-            # Under the lock, or a pin could come in between.
-            self._remove_packs(gone)
+            if not self._unread:  # else `collect` comes back to them
+                self._remove_packs(gone)  # under the lock, or a pin could come in between

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +170,7 @@ class _Group:
     frame: int
     target: NDArray[np.intp]
     at: NDArray[np.int64]
+    runs: list[tuple[int, int, int]]  # of pages that follow each other on both sides: first target, first `at`, length
 
 
 def _groups(pack: Ints, slot: Ints, wanted: NDArray[np.intp], refs: list[PackRef], store: Packs) -> list[_Group]:
@@ -184,45 +185,43 @@ def _groups(pack: Ints, slot: Ints, wanted: NDArray[np.intp], refs: list[PackRef
         frame[mine], inside[mine] = found, slots - first[found]
     order = np.lexsort((inside, frame, owners))
     owners, frame, inside, wanted = owners[order], frame[order], inside[order], wanted[order]
-    cuts = np.flatnonzero((np.diff(owners) != 0) | (np.diff(frame) != 0)) + 1
-    starts, ends = np.concatenate([[0], cuts]), np.concatenate([cuts, [len(wanted)]])
-    return [
-        _Group(refs[int(owners[a])], int(frame[a]), wanted[a:b], inside[a:b])
-        for a, b in zip(starts, ends, strict=True)
-        if b > a
-    ]
+    other_frame = (np.diff(owners) != 0) | (np.diff(frame) != 0)
+    breaks = np.flatnonzero(other_frame | (np.diff(wanted) != 1) | (np.diff(inside) != 1)) + 1
+    starts = np.concatenate([[0], breaks])[: len(wanted)]
+    lengths = np.diff(starts, append=len(wanted))
+    runs = list(zip(wanted[starts].tolist(), inside[starts].tolist(), lengths.tolist(), strict=True))
+    cuts = np.flatnonzero(other_frame) + 1
+    first = np.concatenate([[0], cuts])[: len(wanted)]
+    first_run: list[int] = np.searchsorted(starts, first).tolist()
+    edges: Iterable[tuple[int, int, int, int, int, int]] = zip(
+        owners[first].tolist(), frame[first].tolist(),
+        first.tolist(), [*cuts.tolist(), len(wanted)],
+        first_run, [*first_run[1:], len(runs)],
+        strict=False,
+    )  # fmt: skip
+    return [_Group(refs[o], f, wanted[a:b], inside[a:b], runs[c:d]) for o, f, a, b, c, d in edges]
 
 
 def pages_into(fd: int, section: Pages, refs: list[PackRef], store: Packs, pool: Executor) -> None:
     """Fill the file `fd`, which has its full size and holds zeros, with a section's pages. Raises PackDamaged, OSError."""
     where = resolve(section, refs, store)
-    count = len(section.pack)
-    whole = np.memmap(f"/proc/self/fd/{fd}", dtype=np.uint8, mode="r+", shape=(count * PAGE,)) if count else None
-    if whole is None:
-        return
-    out = whole.view(np.uint64).reshape(-1, _WORDS)
 
+    # Read and written, never mapped: a store into a mapped file without room for it kills the process, and a mapping that
+    # a traceback holds keeps the memory of a file that is gone.
     def lay(groups: list[_Group], over: bool) -> None:
         for group in groups:
-            data, target, at = store.frame(group.ref, group.frame), group.target, group.at
-            if over:
-                out[target] ^= np.frombuffer(data, dtype=np.uint64).reshape(-1, _WORDS)[at]
-            else:
-                # Written, not copied into the mapping: a store into a file system that is full kills the process.
-                _write_pages(fd, memoryview(data), target, at)
+            data = memoryview(store.frame(group.ref, group.frame))
+            for first, start, count in group.runs:
+                part = data[start * PAGE : (start + count) * PAGE]
+                if over:
+                    base = np.frombuffer(packs.exactly(fd, first * PAGE, count * PAGE), dtype=np.uint64)
+                    part = memoryview((base ^ np.frombuffer(part, dtype=np.uint64)).tobytes())
+                _write_all(fd, part, first * PAGE)
 
     wholes = _groups(where.pack, where.slot, np.flatnonzero(where.pack >= 0), refs, store)
     parallel(pool, lambda some: lay(some, False), _shares(wholes))
     deltas = _groups(where.delta_pack, where.delta_slot, np.flatnonzero(where.delta_pack >= 0), refs, store)
     parallel(pool, lambda some: lay(some, True), _shares(deltas))
-
-
-def _write_pages(fd: int, data: memoryview, target: NDArray[np.intp], at: NDArray[np.int64]) -> None:
-    """Pages `at` of `data` to pages `target` of the file, with a write for each run of both."""
-    cuts = (np.flatnonzero((np.diff(target) != 1) | (np.diff(at) != 1)) + 1).tolist()
-    for first, end in zip([0, *cuts], [*cuts, len(target)], strict=True):
-        start = int(at[first]) * PAGE
-        _write_all(fd, data[start : start + (end - first) * PAGE], int(target[first]) * PAGE)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -7,7 +7,7 @@ emptiest ones are stored anew. So the thousandth restore reads about as many pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +15,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 from backports import zstd
-from numpy.typing import NDArray
 
 from rethaw.snapshots import pack as packs
 from rethaw.snapshots import pages
 from rethaw.snapshots.keys import Keyring
 from rethaw.snapshots.manifest import ZERO, Blob, Ints, Manifest, PackRef, Pages
 from rethaw.snapshots.pack import BLOB, BLOB_BYTES, DELTAS, FRAME_PAGES, PAGES, Frame
-from rethaw.snapshots.pages import Former, Plan, Words
+from rethaw.snapshots.pages import Bools, Former, Plan, Words
 
 MAX_PACKS = 64
 _LEVEL, _BLOB_LEVEL = 3, 1  # measured: level 3 is no slower on pages, level 1 is smaller on a gVisor kernel state
@@ -68,7 +67,7 @@ def write(
     pool: Executor,
 ) -> Encoded:
     """Compare, compress, and write `target` durably. Blocking. Raises OSError, Damaged."""
-    job = _Job(snapshot, pack, pool)
+    job = _Job(snapshot, pack, pool, _worn(former.values()))
     for name, path in paged.items():
         job.add_pages(name, path, former.get(name))
     for name, path in blobs.items():
@@ -95,10 +94,11 @@ def parallel(pool: Executor, function: Callable[[T], R], items: Iterable[T]) -> 
 class _Job:
     """One save. The new pack is number 0 of each section's own list until `finish` puts the lists together."""
 
-    def __init__(self, snapshot: str, pack: str, pool: Executor) -> None:
+    def __init__(self, snapshot: str, pack: str, pool: Executor, worn: Bools | None) -> None:
         self.snapshot = snapshot
         self.pack = pack
         self.pool = pool
+        self.worn = worn
         self.frames: list[Frame] = []
         self.slots = 0
         self.base_ids: list[str] = []  # of the new pack
@@ -131,7 +131,7 @@ class _Job:
         raw_bytes = path.stat().st_size
         content = pages.as_pages(np.memmap(path, dtype=np.uint8, mode="r") if raw_bytes else b"")
         found = pages.hashes(content)
-        renew = None if former is None else _worn(former)
+        renew = None if former is None else _renewed(former, self.worn)
         plan = pages.plan(content, found, None if former is None else former.former, renew)
         whole, deltas = plan.stored()
         pack = np.full(len(content), ZERO, dtype=np.int32)
@@ -249,17 +249,23 @@ def _gather(content: Words, indices: Ints) -> Words:
     return content if len(indices) == len(content) else content[indices]
 
 
-def _worn(former: Known) -> NDArray[np.bool_]:
-    """Pages that must not be referred to: those of zeros, which lie nowhere; and if the snapshot's pages are scattered
-    over too many packs, those in the emptiest ones, and those whose deltas refer there."""
+def _worn(former: Collection[Known]) -> Bools | None:
+    """Which of the former snapshot's packs are not to be referred to any more: the emptiest ones, when its pages lie
+    scattered over too many. The last entry serves the number -1. All sections together, so that they keep the same."""
+    count = max((len(known.packs) for known in former), default=0)
+    if count < MAX_PACKS:
+        return None
+    live = np.zeros(count, dtype=np.int64)
+    for known in former:
+        live += np.bincount(known.pack[known.pack >= 0], minlength=count)
+        live += np.bincount(known.base_pack[known.base_pack >= 0], minlength=count)
+    worn = np.zeros(count + 1, dtype=np.bool_)
+    worn[np.argsort(live, kind="stable")[: count - MAX_PACKS // 2]] = True
+    return worn
+
+
+def _renewed(former: Known, worn: Bools | None) -> Bools:
+    """Pages that must not be referred to: those of zeros, which lie nowhere, and those in `worn` packs or with deltas
+    that refer there."""
     nowhere = former.pack == ZERO
-    if len(former.packs) < MAX_PACKS:
-        return nowhere
-    used = former.pack[former.pack >= 0]
-    live = np.bincount(used, minlength=len(former.packs))
-    live += np.bincount(former.base_pack[former.base_pack >= 0], minlength=len(former.packs))
-    emptiest = np.argsort(live, kind="stable")[: len(former.packs) - MAX_PACKS // 2]
-    worn = np.zeros(len(former.packs) + 1, dtype=np.bool_)
-    worn[emptiest] = True
-    worn[-1] = False  # serves the number -1
-    return nowhere | worn[former.pack] | worn[former.base_pack]
+    return nowhere if worn is None else nowhere | worn[former.pack] | worn[former.base_pack]

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from rethaw.model.errors import SnapshotUnusable
 from rethaw.snapshots.keys import Keyring
-from rethaw.snapshots.pack import BLOB_BYTES, Damaged, digest, inflate, key_bytes
+from rethaw.snapshots.pack import BLOB_BYTES, Damaged, TooNew, digest, inflate, key_bytes
 from rethaw.snapshots.pages import PAGE
 
 MAGIC = b"RTHWMANI"
@@ -140,9 +140,9 @@ def _checked(data: bytes, snapshot: str) -> tuple[str | None, int, int]:
     if magic != MAGIC:
         raise Damaged(f"begins with {magic!r}, a manifest with {MAGIC!r}")
     if version != VERSION:
-        raise Damaged(f"is of version {version}, this Rethaw reads version {VERSION}; use a newer one")
+        raise TooNew(f"is of version {version}, this Rethaw reads version {VERSION}; use a newer one")
     if flags & ~_SEALED:
-        raise Damaged(f"has flags {flags}, of which this Rethaw knows {_SEALED}; use a newer one")
+        raise TooNew(f"has flags {flags}, of which this Rethaw knows {_SEALED}; use a newer one")
     if name.rstrip(b"\0") != snapshot.encode():
         raise Damaged(f"is of the snapshot {name.rstrip(bytes(1))!r}")
     if head > MAX_HEAD or max(body, raw) > MAX_BODY:

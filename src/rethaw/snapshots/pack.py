@@ -29,11 +29,13 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import zstandard
 from backports import zstd
 from blake3 import blake3
 from numpy.typing import NDArray
@@ -53,6 +55,7 @@ INDEX_NUMBER = 0xFFFF_FFFF  # the index is sealed under this number, no frame ha
 _SEALED = 1
 _ID = 40
 _HEADER = struct.Struct(f"<8sHH8sI{_ID}s")
+_local = threading.local()
 _FOOTER = struct.Struct("<QII16s16s")
 _COUNTS = struct.Struct("<III")
 
@@ -60,6 +63,10 @@ _COUNTS = struct.Struct("<III")
 class Damaged(Exception):
     """What is wrong with a pack or manifest, in words that follow the file's name. The store makes SnapshotUnusable
     of it, which names the snapshot too."""
+
+
+class TooNew(Damaged):
+    """Sound perhaps, but a newer Rethaw wrote it."""
 
 
 def digest(*parts: bytes | memoryview) -> bytes:
@@ -87,9 +94,16 @@ def unsealed(keys: Keyring, key_id: str, ident: str, number: int, data: bytes) -
 def inflate(data: bytes, raw: int) -> bytes:
     """Decompress exactly `raw` bytes. Raises Damaged; never allocates much more than `raw`."""
     try:
+        size = zstandard.frame_content_size(data)
+        if size == raw:  # as we write them; a decompressor for each thread, since making one costs a tenth of a frame
+            if not hasattr(_local, "decompressor"):
+                _local.decompressor = zstandard.ZstdDecompressor()
+            return _local.decompressor.decompress(data, allow_extra_data=False)
+        if size >= 0:
+            raise Damaged(f"holds {size} bytes where {raw} were stored")
         decompressor = zstd.ZstdDecompressor()
         out = decompressor.decompress(data, raw + 1)
-    except zstd.ZstdError as error:
+    except (zstd.ZstdError, zstandard.ZstdError) as error:
         raise Damaged(f"does not decompress ({error})") from error
     if len(out) != raw or not decompressor.eof:
         raise Damaged(f"holds {len(out)} bytes where {raw} were stored")
@@ -217,9 +231,9 @@ def read_index(fd: int, pack: str, keys: Keyring) -> Index:
     if magic != MAGIC:
         raise Damaged(f"begins with {magic!r}, a pack with {MAGIC!r}")
     if version != VERSION:
-        raise Damaged(f"is of version {version}, this Rethaw reads version {VERSION}; use a newer one")
+        raise TooNew(f"is of version {version}, this Rethaw reads version {VERSION}; use a newer one")
     if flags & ~_SEALED:
-        raise Damaged(f"has flags {flags}, of which this Rethaw knows {_SEALED}; use a newer one")
+        raise TooNew(f"has flags {flags}, of which this Rethaw knows {_SEALED}; use a newer one")
     if name.rstrip(b"\0") != pack.encode():
         raise Damaged(f"is the pack {name.rstrip(bytes(1))!r}")
     offset, length, raw, hashed, end = _FOOTER.unpack(exactly(fd, size - _FOOTER.size, _FOOTER.size))
@@ -233,6 +247,14 @@ def read_index(fd: int, pack: str, keys: Keyring) -> Index:
     key_id = key.hex() if flags & _SEALED else None
     plain = inflate(index if key_id is None else unsealed(keys, key_id, pack, INDEX_NUMBER, index), raw)
     return _parsed(pack, key_id, plain, offset)
+
+
+def key_of(path: Path) -> str | None:
+    """The id of the key that a pack is sealed with, by its header alone. Raises OSError, Damaged."""
+    with path.open("rb") as f:
+        header = exactly(f.fileno(), 0, _HEADER.size)
+    _, _, flags, key, _, _ = _HEADER.unpack(header)
+    return key.hex() if flags & _SEALED else None
 
 
 def _parsed(pack: str, key_id: str | None, plain: bytes, end: int) -> Index:

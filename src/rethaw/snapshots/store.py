@@ -14,10 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +30,10 @@ from rethaw.snapshots import decode, encode, manifest, transfer
 from rethaw.snapshots.books import Books
 from rethaw.snapshots.decode import PackDamaged, Packs
 from rethaw.snapshots.encode import Encoded, Known
+from rethaw.snapshots.files import sync_directory, to_the_end, write_synced
 from rethaw.snapshots.keys import Keyring
 from rethaw.snapshots.manifest import Manifest
-from rethaw.snapshots.pack import Damaged, digest
+from rethaw.snapshots.pack import Damaged, TooNew, digest, key_of
 from rethaw.snapshots.pages import PAGE
 from rethaw.snapshots.remote import Remote
 from rethaw.snapshots.staging import Staging, default_budget, staging_for, storage_full
@@ -85,9 +85,10 @@ class SnapshotStore:
         )
         self.packs = Packs(self.pack_path, self.keys)
         self._books = Books(self._remove_packs)
+        self._writing: set[str] = set()  # names of partial files
         self._known: OrderedDict[str, dict[str, Known]] = OrderedDict()
         self._first: dict[str, str] = {}  # image -> snapshot that new sessions of it are compared with
-        self._loading: dict[str, asyncio.Lock] = {}
+        self._loading: dict[str, tuple[asyncio.Lock, int]] = {}  # and how many want it
         self._collected = time.monotonic()
 
     # ------------------------------------------------------------ files
@@ -101,22 +102,35 @@ class SnapshotStore:
     def open(self) -> None:
         """Make the directories, empty staging, and read which snapshots need which packs. Blocking.
 
-        Raises KeyMissing when a snapshot is encrypted with a key that is not configured.
+        Raises KeyMissing when a snapshot or a pack that it needs is encrypted with a key that is not configured.
         """
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._home.chmod(0o700)
         self.staging.open()
-        for path in sorted(self._home.glob("*.manifest")):
-            try:
-                found, key = manifest.decode_head(manifest.read(path), path.stem)
-            except (Damaged, OSError) as error:
-                log.warning("%s %s", path.name, error)
-                continue
-            if key is not None:
-                self.keys.require(key, path.stem)
-            self._books.add(path.stem, found.packs)
-            if found.meta.get("parent") is None and isinstance(image := found.meta.get("image"), str):
-                self._first.setdefault(image, path.stem)
+        for path in sorted(self._home.glob("[!.]*.manifest")):
+            self._read_needs(path)
+        for pack in self._books.packs():
+            with contextlib.suppress(OSError, Damaged):
+                if (key := key_of(self.pack_path(pack))) is not None:
+                    self.keys.require(key, pack)
+
+    def _read_needs(self, path: Path) -> None:
+        """Note which packs the manifest `path` needs. Raises KeyMissing."""
+        try:
+            found, key = manifest.decode_head(manifest.read(path), path.stem)
+        except FileNotFoundError:
+            self._books.remove(path.stem)
+            return
+        except (Damaged, OSError) as error:
+            log.warning("%s %s", path.name, error)
+            if isinstance(error, OSError | TooNew):
+                self._books.unread(path.stem)
+            return
+        if key is not None:
+            self.keys.require(key, path.stem)
+        self._books.add(path.stem, found.packs)
+        if found.meta.get("parent") is None and isinstance(image := found.meta.get("image"), str):
+            self._first.setdefault(image, path.stem)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
@@ -158,7 +172,11 @@ class SnapshotStore:
         """
         with self._books.pinned(meta.get("parent") or self._first.get(str(meta.get("image")))) as wanted:
             former = await self._former(wanted)
-            written, encoded = await asyncio.to_thread(self._write, snapshot, sections, paged, meta, former)
+            try:
+                written, encoded = await to_the_end(self._write, snapshot, sections, paged, meta, former)
+            except asyncio.CancelledError:  # which may have come after the last step
+                self._delete(snapshot)
+                raise
         self._known[snapshot] = encoded.known
         while len(self._known) > _KNOWN:
             self._known.popitem(last=False)
@@ -204,6 +222,8 @@ class SnapshotStore:
         pack = new_id("pk")
         final = {"pack": self.pack_path(pack), "manifest": self.manifest_path(snapshot)}
         partial = {name: path.with_name(f".{path.name}") for name, path in final.items()}
+        self._writing.update(path.name for path in partial.values())
+        self._books.hold(pack)
         try:
             encoded = encode.write(
                 snapshot,
@@ -218,14 +238,14 @@ class SnapshotStore:
             )
             faults.point("store.written")
             data = manifest.encode(encoded.manifest, self.keys)
-            _write_synced(partial["manifest"], data)
+            write_synced(partial["manifest"], data)
             manifest.decode(partial["manifest"].read_bytes(), snapshot, self.keys)
             faults.point("store.verified")
             partial["pack"].rename(final["pack"])
             faults.point("store.between")
             partial["manifest"].rename(final["manifest"])
             faults.point("store.renamed")
-            _sync_directory(self._home)
+            sync_directory(self._home)
             self._books.add(snapshot, encoded.manifest.packs)
         except BaseException as error:
             for path in (final["manifest"], *partial.values(), final["pack"]):
@@ -236,11 +256,13 @@ class SnapshotStore:
             if isinstance(error, OSError) and (full := storage_full(error, f"snapshot {snapshot} in {self._home}")):
                 raise full from error
             raise
+        finally:
+            self._writing.difference_update(path.name for path in partial.values())
+            self._books.let_go(pack)
+        found = sorted((*encoded.manifest.pages, *encoded.manifest.blobs), key=lambda section: section.name)
         written = Written(
             path=str(final["manifest"].relative_to(self._data)),
-            sections=tuple(
-                Section(name=name, raw_bytes=path.stat().st_size) for name, path in sorted(sections.items())
-            ),
+            sections=tuple(Section(name=section.name, raw_bytes=section.raw_bytes) for section in found),
             digest=digest(data).hex(),
             stored_bytes=encoded.pack_bytes + len(data),
             raw_bytes=encoded.manifest.raw_bytes,
@@ -284,23 +306,36 @@ class SnapshotStore:
     async def _raw(self, snapshot: str, found: Manifest) -> dict[str, Path]:
         """The sections in staging, in use. Callers that want the same at once share one copy."""
         names = [s.name for s in (*found.pages, *found.blobs)]
-        lock = self._loading.setdefault(snapshot, asyncio.Lock())
-        async with lock:
+        async with self._one_load(snapshot):
             directory = self.staging.kept(snapshot)
             if directory is None:
                 directory = await self.staging.make(snapshot, found.raw_bytes)
+                self.staging.use(snapshot)
                 try:
-                    await asyncio.to_thread(self._load, snapshot, found, directory)
+                    await to_the_end(self._load, snapshot, found, directory)
                 except BaseException:
+                    self.staging.done(snapshot)
                     self.staging.drop(snapshot)
                     raise
-                self.staging.use(snapshot)
                 self.staging.keep(snapshot)
             else:
                 self.staging.use(snapshot)
-        if not lock.locked():
-            self._loading.pop(snapshot, None)
         return {name: directory / name for name in names}
+
+    @contextlib.asynccontextmanager
+    async def _one_load(self, snapshot: str) -> AsyncGenerator[None]:
+        """Loads of one snapshot take turns."""
+        lock, waiting = self._loading.get(snapshot) or (asyncio.Lock(), 0)
+        self._loading[snapshot] = (lock, waiting + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            waiting = self._loading[snapshot][1] - 1
+            if waiting:
+                self._loading[snapshot] = (lock, waiting)
+            else:
+                del self._loading[snapshot]
 
     def _load(self, snapshot: str, found: Manifest, directory: Path) -> None:
         with self._books.pinned(snapshot):
@@ -365,7 +400,7 @@ class SnapshotStore:
         path = self.manifest_path(snapshot)
         if not path.exists() or damaged == path.name:
             partial = path.with_name(f".{path.name}")
-            await asyncio.to_thread(_write_synced, partial, record.manifest)
+            await asyncio.to_thread(write_synced, partial, record.manifest)
             partial.rename(path)
         try:
             packs = manifest.decode_head(record.manifest, snapshot)[0].packs
@@ -455,9 +490,13 @@ class SnapshotStore:
 
     def _collect(self, live: frozenset[str], grace_s: float) -> int:
         removed = 0
+        for snapshot in self._books.unsure():
+            self._read_needs(self.manifest_path(snapshot))
         for path in list(self._home.iterdir()):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime < grace_s:
+                    continue
+                if path.name in self._writing:
                     continue
                 if path.name.startswith("."):
                     path.unlink()
@@ -473,22 +512,3 @@ class SnapshotStore:
     def stored_bytes(self) -> int:
         """What the store takes on disk."""
         return sum(p.stat().st_size for p in self._home.iterdir())
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
