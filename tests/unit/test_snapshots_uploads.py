@@ -13,7 +13,7 @@ import pytest
 from upload_fixtures import KIB, MOST, Node, whole
 
 from rethaw.model import faults
-from rethaw.model.errors import RethawError, SnapshotUnusable, TierUnavailable
+from rethaw.model.errors import Conflict, RethawError, SnapshotUnusable, TierUnavailable
 from rethaw.snapshots.fetching import Fetcher, PackReader, restore_catalog
 from rethaw.snapshots.records import PackPlace
 from rethaw.snapshots.tiers.local import LocalTier
@@ -252,7 +252,7 @@ async def test_what_nothing_needs_is_removed_after_the_grace_period(node: Node) 
         assert await collected(uploader, {"snap_1", "snap_2"}) == {"objects/orphan"}
         gone = await collected(uploader, {"snap_1"})
         assert "snapshots/snap_2" in gone and len(gone) == 2
-        assert {f.name for f in await node.tier.list("")} == before - gone - {"objects/orphan"}
+        assert {f.name for f in await node.tier.list("")} == (before - gone - {"objects/orphan"}) | {"owner/us"}
         assert not uploader.is_up("snap_2") and uploader.extents("own", 9 * KIB) is None
         await whole(node.tier, kept)
         # What was removed can come again.
@@ -277,7 +277,7 @@ async def test_what_is_needed_again_is_kept(node: Node) -> None:
         await asyncio.sleep(0.12)
         assert await collected(uploader, {"snap_1"}) == set()
         await whole(node.tier, node.job("snap_1", p=20 * KIB))
-        assert {f.name.split("/")[0] for f in await node.tier.list("")} == {"objects", "snapshots"}
+        assert {f.name.split("/")[0] for f in await node.tier.list("")} == {"objects", "snapshots", "owner"}
 
 
 async def test_a_new_snapshot_does_not_lean_on_what_is_condemned(node: Node, tmp_path: Path) -> None:
@@ -352,6 +352,30 @@ async def test_no_object_is_removed_beside_a_record_that_cannot_be_read(node: No
         assert {"snapshots/snap_1", "objects/orphan"} <= await collected(uploader, set(), rounds=6)
 
 
+async def test_a_node_that_lost_everything_deletes_nothing(node: Node, tmp_path: Path) -> None:
+    """Started anew on the same bucket, it knows of no snapshot: those there are what it is to restore."""
+    job = node.job("snap_1", p=20 * KIB)
+    async with node.running(grace_s=0.05, owner=None) as uploader:
+        await uploader.upload(job)
+        await uploader.collect({"snap_1"})
+    anew = Node(tmp_path / "anew", node.tier.inner)
+    async with anew.running(grace_s=0.05, owner=None) as uploader:
+        for _ in range(4):
+            with pytest.raises(Conflict, match="another installation") as caught:
+                await uploader.collect(set())
+            await asyncio.sleep(0.06)
+        await uploader.upload(anew.job("snap_2", q=10))
+    await whole(node.tier, job)
+    (other,) = await node.tier.list("owner")
+    assert other.name in str(caught.value)
+    async with node.running(grace_s=0.05, owner=None) as uploader:  # the same node after a restart
+        await uploader.collect({"snap_1", "snap_2"})
+    await node.tier.delete(other.name)  # somebody decides that it is gone for good
+    async with anew.running(grace_s=0.05, owner=None) as uploader:
+        assert "snapshots/snap_1" in await collected(uploader, {"snap_2"})
+    await whole(node.tier, anew.job("snap_2", q=10))
+
+
 @pytest.mark.parametrize("point", ["collect.condemn", "collect.deleted"])
 async def test_a_collection_that_fails_is_gone_on_with(node: Node, point: str) -> None:
     async with node.running(grace_s=0.1) as uploader:
@@ -366,7 +390,7 @@ async def test_a_collection_that_fails_is_gone_on_with(node: Node, point: str) -
                 assert point in str(error)
             await asyncio.sleep(0.12)
         await collected(uploader, {"snap_1"})
-        assert len(await node.tier.list("")) == 2
+        assert len(await node.tier.list("")) == 3
     await whole(node.tier, kept)
 
 

@@ -98,7 +98,13 @@ class Node:
             assert ms >= 0
             self.told.append(snapshot)
 
-        settings: dict[str, Any] = {"linger_s": 0.0, "least": LEAST, "most": MOST, "retry_s": (0.01, 0.05)}
+        settings: dict[str, Any] = {
+            "linger_s": 0.0,
+            "least": LEAST,
+            "most": MOST,
+            "retry_s": (0.01, 0.05),
+            "owner": "us",
+        }
         return Uploader(self.tier, self.home / "remote", on_uploaded=told, **settings | options)
 
     @contextlib.asynccontextmanager

@@ -9,6 +9,10 @@ are named there, and puts the record within half of `grace_s` of that look. So e
 was there before the deletion looks at the records. An object that is not named was deleted before its list was, or
 never: after the look, asking for its size says which.
 
+A tier belongs to who claimed it: `owner/ID` is put by the first collection. A node whose disk or database was lost, and
+that is started anew, has another id and knows of no snapshot; it must not take for garbage what it is to restore. So a
+collection that finds another owner refuses.
+
 Condemned are: records of snapshots that are not live, and objects that no record refers to. A dead snapshot's objects
 are garbage only once its record is gone.
 """
@@ -24,12 +28,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from rethaw.model import faults
-from rethaw.model.errors import ObjectDamaged, ObjectMissing
+from rethaw.model.errors import Conflict, ObjectDamaged, ObjectMissing
 from rethaw.snapshots import records
 from rethaw.snapshots.tiers.base import Found, Tier
 
 log = logging.getLogger("rethaw.snapshots")
 FOLDER = "condemned"
+OWNER = "owner"
 OBJECTS = "objects"
 _AT_ONCE = 8
 _MAX_LIST = 64 << 20
@@ -63,15 +68,21 @@ async def condemned(tier: Tier) -> dict[str, tuple[Found, frozenset[str]]]:
 
 
 class Collector:
-    """Keeps what it learns of records between collections; they do not change."""
+    """Keeps what it learns of records between collections; they do not change. `owner`: an id that stays the same as long
+    as the list of live snapshots does not get lost, [A-Za-z0-9_-]."""
 
-    def __init__(self, tier: Tier, grace_s: float) -> None:
+    def __init__(self, tier: Tier, grace_s: float, owner: str) -> None:
         self._tier = tier
+        self._owner = owner
         self._grace = grace_s
         self._needs: dict[tuple[str, str], frozenset[str]] = {}  # (record, tag) -> objects
 
     async def collect(self, live: Collection[str]) -> Collected:
-        """`live`: every snapshot that exists, or may be uploaded by anybody. Raises TierUnavailable; run it again then."""
+        """`live`: every snapshot that exists, or may be uploaded by anybody.
+
+        Raises TierUnavailable (run it again then), Conflict when the tier belongs to another owner.
+        """
+        await self._claim()
         result = Collected()
         lists = await condemned(self._tier)
         objects = {found.name: found for found in await self._tier.list(OBJECTS)}
@@ -97,6 +108,18 @@ class Collector:
         if not fresh:
             await self._tier.delete(mine)
         return result
+
+    async def _claim(self) -> None:
+        owners = {found.name.removeprefix(f"{OWNER}/") for found in await self._tier.list(OWNER)}
+        if not owners:
+            await self._tier.put(f"{OWNER}/{self._owner}", b"")
+        elif owners != {self._owner}:
+            others = ", ".join(f"{OWNER}/{owner}" for owner in sorted(owners - {self._owner}))
+            raise Conflict(
+                f"nothing is deleted from {self._tier.label}: it belongs to another installation ({others})",
+                remedy="use another prefix; or, if that installation is gone for good, delete that object to take over",
+                tier=self._tier.label,
+            )
 
     async def _records(self, live: Collection[str], result: Collected) -> tuple[frozenset[str], frozenset[str]]:
         """(objects that records refer to, records of snapshots that are not live)."""

@@ -2,6 +2,7 @@
 
     REMOTE/objects/OBJECT.json    {"packs": {pack: [[object_offset, pack_offset, length], ...]}}, after its upload
     REMOTE/snapshots/SNAPSHOT     empty: its record is up
+    REMOTE/owner                  this node's id as the owner of a tier, unless it is given one
 
 Nothing here is synced, and nothing is missed: a file that is lost, empty or half-written stands for an upload that is
 made again.
@@ -13,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +35,16 @@ def write_small(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def own_id(path: Path) -> str:
+    """The id in `path`, made there when there is none. Lost with it."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch(r"[0-9a-f]{32}", found := path.read_text()):
+            return found
+    made = os.urandom(16).hex()
+    write_small(path, made.encode())
+    return made
 
 
 class Places:

@@ -3,6 +3,7 @@
     objects/OBJECT       bytes of packs, 8 to 32 MiB (`packing`); random names, never written twice
     snapshots/SNAPSHOT   a snapshot's record (`records`), after every object that it names
     condemned/RANDOM     what the garbage collector is about to delete (`collecting`)
+    owner/ID             whose collections may delete here
 
 In the background, packs are laid together in the order in which snapshots came; a few records are put at a time. Less than 8 MiB wait for company, for
 `linger_s` at most. `upload` does not wait (an agent's answer may hang on it): its packs go up at once, together with those
@@ -33,7 +34,7 @@ from rethaw.snapshots import packing, records
 from rethaw.snapshots.collecting import OBJECTS, Collected, Collector, condemned
 from rethaw.snapshots.jobs import Job, JobFiles, PackFile
 from rethaw.snapshots.packing import Extent, Wanted
-from rethaw.snapshots.places import Places
+from rethaw.snapshots.places import Places, own_id
 from rethaw.snapshots.records import Header, PackPlace
 from rethaw.snapshots.tiers.base import Tier
 from rethaw.snapshots.tiers.settings import DEFAULT_LINGER_S
@@ -64,7 +65,8 @@ class Uploader:
     """The uploads of one node. `state_dir` is its own: DATA/snapshots/remote.
 
     `on_uploaded(snapshot, ms)` is awaited once a snapshot's record is durable, `ms` after it came. `grace_s` must be the
-    same for all who share the tier. `retry_s`: first and longest pause after a failure.
+    same for all who share the tier, and so must `owner` (`Collector`); None: an id of its own, kept in `state_dir`.
+    `retry_s`: first and longest pause after a failure.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Uploader:
         grace_s: float = DEFAULT_GRACE_S,
         retry_s: tuple[float, float] = (1.0, 60.0),
         on_uploaded: Uploaded | None = None,
+        owner: str | None = None,
     ) -> None:
         self._tier = tier
         self._places = Places(state_dir)
@@ -86,7 +89,9 @@ class Uploader:
         self._grace = grace_s
         self._retry = retry_s
         self._on_uploaded = on_uploaded
-        self._collector = Collector(tier, grace_s)
+        self._owner_file = state_dir / "owner"
+        self._owner = owner
+        self._collector: Collector | None = None
         self._window: dict[str, Job] = {}
         self._urgent: dict[str, tuple[Job, asyncio.Future[None]]] = {}
         self._flying: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)  # pack -> ranges on their way
@@ -177,6 +182,8 @@ class Uploader:
 
     async def collect(self, live: Collection[str]) -> Collected:
         """Remove from the tier what nothing needs (`Collector.collect`). Uploads may go on meanwhile."""
+        if self._collector is None:
+            self._collector = Collector(self._tier, self._grace, self._owner or own_id(self._owner_file))
         result = await self._collector.collect(live)
         for name in result.objects:
             self._forget_object(name)
