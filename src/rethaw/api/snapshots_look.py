@@ -165,7 +165,8 @@ async def _shell(rooms: Rooms, socket: WebSocket, snapshot: str) -> None:
     try:
         opening = asyncio.ensure_future(looking.shell(info, await _request(socket)))
         try:
-            opened = shell = await asyncio.shield(opening)
+            opened = await asyncio.shield(opening)
+            shell = opened
         except asyncio.CancelledError:
             opening.add_done_callback(_abandon)
             raise

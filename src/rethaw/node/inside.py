@@ -45,10 +45,18 @@ def shown(path: bytes) -> str:
     return os.fsdecode(path)
 
 
+def named(path: bytes) -> str:
+    """For a message: quoted, on one line, odd bytes by their number."""
+    try:
+        return repr(path.decode())
+    except UnicodeDecodeError:
+        return repr(path)[1:]
+
+
 def wrong(error: OSError, path: bytes) -> None:
     missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
     why = "there is no" if error.errno == errno.ENOENT else (error.strerror or str(error)).lower() + ":"
-    fail("not_found" if missing else "invalid_input", f"{why} {shown(path)!a}")
+    fail("not_found" if missing else "invalid_input", f"{why} {named(path)}")
 
 
 def kind_of(found: os.stat_result) -> str:
@@ -164,7 +172,7 @@ def content(path: bytes) -> None:
         return
     if kind != "file":
         hint = "list it with `rethaw snapshot files`" if kind == "directory" else "only regular files can be read"
-        fail("invalid_input", f"{shown(path)!a} is a {kind}; {hint}")
+        fail("invalid_input", f"{named(path)} is a {kind}; {hint}")
     try:
         while data := os.read(fd, CHUNK):
             sys.stdout.buffer.write(data)
@@ -177,7 +185,7 @@ def archive(path: bytes) -> None:
 
     whole = os.path.normpath(path)
     if any(whole == top or whole.startswith(top + b"/") for top in KERNEL):
-        fail("invalid_input", f"{shown(path)!a} is the kernel's; read single files of it with `rethaw snapshot cat`")
+        fail("invalid_input", f"{named(path)} is the kernel's; read single files of it with `rethaw snapshot cat`")
     try:
         os.lstat(whole)
     except OSError as error:

@@ -55,7 +55,7 @@ class Throwaway:
 class Throwaways:
     """All of one node. `limit`: at once; `keep_s`: how long one that was read from is kept for the next read."""
 
-    def __init__(self, parts: Parts, *, limit: int = 8, keep_s: float = 10.0) -> None:
+    def __init__(self, parts: Parts, *, limit: int = 8, keep_s: float = 5.0) -> None:
         self._parts = parts
         self._limit = limit
         self._keep_s = keep_s

@@ -28,8 +28,8 @@ def shell(snapshot: str, /, *command: Annotated[str, Hyphens], idle: str = "15m"
 
     For example:
       rethaw shell s_06f2
-      rethaw shell snap_06f2 -- ps aux
-      echo 'ls -l /app' | rethaw shell snap_06f2
+      rethaw shell snap_06f2 -- head /proc/loadavg
+      echo 'cd /app; ls -l' | rethaw shell snap_06f2
 
     Parameters
     ----------
