@@ -157,7 +157,8 @@ class Terminal:
 
     def until(self, text: str, timeout_s: float = 30.0) -> None:
         end = time.monotonic() + timeout_s
-        while text not in re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", self.seen):
+        # Without what only moves the cursor.
+        while text.replace("\r", "") not in re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]|\r", "", self.seen):
             assert time.monotonic() < end, (text, self.seen)
             if select.select([self.master], [], [], 0.2)[0]:
                 try:
@@ -267,7 +268,7 @@ def test_two_shells_of_one_snapshot_do_not_meet(home: House, busy: Session) -> N
     for terminal in (one, other):
         terminal.until("# ")
         terminal.say("PS1='ready> '\n")
-        terminal.until("\rready> ")
+        terminal.until("\r\nready> ")
     one.say("echo mine > /work/kept.txt; cat /work/kept.txt\n")
     one.until("\r\nmine\r\n")
     other.say("cat /work/kept.txt\n")
