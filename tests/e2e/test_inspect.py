@@ -443,6 +443,24 @@ def test_sessions_of_their_own_are_compared_alone(home: House, busy: Session, tw
     assert "/work/new.txt" in paths and not any(p.startswith(("/usr", "/proc", "/run/rethaw")) for p in paths)
 
 
+def test_a_fork_is_compared_from_where_it_parted(home: House, two: tuple[Session, str, str]) -> None:
+    session, first, second = two
+    (view,) = home.server.request("POST", f"/v1/sessions/{session.id}/fork", {"at": first})["sessions"]
+    fork = Session(home, view)
+    fork.signal("write")
+    fork.until_output("two\n")
+    found = json.loads(cli(home, "diff", second, fork.id, "--json").stdout)
+    assert found["files"] == [], "it wrote the same"
+    seqs = {s["id"]: s["seq"] for s in home.server.request("GET", f"/v1/sessions/{session.id}/snapshots")["snapshots"]}
+    assert (found["common"]["session"], found["common"]["seq"]) == (session.id, seqs[first])
+    sides = found["log"]
+    assert (sides["before"]["session"], sides["after"]["session"]) == (session.id, fork.id)
+    assert sides["before"]["model_calls"] == sides["after"]["model_calls"] == 2
+    assert sides["after"]["events"]["wait.opened"] >= 1
+    text = cli(home, "diff", second, fork.id, "--no-files").stdout.decode()
+    assert f"before: events ({seqs[first]}, " in text and f"after: events ({seqs[first]}, " in text
+
+
 # ---------------------------------------------------------------- verification, and the ends
 
 
