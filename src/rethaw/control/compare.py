@@ -66,5 +66,6 @@ async def compare_logs(
             "input_tokens": sum(int(row[2]) for row in rows),
             "output_tokens": sum(int(row[3]) for row in rows),
         }
-    common = None if point is None else dict(zip(("session", "line", "seq"), point, strict=True))
-    return common, sides
+    if point is None:
+        return None, sides
+    return {"session": point[0], "line": point[1], "seq": point[2]}, sides
