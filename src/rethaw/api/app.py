@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.responses import StreamingResponse
 
 from rethaw import __version__
-from rethaw.api import blobs, errors, models, rawjson, sessions, snapshots, snapshots_look
+from rethaw.api import blobs, errors, models, rawjson, sessions, snapshots, snapshots_look, templates
 from rethaw.api.errors import Ascii
 from rethaw.api.guard import Guard
 from rethaw.api.rooms import Rooms
@@ -37,9 +37,10 @@ def create_app(
     looking: Looking | None = None,
     carrier: Carrier | None = None,
     node: str = "",
+    cpu: Callable[[str], float | None] | None = None,
 ) -> FastAPI:
     """The application. Everything but /healthz, /openapi.json and /v1/callbacks wants `Authorization: Bearer TOKEN`."""
-    rooms = Rooms(control, log, catalog, crash_hook, doctor_hook, blobs_dir, heartbeat_s, looking, carrier, node)
+    rooms = Rooms(control, log, catalog, crash_hook, doctor_hook, blobs_dir, heartbeat_s, looking, carrier, node, cpu)
     app = FastAPI(
         title="Rethaw",
         version=__version__,
@@ -53,6 +54,7 @@ def create_app(
     app.include_router(sessions.router(rooms))
     app.include_router(snapshots_look.router(rooms))
     app.include_router(snapshots.router(rooms))
+    app.include_router(templates.router(rooms))
     _other_routes(app, rooms)
     _describe_token(app)
     return app

@@ -31,6 +31,7 @@ class Rooms:
     looking: Looking | None = None  # None: no node in this process
     carrier: Carrier | None = None
     node: str = ""
+    cpu: Callable[[str], float | None] | None = None  # CPU seconds that a session's sandbox has used here
 
     def has_blob(self, digest: str) -> bool:
         return _DIGEST.fullmatch(digest) is not None and (self.blobs_dir / f"{digest}.tar.gz").is_file()

@@ -62,9 +62,20 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("snapshot get", "inspect:get", "Copy files out of a snapshot.", "SNAPSHOT PATH DESTINATION"),
         Command("snapshot verify", "inspect:verify", "Check every stored byte.", "SNAPSHOT|SESSION ... | --all"),
     ),
+    "Templates": (
+        Command(
+            "template create",
+            "template:create",
+            "Warm an agent, to start sessions from.",
+            "NAME FILE.py[::NAME] | NAME --image base -- COMMAND ...",
+        ),
+        Command("template start", "template:start", "Start a session from a template.", "NAME [ARGS]"),
+        Command("template ls", "template:ls", "List templates."),
+        Command("template rm", "template:rm", "Remove a template.", "NAME"),
+    ),
     "More": (Command("version", "look:version", "Print the version of this program and of the server."),),
 }
-GROUP_HELP = {"snapshot": "Snapshots of a session."}
+GROUP_HELP = {"snapshot": "Snapshots of a session.", "template": "Warm agents that sessions are started from."}
 
 COMMANDS: tuple[Command, ...] = tuple(command for group in GROUPS.values() for command in group)
 

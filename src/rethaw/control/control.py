@@ -5,6 +5,7 @@ what happens inside of it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,7 @@ from rethaw.control import (
     rows,
     sessions,
     stats,
+    templates,
     waits,
 )
 from rethaw.control.policy import Policy
@@ -33,7 +35,7 @@ from rethaw.db.pool import Database
 from rethaw.log.store import Log
 from rethaw.model import faults
 from rethaw.model.enums import Durability, EventType, Reason, State
-from rethaw.model.errors import Conflict, InvalidInput, WaitTimeout
+from rethaw.model.errors import Conflict, InvalidInput, NotFound, WaitTimeout
 from rethaw.model.ids import new_generation, new_id
 from rethaw.model.types import (
     AgentSpec,
@@ -45,6 +47,7 @@ from rethaw.model.types import (
     SessionView,
     SnapshotInfo,
     StateChange,
+    Template,
     WaitSpec,
     WaitState,
 )
@@ -246,6 +249,34 @@ class Control:
             if row.state == State.RESUMING:
                 await self._run(lambda conn, s=row.id: sessions.place(conn, s, self.policy))
         return [await self.session(row.id) for row in made]
+
+    async def create_template(self, name: str, agent: AgentSpec, args: dict[str, Any]) -> Template:
+        """Begin a template, or find the one that has begun."""
+        session = new_id("s")
+        return await self._run(lambda conn: templates.create(conn, name, session, agent, args, self.policy))
+
+    async def template_ready(self, template: Template, snapshot: str, by: str) -> Template:
+        return await self._run(lambda conn: templates.ready(conn, template.name, template.session, snapshot, by))
+
+    async def templates(self) -> list[Template]:
+        return await self._run(templates.every)
+
+    async def start_template(self, name: str, payload: bytes, key: str | None) -> tuple[SessionView, bool]:
+        """A session forked from a template, and whether it is new."""
+        session, generation = new_id("s"), new_generation()
+        row, new = await self._run(
+            lambda conn: templates.start(conn, name, session, generation, payload, key, self.policy)
+        )
+        if row.state == State.RESUMING:
+            await self._run(lambda conn: sessions.place(conn, row.id, self.policy))
+        return await self.session(row.id), new
+
+    async def drop_template(self, name: str) -> Template:
+        """The name goes, and its session unless others were forked from it."""
+        gone = await self._run(lambda conn: templates.drop(conn, name))
+        with contextlib.suppress(Conflict, NotFound):
+            await self.erase(gone.session, force=True)
+        return gone
 
     async def rewind(self, session: str, to: int | str, *, redeliver: bool = False) -> SessionView:
         """Take the session back to `to` (a SEQ or a snapshot). `redeliver`: as with `fork`."""

@@ -45,6 +45,17 @@ class AsyncContext:
         """What the session was started with."""
         return self._about.args
 
+    async def ready(self) -> Dict[str, Any]:
+        """The program is warm: return what the session was started with. In a template (`rethaw template create`) this is
+        where it is frozen, and where each session that is started from it begins."""
+        if not protocol.in_template():
+            return self.args
+        if self.fresh or self.attempt > 1:  # the signal may be of a former life
+            told = protocol.started(await self.history())
+            if told is not None:
+                return protocol.begun(told)
+        return protocol.begun((await self.wait(protocol.START)).payload)
+
     @property
     def fresh(self) -> bool:
         """True when an earlier life was abandoned: `history()` has its context, this process has nothing of it."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict, NoReturn, Optional, Tuple, cast
+from typing import Any, Dict, List, NoReturn, Optional, Tuple, cast
 
 from rethaw.channel.payload import embed, split
 from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.errors import InvalidInput, RethawError, TooLarge, Unavailable, WaitTimeout, by_code
 
 SOCKET = "/run/rethaw/context.sock"
+START = "rethaw.start"  # the signal by which a session that was forked from a template gets its arguments
 MESSAGE_LIMIT = 1 << 20  # MESSAGE_LIMIT of rethaw.model.types, which needs more than the standard library
 
 
@@ -51,6 +52,28 @@ class Signal:
 
     def __repr__(self) -> str:
         return f"Signal({self.name!r}, {self.payload!r})" if self.complete else f"Signal({self.name!r}, open)"
+
+
+def in_template() -> bool:
+    """Whether this program was started to be forked from."""
+    return bool(os.environ.get("RETHAW_TEMPLATE"))
+
+
+def started(history: List[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
+    """The arguments that a former life of this session was told, from its events."""
+    for event in history:
+        if event["type"] == "signal.received" and event["data"].get("name") == START:
+            return dict(json.loads(event["body"] or "{}"))
+    return None
+
+
+def begun(args: Any) -> Dict[str, Any]:
+    """The arguments of a session that goes on from a template. Its forks share the state of `random`: no longer."""
+    import sys
+
+    if "random" in sys.modules:
+        sys.modules["random"].seed()
+    return dict(args or {})
 
 
 def socket_path(path: Optional[str] = None) -> str:

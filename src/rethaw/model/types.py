@@ -226,6 +226,16 @@ class SessionView(Wire):
     forked_seq: int | None = None
 
 
+class Template(Wire):
+    """A warm agent that sessions are forked from. `snapshot` and `ready_by` ("call", "line", "quiet") once it is ready."""
+
+    name: str
+    session: str
+    snapshot: str | None = None
+    ready_by: str | None = None
+    created_at: datetime
+
+
 class Boot(Wire):
     """What a fresh boot is given. `cursor`: inbox messages up to this number are consumed already."""
 

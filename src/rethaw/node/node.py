@@ -92,6 +92,12 @@ class Node:
             log.warning("session %s: not suspended: %s; it comes back as after a crash", supervisor.session, error)
         await supervisor.close()
 
+    def cpu_s(self, session: str) -> float | None:
+        """CPU seconds that the sandbox of `session` has used; None when it has none here."""
+        supervisor = self._supervisors.get(session)
+        life = supervisor.life if supervisor is not None else None
+        return None if life is None else life.sandbox.cpu_s()
+
     def crash_sandbox(self, session: str) -> None:
         """SIGKILL the sandbox of `session`. Raises Conflict when it has none here."""
         supervisor = self._supervisors.get(session)

@@ -17,6 +17,7 @@ from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
 from rethaw.sdk.snapshots import AsyncSnapshots
 from rethaw.sdk.sse import Parser
+from rethaw.sdk.templates import AsyncTemplates
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, OnGap, Patience, Target, failure
 from rethaw.sdk.types import Detail, Message, Outcome, Why
 
@@ -48,6 +49,7 @@ class AsyncClient:
         self.sessions = AsyncSessions(self)
         self.blobs = AsyncBlobs(self)
         self.snapshots = AsyncSnapshots(self)
+        self.templates = AsyncTemplates(self)
 
     @property
     def url(self) -> str:

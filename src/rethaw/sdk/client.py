@@ -16,6 +16,7 @@ from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
 from rethaw.sdk.snapshots import Snapshots
 from rethaw.sdk.sse import Parser
+from rethaw.sdk.templates import Templates
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, OnGap, Patience, Target, failure
 from rethaw.sdk.types import Detail, Message, Outcome, Why
 
@@ -47,6 +48,7 @@ class Client:
         self.sessions = Sessions(self)
         self.blobs = Blobs(self)
         self.snapshots = Snapshots(self)
+        self.templates = Templates(self)
 
     @property
     def url(self) -> str:

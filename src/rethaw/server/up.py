@@ -208,6 +208,7 @@ async def _run(
             looking=NodeLook(parts, throwaways),
             carrier=Transfers(parts),
             node=parts.node,
+            cpu=node.cpu_s,
         )
         server = uvicorn.Server(
             uvicorn.Config(

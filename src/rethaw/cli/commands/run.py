@@ -99,6 +99,25 @@ def run(
         return _watch(connection, session, json)
 
 
+def agent_of(
+    connection: Client, target: str | None, command: list[str], image: str | None, given: dict[str, Any]
+) -> AgentSpec:
+    """What is to be run, from FILE.py[::NAME] (whose code is uploaded) or from an image and a command."""
+    from rethaw.model.errors import InvalidInput
+    from rethaw.sdk.agents import Agent, find
+
+    if image is not None:
+        return _of_command(image, [*([target] if target is not None else []), *command], given)
+    if target is None or command:
+        raise InvalidInput("what to run is not named", remedy="write FILE.py, or --image base -- COMMAND ARG ...")
+    file, _, chosen = target.partition("::")
+    found = find(file, chosen or None)
+    changed = Agent[..., Any](found.function, _overridden(found.options, given))
+    package = changed.package()
+    connection.blobs.put(package.data)
+    return changed.spec(package.digest)
+
+
 def _of_command(image: str, command: list[str], given: dict[str, Any]) -> AgentSpec:
     from rethaw.model.errors import InvalidInput, NotFound
     from rethaw.sdk.agents import options

@@ -1,0 +1,124 @@
+"""Templates: a session that is warm and suspended, and the forks of it that starts are. See docs/adr/0019."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rethaw.control import forks, inbox, rows, sessions
+from rethaw.control.policy import Policy
+from rethaw.control.rows import Conn, Row
+from rethaw.model.errors import Conflict, InvalidInput, KeyReused, NotFound
+from rethaw.model.ids import new_id
+from rethaw.model.types import AgentSpec, Template
+
+START = "rethaw.start"  # the signal that ctx.ready() waits for; equal to rethaw.guest.protocol.START
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_KEY = "template:"
+
+
+def _template(record: dict[str, Any]) -> Template:
+    return Template(**{field: record[field] for field in Template.model_fields})
+
+
+async def get(conn: Conn, name: str, *, lock: bool = False) -> Template:
+    """Raises NotFound."""
+    query = "SELECT * FROM templates WHERE name = %s"
+    found = await rows.one(conn, query + " FOR SHARE" if lock else query, (name,))
+    if found is None:
+        raise NotFound(f"there is no template {name!r}", remedy="`rethaw template ls` shows those there are")
+    return _template(found)
+
+
+async def every(conn: Conn) -> list[Template]:
+    return [_template(r) for r in await rows.many(conn, "SELECT * FROM templates ORDER BY name")]
+
+
+async def create(
+    conn: Conn, name: str, session: str, agent: AgentSpec, args: dict[str, Any], policy: Policy
+) -> Template:
+    """Begin one, or find the one that has begun. One whose program has ended by now is begun anew.
+
+    Raises Conflict when the name belongs to another agent or other arguments.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            f"{name[:100]!r} cannot be a template's name", remedy="use letters, digits, '.', '_' and '-'"
+        )
+    env = {**agent.env, "RETHAW_TEMPLATE": name}
+    agent = agent.model_copy(update={"env": env})
+    key = _KEY + name
+    await conn.execute(
+        """UPDATE sessions SET key = NULL WHERE key = %s AND state IN ('completed', 'failed', 'cancelled')""", (key,)
+    )
+    try:
+        row, _ = await sessions.create(conn, session, agent, args, key, policy)
+    except KeyReused as error:
+        raise Conflict(
+            f"template {name} is of another agent or has other arguments", remedy=f"`rethaw template rm {name}` first"
+        ) from error
+    # How long it may last is for those that are started from it.
+    await conn.execute("UPDATE sessions SET give_up_at = NULL WHERE id = %s", (row.id,))
+    await conn.execute(
+        """INSERT INTO templates (name, session) VALUES (%s, %s)
+           ON CONFLICT (name) DO UPDATE SET session = excluded.session, snapshot = NULL, ready_by = NULL
+           WHERE templates.session <> excluded.session""",
+        (name, row.id),
+    )
+    return await get(conn, name)
+
+
+async def ready(conn: Conn, name: str, session: str, snapshot: str, by: str) -> Template:
+    """Sessions can be started from it from now on."""
+    await conn.execute("UPDATE snapshots SET pinned = true WHERE id = %s", (snapshot,))
+    await conn.execute(
+        "UPDATE templates SET snapshot = %s, ready_by = %s WHERE name = %s AND session = %s",
+        (snapshot, by, name, session),
+    )
+    return await get(conn, name)
+
+
+async def start(
+    conn: Conn, name: str, session: str, generation: str, payload: bytes, key: str | None, policy: Policy
+) -> tuple[Row, bool]:
+    """A session forked from it, with `payload` (JSON) as its arguments, and whether it is new.
+
+    Raises NotFound, Conflict when it is not ready, KeyReused.
+    """
+    found = await get(conn, name, lock=True)
+    if found.snapshot is None:
+        raise Conflict(f"template {name} is not ready yet", remedy=f"see `rethaw why {found.session}`")
+    if key is not None:
+        if not 0 < len(key) <= 500 or "\0" in key or key.startswith(_KEY):
+            raise InvalidInput(f"{key[:80]!r} cannot be a key", remedy="use 1 to 500 characters, no NUL")
+        # Two callers with one key: the second waits here until the first has committed.
+        await conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (key,))
+    former = await rows.select(conn, "WHERE s.id = %s OR (%s::text IS NOT NULL AND s.key = %s)", (session, key, key))
+    if former:
+        await _same(conn, former[0], name, payload, key)
+        return former[0], False
+    (row,) = await forks.fork(conn, found.session, found.snapshot, {session: generation}, False)
+    await rows.update(conn, row.id, key=key)
+    await inbox.signal(conn, row.id, new_id("sig"), START, payload, f"{_KEY}{name}", policy)
+    return await rows.load(conn, row.id), True
+
+
+async def _same(conn: Conn, row: Row, name: str, payload: bytes, key: str | None) -> None:
+    told = await rows.one(
+        conn,
+        "SELECT payload FROM signals WHERE session = %s AND idempotency_key = %s",
+        (row.id, f"{_KEY}{name}"),
+    )
+    if told is None or bytes(told["payload"]) != payload:
+        raise KeyReused(
+            f"key {key!r} belongs to session {row.id}, started otherwise", remedy="use a new key", session=row.id
+        )
+
+
+async def drop(conn: Conn, name: str) -> Template:
+    """The name goes; its session stays as long as others were forked from it."""
+    found = await get(conn, name)
+    await conn.execute("UPDATE snapshots SET pinned = false WHERE id = %s", (found.snapshot,))
+    await conn.execute("UPDATE sessions SET key = NULL WHERE id = %s", (found.session,))
+    await conn.execute("DELETE FROM templates WHERE name = %s", (name,))
+    return found
