@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_fixtures import House, Session, house
+from e2e_cli import refused as cli_refused
+from e2e_fixtures import House, Session, body, house
 
 from rethaw.model.errors import RethawError
 from rethaw.testing.provider import Reply
 
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
+]
 ANSWERED = "exchange.completed"
+PAGE = Path(__file__).resolve().parents[2] / "docs/branching.md"
 
 
 @pytest.fixture(scope="module", name="h")
@@ -29,8 +40,8 @@ def clean(h: House) -> Iterator[None]:
 
 
 def fork(session: Session, at: int | str | None = None, n: int = 1, **more: Any) -> list[Session]:
-    body = {"n": n, **({"at": at} if at is not None else {}), **more}
-    found = session.house.server.request("POST", f"/v1/sessions/{session.id}/fork", body)["sessions"]
+    wanted = {"n": n, **({"at": at} if at is not None else {}), **more}
+    found = session.house.server.request("POST", f"/v1/sessions/{session.id}/fork", wanted)["sessions"]
     return [Session(session.house, view) for view in found]
 
 
@@ -148,15 +159,9 @@ def test_a_completed_session_is_rewound_and_goes_another_way(h: House) -> None:
     every = session.events(all_lines=True)
     left = [e for e in every if e["superseded"]]
     assert {e["data"]["exchange"] for e in left if e["type"] == "exchange.requested"}
-    assert [json.loads(e_body(e)) for e in every if e["type"] == "session.result"] == [first, second]
+    assert [json.loads(body(e)) for e in every if e["type"] == "session.result"] == [first, second]
     assert [e["data"]["why"] for e in path if e["type"] == "line.opened"] == ["rewind"]
     assert session.outbox() == [first[-1], second[-1]]
-
-
-def e_body(event: dict[str, Any]) -> bytes:
-    import base64
-
-    return base64.urlsafe_b64decode(event["body"])
 
 
 def test_a_running_session_is_rewound(h: House) -> None:
@@ -300,3 +305,52 @@ def test_what_is_refused(h: House) -> None:
         assert error.status == 422 and str(n) in str(error)
     error = refused(lambda: h.server.request("POST", "/v1/sessions/s_nobody/fork", {}))
     assert error.status == 404
+
+
+def test_the_page_and_the_commands(h: House, tmp_path: Path) -> None:
+    text = PAGE.read_text()
+    agent, script = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (tmp_path / "trip.py").write_text(agent)
+    cli = h.server.cli
+    ident = cli("run", "-d", "trip.py", "--city", "Rome", cwd=tmp_path, timeout_s=300).stdout.strip()
+    session = Session(h, {"id": ident})
+    session.until_state("suspended", timeout_s=120)
+    asked = len(h.provider.inner.calls)
+    first, second = cli("fork", ident, "-n", "2").stdout.split()
+    for one in (first, second):
+        cli("signal", one, "choice", one)
+    for one in (first, second):
+        assert one in Session(h, {"id": one}).result()
+    assert len(h.provider.inner.calls) == asked + 2
+    scope: dict[str, Any] = {}
+    exec(compile(script, str(PAGE), "exec"), scope)
+    before = dict(os.environ)
+    os.environ.update({"RETHAW_URL": h.server.url, "RETHAW_TOKEN": h.server.token})
+    try:
+        museums, food = scope["compare"](ident)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    assert "museums" in museums and "food" in food
+    assert f"forked from {ident} at event" in cli("show", first).stdout
+    table = cli("ls").stdout
+    assert "FORK OF" in table and len([line for line in table.splitlines() if line.endswith(ident[:10])]) == 4
+    shown = json.loads(cli("fork", ident, "--at", str(session.view["last_seq"]), "--json").stdout)
+    assert shown["forked_from"] == ident
+    snapshot = session.view["snapshot"]
+    cli_refused(cli("rm", ident, check=False), 5, ident, first, "rethaw rm")
+    assert cli("rewind", first, "--to", snapshot[:20]).stdout.startswith(first)
+    cli("signal", first, "choice", "again")
+    assert "again" in Session(h, {"id": first}).result()
+    for args, code, words in (
+        (("fork", "s_nobody"), 4, ["s_nobody"]),
+        (("fork", ident, "--at", "snap_nobody"), 4, ["snap_nobody"]),
+        (("fork", ident, "--at", "99999"), 2, ["99999"]),
+        (("fork", ident, "--at", "-3"), 2, ["-3"]),
+        (("fork", ident, "-n", "0"), 2, ["0 forks", "1 to 1000"]),
+        (("fork", ident, "-n", "1001"), 2, ["1001"]),
+        (("fork", ident, "-n", "many"), 2, ["many"]),
+        (("rewind", ident, "--to", "1"), 2, ["event 1", "first one"]),
+        (("rewind", ident), 2, ["--to"]),
+    ):
+        cli_refused(cli(*args, check=False), code, *words)

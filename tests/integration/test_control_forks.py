@@ -409,3 +409,20 @@ async def test_a_hundred_forks_take_few_statements(w: World) -> None:
     assert len(await w.events(session, EventType.SESSION_FORKED)) == 100
     counts = await w.sql("SELECT count(*) FROM waits WHERE state = 'open'")
     assert counts[0][0] == 2020
+
+
+async def test_a_snapshot_that_is_given_up_is_no_longer_gone_back_to(w: World) -> None:
+    session, fence = await w.start()
+    info = await w.save(fence)
+    for _ in range(4):
+        await w.act(fence)
+        await w.save(fence)
+    await w.sql("UPDATE snapshots SET created_at = now() - interval '40 hours' WHERE id = %s", info.id)
+    await w.sql("UPDATE snapshots SET stored_bytes = 1::bigint << 50 WHERE id = %s", info.id)
+    assert [s.id for s in await w.catalog.superfluous(w.node.id)] == [info.id]
+    with pytest.raises(NotFound, match=info.id):
+        await w.control.fork(session, info.id)
+    with pytest.raises(InvalidInput, match="first one"):
+        await w.control.rewind(session, info.seq)
+    assert [s.id for s in await w.catalog.superfluous(w.node.id)] == [info.id]  # the node has not said that it is gone
+    await w.catalog.forget(info.id)

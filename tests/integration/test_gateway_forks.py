@@ -8,7 +8,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
-from control_fixtures import AGENT, World, cluster_fixture, dsn_fixture, world_fixture  # noqa: F401 - fixtures
+from control_fixtures import (  # noqa: F401 - fixtures
+    AGENT,
+    World,
+    cluster_fixture,
+    dsn_fixture,
+    eventually,
+    world_fixture,
+)
 from gateway_fixtures import CHAT, Call, FakeStream, Gate, Hooks, providers
 
 from rethaw.gateway import Gateway, SessionGateway
@@ -109,6 +116,10 @@ async def house_fixture(w: World) -> AsyncIterator[House]:
         await gateway.close()
 
 
+async def has(call: Call, size: int) -> bool:
+    return len(call.data) >= size
+
+
 async def end_of(w: World, call: Call) -> int:
     events = await w.log.read((await w.log.exchange(call.exchange or "")).session, all_lines=True)
     return next(e.seq for e in events if e.type == E.EXCHANGE_COMPLETED and e.data["exchange"] == call.exchange)
@@ -198,9 +209,7 @@ async def test_an_answer_that_is_half_in_the_guest_is_torn(h: House) -> None:
     guest = await h.boot()
     h.provider.fail(Reply(text="y" * 400, chunk_s=0.02))
     call = guest.call(chat("long", stream=True))
-    async with asyncio.timeout(10):
-        while len(call.data) < 200:
-            await asyncio.sleep(0.005)
+    await eventually(lambda: has(call, 200))
     saved = call.copy()
     info = await guest.save()
     fork = await h.fork(guest.fence.session, info.id, counter=1)
@@ -275,12 +284,10 @@ async def test_a_rewind_issues_what_was_open_again_though_it_is_still_coming(h: 
     await guest.done()
     assert b"new" in saved.data and h.provider.count == 2 and saved.exchange != call.exchange
 
-    async def ends() -> int:
-        return len(await h.w.log.read(session, types=[E.EXCHANGE_COMPLETED], all_lines=True))
+    async def both_ended() -> bool:  # what the left line asked for is paid, and kept
+        return len(await h.w.log.read(session, types=[E.EXCHANGE_COMPLETED], all_lines=True)) == 2
 
-    async with asyncio.timeout(10):
-        while await ends() < 2:  # what the left line asked for is paid, and kept
-            await asyncio.sleep(0.02)
+    await eventually(both_ended)
 
 
 async def test_a_guest_cannot_name_what_its_line_never_knew(h: House) -> None:

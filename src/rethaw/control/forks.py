@@ -43,9 +43,20 @@ def parse(at: int | str | None) -> int | str | None:
 
 
 async def locate(conn: Conn, row: Row, at: int | str | None) -> Target:
-    """What `at` (a SEQ, a snapshot's id or a beginning of it, None for the newest) means in the log of `row`.
+    """What `at` (a SEQ, a snapshot's id or a beginning of it, None for the newest) means in the log of `row`. Its snapshot
+    stays at least until the transaction ends.
 
     Raises InvalidInput, NotFound, AmbiguousId, Conflict, SnapshotUnusable."""
+    target = await _locate(conn, row, at)
+    kept = await rows.one(
+        conn, "SELECT 1 AS ok FROM snapshots WHERE id = %s AND NOT erased FOR SHARE", (target.snapshot.id,)
+    )
+    if kept is None:
+        raise Conflict(f"snapshot {target.snapshot.id} was given up a moment ago", remedy="name a newer one")
+    return target
+
+
+async def _locate(conn: Conn, row: Row, at: int | str | None) -> Target:
     at = parse(at)
     if isinstance(at, int):
         return await _by_seq(conn, row, at)

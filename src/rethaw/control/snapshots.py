@@ -234,4 +234,20 @@ async def _superfluous(conn: Conn, node: str, policy: Policy) -> list[SnapshotIn
             hours.add((session, record["hour"]))
         else:
             out.append(placement.snapshot_info(record))
-    return out
+    return await _given_up(conn, out)
+
+
+async def _given_up(conn: Conn, found: list[SnapshotInfo]) -> list[SnapshotInfo]:
+    """Those of `found` that nobody has begun to go back to meanwhile (control/forks.py); from now on nobody will."""
+    locked = await rows.many(
+        conn, "SELECT id FROM snapshots WHERE id = ANY(%s) FOR UPDATE SKIP LOCKED", ([s.id for s in found],)
+    )
+    gone = await rows.many(
+        conn,
+        """UPDATE snapshots n SET erased = true WHERE n.id = ANY(%s) AND (n.erased OR n.unusable IS NOT NULL OR NOT EXISTS (
+               SELECT 1 FROM sessions s WHERE n.id IN (s.snapshot, s.restored)
+               AND s.state NOT IN ('completed', 'failed', 'cancelled'))) RETURNING n.id""",
+        ([r["id"] for r in locked],),
+    )
+    ids = {r["id"] for r in gone}
+    return [s for s in found if s.id in ids]
