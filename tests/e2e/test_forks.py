@@ -182,7 +182,7 @@ def main(ctx):
     assert session.view["generation"] != generation
     session.signal("go", "gone ")
     assert session.result() == "gone xy"
-    assert len([e for e in session.events("snapshot.restored")]) == 1
+    assert len(session.events("snapshot.restored")) == 1
     checked(session)
 
 

@@ -106,6 +106,7 @@ class Supervisor:
         log.info("session %s: %s (generation %s, attempt %d)", self.session, a.action, a.generation[:8], a.attempt)
         life = self._life
         if a.action in ("start", "restore"):
+            self._fence = Fence(session=self.session, generation=a.generation)
             if life is not None:
                 await self._drop(life)
             await self._begin(a)
@@ -117,7 +118,7 @@ class Supervisor:
         elif a.action == "kill":
             if life is not None:
                 await self._drop(life)
-            await self._final()
+            await self._final(self._fence)
         elif a.action == "crash":
             if life is not None:
                 life.sandbox.kill()
@@ -470,13 +471,15 @@ class Supervisor:
 
     async def _finish(self, life: Life) -> None:
         await self._drop(life)
-        await self._final()
+        await self._final(life.fence)
 
-    async def _final(self) -> None:
-        if self._gateway is not None:
-            await self._gateway.close()
-            self._gateway = None
-        self._on_final(self.session)
+    async def _final(self, fence: Fence | None) -> None:
+        """The life under `fence` was the last one; unless a rewind has begun another meanwhile."""
+        if self._fence == fence and self._gateway is not None:
+            gateway, self._gateway = self._gateway, None
+            await gateway.close()
+        if self._fence == fence and self._queue.empty():
+            self._on_final(self.session)
 
     async def _cancel(self, a: Assignment, life: Life | None) -> None:
         if life is None:
@@ -493,4 +496,4 @@ class Supervisor:
         change = StateChange(state=State.CANCELLED, reason=Reason.CANCELLED, exit_code=137)
         await self._parts.control.report(life.fence, change)
         await self._drop(life)
-        await self._final()
+        await self._final(life.fence)
