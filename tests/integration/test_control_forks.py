@@ -426,3 +426,31 @@ async def test_a_snapshot_that_is_given_up_is_no_longer_gone_back_to(w: World) -
         await w.control.rewind(session, info.seq)
     assert [s.id for s in await w.catalog.superfluous(w.node.id)] == [info.id]  # the node has not said that it is gone
     await w.catalog.forget(info.id)
+
+
+async def test_a_snapshot_that_fails_a_fork_is_still_its_parents(w: World) -> None:
+    session, fence = await w.start()
+    older = await w.save(fence)
+    await w.act(fence)
+    info = await w.save(fence)
+    (view,) = await w.control.fork(session, info.id)
+    restore = await w.node.one("restore", view.id)
+    fork = Fence(session=view.id, generation=restore.generation)
+    await w.control.report_unusable(fork, info.id, "no memory just now")
+    assignment, fork = await w.back(view.id)
+    assert assignment.snapshot is not None and assignment.snapshot.id == older.id
+    (told, again) = [e for e in await w.log.read(view.id) if e.type == EventType.SNAPSHOT_UNUSABLE]
+    assert told.data["snapshot"] == again.data["snapshot"] == info.id
+    await w.control.report_death(fork, Reason.SANDBOX_DIED, "x")
+    restore = await w.node.one("restore", view.id)
+    assert restore.snapshot is not None and restore.snapshot.id == older.id
+    fork = Fence(session=view.id, generation=restore.generation)
+    await w.control.report_unusable(fork, older.id, "that neither")
+    boot = await w.node.one("start", view.id)
+    assert (boot.attempt, boot.boot and boot.boot.fresh) == (2, True)
+    fork = Fence(session=view.id, generation=boot.generation)
+    await w.report(fork, S.RUNNING)
+    assert [e.seq for e in await w.log.read(view.id)][: older.seq] == list(range(1, older.seq + 1))
+    await w.control.report_death(fence, Reason.SANDBOX_DIED, "x")
+    assignment, _ = await w.back(session)
+    assert assignment.snapshot is not None and assignment.snapshot.id == info.id

@@ -27,6 +27,11 @@ def snapshot_info(found: dict[str, Any]) -> SnapshotInfo:
     return info.model_copy(update=stored if uploaded is None else {**stored, "uploaded_ms": uploaded})
 
 
+def given_up_key(snapshot: str) -> str:
+    """Key of the event that says that a fork could not be restored from this snapshot of an ancestor."""
+    return f"snapshot.unusable:{snapshot}"
+
+
 async def usable(conn: Conn, row: Row, *, limit: int = 16) -> list[SnapshotInfo]:
     """The newest usable snapshots of the current attempt on the path, newest first.
 
@@ -37,8 +42,10 @@ async def usable(conn: Conn, row: Row, *, limit: int = 16) -> list[SnapshotInfo]
         """SELECT s.* FROM snapshots s
            JOIN rethaw_path(%s, %s) p ON s.session = p.session AND s.line = p.line AND s.seq <= p.upto
            WHERE s.session = ANY(%s) AND s.attempt = %s AND s.unusable IS NULL AND NOT s.erased
+             AND (s.session = %s OR NOT EXISTS (
+                 SELECT 1 FROM events e WHERE e.session = %s AND e.key = %s || s.id))
            ORDER BY s.seq DESC, s.created_at DESC LIMIT %s""",
-        (row.id, row.line, await lineage.sessions(conn, row), row.attempt, limit),
+        (row.id, row.line, await lineage.sessions(conn, row), row.attempt, row.id, row.id, given_up_key(""), limit),
     )
     return [snapshot_info(r) for r in found]
 

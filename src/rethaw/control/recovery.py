@@ -120,18 +120,32 @@ async def unusable(conn: Conn, row: Row, snapshot: str, detail: str, policy: Pol
 
 
 async def mark_unusable(conn: Conn, row: Row, snapshot: str, why: str) -> None:
-    """Never choose `snapshot` again. Logged once."""
+    """Never choose `snapshot` again. Logged once. An ancestor's is given up by this session alone: what failed here may
+    have been the moment, and the ancestor and its other forks would lose work."""
     why = rows.clean(why)
+    found = await placement.snapshot_row(conn, snapshot)
+    if found is not None and found["session"] != row.id and found["session"] in await lineage.sessions(conn, row):
+        event = NewEvent(
+            type=EventType.SNAPSHOT_UNUSABLE,
+            data={"snapshot": snapshot, "detail": why},
+            key=placement.given_up_key(snapshot),
+        )
+        await rows.append(conn, row.id, event)
+        return await _newest_again(conn, row, snapshot)
     marked = await rows.one(
         conn,
-        "UPDATE snapshots SET unusable = %s WHERE id = %s AND session = ANY(%s) AND unusable IS NULL RETURNING id",
-        (why, snapshot, await lineage.sessions(conn, row)),
+        "UPDATE snapshots SET unusable = %s WHERE id = %s AND session = %s AND unusable IS NULL RETURNING id",
+        (why, snapshot, row.id),
     )
     if marked is None:
         return
     event = NewEvent(type=EventType.SNAPSHOT_UNUSABLE, data={"snapshot": snapshot, "detail": why})
     await rows.append(conn, row.id, event)
-    if row.snapshot == snapshot:
+    await _newest_again(conn, row, snapshot)
+
+
+async def _newest_again(conn: Conn, row: Row, lost: str) -> None:
+    if row.snapshot == lost:
         left = await placement.usable(conn, row)
         await rows.update(conn, row.id, snapshot=left[0].id if left else None)
 

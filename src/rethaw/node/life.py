@@ -75,6 +75,7 @@ class Life:
             gateway=gateway,
             outputs=self.outputs,
             parent=snapshot.id if snapshot else None,
+            shared=snapshot is not None and snapshot.session != assignment.session,
         )
         boot = assignment.boot or Boot(args={}, cursor=0, fresh=False)
         self.calls = Calls(parts, self.fence, self.attempt, boot, self.saver, self)

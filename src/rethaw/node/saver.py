@@ -49,7 +49,8 @@ class _Captured:
 
 
 class Saver:
-    """One per life of a session. `parent` is the snapshot that this life was restored from."""
+    """One per life of a session. `parent` is the snapshot that this life was restored from; `shared`: it is another
+    session's, whose forks may want it in memory still."""
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class Saver:
         gateway: SessionGateway,
         outputs: Outputs,
         parent: str | None,
+        shared: bool = False,
     ) -> None:
         self._parts = parts
         self._agent = agent
@@ -86,6 +88,7 @@ class Saver:
         self._degraded: bool | None = None  # None: the row may say what a former life of the session left there
         self.idle = False  # set by the supervisor: nothing happens in the guest, periodic saves are a waste
         self.saved = parent  # newest snapshot of this life
+        self._shared = shared
         self.frozen = False
 
     # ------------------------------------------------------------ the gate
@@ -171,8 +174,9 @@ class Saver:
                     self._parts.store.drop_staged(snapshot)
             previous, self.saved = self.saved, snapshot
             self._parent = snapshot
-            if previous is not None:
+            if previous is not None and not self._shared:
                 self._parts.store.drop_staged(previous)
+            self._shared = False
             self._parts.store.keep(snapshot)
             self._gate.cover(captured.covered)
             self._failures = 0
