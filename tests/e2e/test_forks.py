@@ -354,3 +354,40 @@ def test_the_page_and_the_commands(h: House, tmp_path: Path) -> None:
         (("rewind", ident), 2, ["--to"]),
     ):
         cli_refused(cli(*args, check=False), code, *words)
+
+
+def test_a_running_session_takes_a_snapshot_for_its_fork(h: House) -> None:
+    code = """
+import time
+def main(ctx):
+    print("begun", flush=True)
+    while True:
+        time.sleep(0.05)
+        if ctx.session != first(ctx):
+            return "the fork"
+def first(ctx, known=[]):
+    known.append(ctx.session)
+    return known[0]
+"""
+    parent = h.agent(code, idle_suspend_s=None)
+    parent.until_output("begun")
+    (one,) = fork(parent)
+    assert one.result() == "the fork"
+    assert parent.view["state"] == "running"
+    (taken,) = parent.events("snapshot.created")
+    assert taken["data"]["why"] == "requested" and one.view["forked_seq"] == taken["data"]["seq"]
+    parent.post("cancel", {"now": True})
+    checked(one)
+
+
+def test_rewound_at_the_very_moment_of_its_end(h: House) -> None:
+    session = h.agent("def main(ctx):\n    ctx.snapshot()\n    return ctx.generation\n")
+    generations = set[str]()
+    for _ in range(5):
+        found = h.server.request("GET", f"/v1/sessions/{session.id}/result?wait_s=60", timeout_s=90)
+        assert found["state"] == "completed"
+        generations.add(found["result"])
+        rewind(session, session.events("snapshot.created")[0]["data"]["snapshot"])
+    session.result()
+    assert len(generations) == 5
+    checked(session)
