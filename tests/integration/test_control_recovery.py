@@ -507,17 +507,19 @@ async def test_retention_is_the_agents_policy(control_dsn: str) -> None:
         catalog = Catalog(w.db, w.hub)
         session, fence = await w.start(AGENT.model_copy(update={"keep_bytes": 60, "keep_all_s": 3600.0}))
         made: list[SnapshotInfo] = [await w.save(fence, stored_bytes=10) for _ in range(10)]
-        gone = {s.id for s in await catalog.superfluous(w.node.id)}
-        assert gone == {s.id for s in made[:4]}  # the newest six fit into the budget
-        await w.sql("UPDATE snapshots SET stored_bytes = 1000")
-        gone = {s.id for s in await catalog.superfluous(w.node.id)}
-        assert gone == {s.id for s in made[:7]}  # over the budget: what recovery may ask for stays
         pinned = await catalog.pin(made[0].id, True)
         assert pinned.pinned
         gone = {s.id for s in await catalog.superfluous(w.node.id)}
-        assert gone == {s.id for s in made[1:7]}
+        assert gone == {s.id for s in made[1:4]}  # the newest six fit into the budget
+        await w.sql("UPDATE snapshots SET stored_bytes = 1000")
+        gone = {s.id for s in await catalog.superfluous(w.node.id)}
+        assert gone == {s.id for s in made[1:7]}  # over the budget: what recovery may ask for stays
+        with pytest.raises(NotFound):
+            await catalog.pin(made[1].id, True)  # its files are on their way out
         await catalog.pin(made[0].id, False)
-        for snapshot in {s.id for s in await catalog.superfluous(w.node.id)}:
+        gone = {s.id for s in await catalog.superfluous(w.node.id)}
+        assert gone == {s.id for s in made[:7]}
+        for snapshot in gone:
             await catalog.forget(snapshot)
         with pytest.raises(Conflict):
             await catalog.forget(made[-1].id)

@@ -66,7 +66,9 @@ class Catalog:
         """Keep it whatever retention says, or no longer. Raises NotFound."""
 
         async def fn(conn: Conn) -> None:
-            await conn.execute("UPDATE snapshots SET pinned = %s WHERE id = %s AND NOT erased", (pinned, snapshot))
+            query = "UPDATE snapshots SET pinned = %s WHERE id = %s AND NOT erased"
+            if (await conn.execute(query, (pinned, snapshot))).rowcount == 0:
+                raise NotFound(f"there is no snapshot {snapshot}", remedy="`rethaw snapshot ls` shows those there are")
 
         await self._db.run(fn)
         return await self.get(snapshot)
@@ -244,9 +246,10 @@ async def _given_up(conn: Conn, found: list[SnapshotInfo]) -> list[SnapshotInfo]
     )
     gone = await rows.many(
         conn,
-        """UPDATE snapshots n SET erased = true WHERE n.id = ANY(%s) AND (n.erased OR n.unusable IS NOT NULL OR NOT EXISTS (
+        """UPDATE snapshots n SET erased = true
+           WHERE n.id = ANY(%s) AND (n.erased OR NOT n.pinned AND (n.unusable IS NOT NULL OR NOT EXISTS (
                SELECT 1 FROM sessions s WHERE n.id IN (s.snapshot, s.restored)
-               AND s.state NOT IN ('completed', 'failed', 'cancelled'))) RETURNING n.id""",
+               AND s.state NOT IN ('completed', 'failed', 'cancelled')))) RETURNING n.id""",
         ([r["id"] for r in locked],),
     )
     ids = {r["id"] for r in gone}
