@@ -454,3 +454,17 @@ async def test_a_snapshot_that_fails_a_fork_is_still_its_parents(w: World) -> No
     await w.control.report_death(fence, Reason.SANDBOX_DIED, "x")
     assignment, _ = await w.back(session)
     assert assignment.snapshot is not None and assignment.snapshot.id == info.id
+
+
+async def test_a_sleeping_fork_shows_the_snapshot_that_it_sleeps_in(w: World) -> None:
+    session, fence = await w.start()
+    first = await w.save(fence)
+    await w.act(fence)
+    info = await w.sleep(fence, Reason.IDLE)
+    (view,) = await w.control.fork(session)
+    assert (await w.control.snapshot(view.id)).id == info.id
+    assert [s.id for s in await w.catalog.list(view.id)] == [first.id, info.id]
+    (early,) = await w.control.fork(session, first.id)
+    assert [s.id for s in await w.catalog.list(early.id)] == [first.id]
+    (child,) = await w.control.fork(view.id)
+    assert (child.state, child.snapshot, child.forked_from) == (S.SUSPENDED, info.id, view.id)

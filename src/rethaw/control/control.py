@@ -220,10 +220,10 @@ class Control:
         async def fn(conn: Conn) -> SnapshotInfo | None:
             found = await rows.one(
                 conn,
-                """SELECT n.* FROM snapshots n JOIN sessions s ON s.id = n.session
-                   WHERE n.session = %s AND (n.created_at > %s OR (s.state = 'suspended' AND s.snapshot = n.id))
-                   ORDER BY n.seq DESC LIMIT 1""",
-                (session, asked),
+                """SELECT n.* FROM sessions s JOIN snapshots n
+                     ON (n.session = s.id AND n.created_at > %s) OR (s.state = 'suspended' AND n.id = s.snapshot)
+                   WHERE s.id = %s ORDER BY n.seq DESC LIMIT 1""",
+                (asked, session),
             )
             if found is None and (now := await rows.load(conn, session)).state.final:
                 raise Conflict(f"session {session} is {now.state.value}: no snapshot was taken")

@@ -43,11 +43,15 @@ class Catalog:
         return await self._db.run(fn)
 
     async def list(self, session: str) -> list[SnapshotInfo]:
-        """All of the session, oldest first, abandoned and unusable ones included."""
+        """All of the session, oldest first, abandoned and unusable ones included; of a fork with those of its ancestors
+        that it can be taken back to."""
 
         async def fn(conn: Conn) -> list[SnapshotInfo]:
             found = await rows.many(
-                conn, "SELECT * FROM snapshots WHERE session = %s AND NOT erased ORDER BY seq, created_at", (session,)
+                conn,
+                """SELECT n.* FROM rethaw_ancestry(%s) a JOIN snapshots n ON n.session = a.session AND n.seq <= a.upto
+                   WHERE NOT n.erased ORDER BY n.seq, n.created_at""",
+                (session,),
             )
             return [placement.snapshot_info(r) for r in found]
 
