@@ -468,3 +468,36 @@ async def test_a_sleeping_fork_shows_the_snapshot_that_it_sleeps_in(w: World) ->
     assert [s.id for s in await w.catalog.list(early.id)] == [first.id]
     (child,) = await w.control.fork(view.id)
     assert (child.state, child.snapshot, child.forked_from) == (S.SUSPENDED, info.id, view.id)
+
+
+async def test_a_rewind_to_an_older_attempt(w: World) -> None:
+    session, fence = await w.start()
+    first = await w.save(fence)
+    await w.sql("UPDATE snapshots SET unusable = 'for now'")
+    await w.control.report_death(fence, Reason.SANDBOX_DIED, "x")
+    assignment, fence = await w.back(session, "start")
+    while assignment.attempt == 1:  # boots of the first attempt, until the rule gives it up or makes it anew
+        await w.control.suspend(session)
+        await w.node.one("suspend", session)
+        await w.sleep(fence, Reason.REQUESTED)
+        await w.sql("UPDATE snapshots SET unusable = 'for now'")
+        view = await w.control.resume(session)
+        assert view.attempt == 2
+        assignment, fence = await w.back(session, "start")
+    second = await w.save(fence)
+    await w.sql("UPDATE snapshots SET unusable = NULL")
+    await w.control.rewind(session, first.id)
+    assignment, fence = await w.back(session)
+    assert (assignment.attempt, assignment.snapshot and assignment.snapshot.id) == (1, first.id)
+    await w.act(fence)
+    await w.sql("UPDATE snapshots SET unusable = 'again'")
+    await w.control.suspend(session)
+    await w.node.one("suspend", session)
+    await w.sleep(fence, Reason.REQUESTED)
+    await w.sql("UPDATE snapshots SET unusable = 'again'")
+    assert (await w.control.resume(session)).attempt == 3  # the second one's ids are not used again
+    await w.back(session, "start")
+    await w.sql("UPDATE snapshots SET unusable = NULL")
+    (view,) = await w.control.fork(session, second.id)
+    assert (view.attempt, view.snapshot) == (2, second.id)
+    assert (await w.log.verify(session)).ok
