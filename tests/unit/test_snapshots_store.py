@@ -76,7 +76,11 @@ async def generations(directory: Path, script: list[Any], gone: set[int], option
     for n, (names, seed, parent) in enumerate(script):
         memory = changed(memory, names, seed)
         snapshot = f"snap_{n}"
-        content[snapshot] = {MEMORY: memory.data, KERNEL: noise(seed, seed % 5000), "second.img": memory.data[: PAGE * 3]}
+        content[snapshot] = {
+            MEMORY: memory.data,
+            KERNEL: noise(seed, seed % 5000),
+            "second.img": memory.data[: PAGE * 3],
+        }
         of = {
             "previous": infos[-1].id if infos else None,
             "none": None,
