@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -338,6 +338,7 @@ class FakeStream:
         self.received = len(call.data)
         self.head_received = call.head is not None
         self.hung_up = False
+        self.taken = 0
         self.dead = False
         self.credit = asyncio.Event()
         self.credit.set()
@@ -450,8 +451,11 @@ class Rig:
         async with asyncio.timeout(timeout_s):
             await asyncio.gather(*(self.tasks[id(c)] for c in calls))
 
-    async def hang_up(self, call: Call) -> None:
-        self.streams[id(call)].dead = self.streams[id(call)].hung_up = True
+    async def hang_up(self, call: Call, taken: int = 0) -> None:
+        """`taken`: bytes of the answer that the client had read."""
+        stream = self.streams[id(call)]
+        stream.dead = stream.hung_up = True
+        stream.taken = taken
         await self._cancel(call)
 
     async def _cancel(self, call: Call) -> None:
@@ -467,8 +471,8 @@ class Rig:
                     self.streams[id(call)].dead = True
             await self.session.flush()
 
-    def go(self, *calls: Call) -> None:
-        self.session.hello([c.exchange for c in calls if c.exchange])
+    def go(self, *calls: Call, left: Mapping[str, int] | None = None) -> None:
+        self.session.hello([c.exchange for c in calls if c.exchange], left or {})
         self.serve(*calls)
 
     async def snapshot(self, name: str, *calls: Call) -> list[Call]:
@@ -480,8 +484,10 @@ class Rig:
         self.go(*(c for c in calls if not c.ended and c.broken is None))
         return copies
 
-    async def restore(self, snapshot: str | None, *calls: Call, node_died: bool = False) -> None:
-        """The sandbox died (with its node, maybe); `calls` is guest memory in the snapshot."""
+    async def restore(
+        self, snapshot: str | None, *calls: Call, node_died: bool = False, left: Mapping[str, int] | None = None
+    ) -> None:
+        """The sandbox died (with its node, maybe); `calls` and `left` is guest memory in the snapshot."""
         for task in list(self.tasks.values()):
             task.cancel()
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
@@ -502,7 +508,7 @@ class Rig:
         self.gate, self.hooks = Gate(), Hooks()
         self.session.attach(fence, 1, self.gate, self.hooks)
         await self.session.restored(snapshot)
-        self.go(*calls)
+        self.go(*calls, left=left)
 
     counters: int = 0
 

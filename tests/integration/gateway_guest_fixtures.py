@@ -165,7 +165,13 @@ async def guest_rig(providers: Providers, log: Any = None, **agent: Any) -> Asyn
             else:
                 await asyncio.Event().wait()
 
-        link = Link(reader, writer, on_stream, on_hello=lambda hello: session.hello(hello.exchanges))
+        link = Link(
+            reader,
+            writer,
+            on_stream,
+            on_hello=lambda hello: session.hello(hello.exchanges, hello.left),
+            on_left=session.left,
+        )
         try:
             await link.start(
                 {

@@ -44,6 +44,7 @@ class Guest:
         self.exchange: Callable[[Stream], Awaitable[None]] = echo
         self.exit: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.hellos: list[Hello] = []
+        self.left: list[tuple[str, int]] = []
         self.malformed: list[str] = []
         self.accepted = 0
         self.link: Link
@@ -63,7 +64,14 @@ class Guest:
         os.close(down_read)
         os.close(up_write)
         reader, writer = await open_pipes(up_read, down_write)
-        self.link = Link(reader, writer, self.on_stream, self.malformed.append, self.hellos.append)
+        self.link = Link(
+            reader,
+            writer,
+            self.on_stream,
+            on_malformed=self.malformed.append,
+            on_hello=self.hellos.append,
+            on_left=lambda exchange, taken: self.left.append((exchange, taken)),
+        )
         await until(lambda: (self.directory / "port").exists() or self.process.poll() is not None, limit_s)
         assert self.process.poll() is None, self.log()
 

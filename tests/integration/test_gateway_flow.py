@@ -182,6 +182,75 @@ async def test_client_that_hangs_up_while_its_request_becomes_durable(rig: Rig, 
     assert again.ended and provider.count == 1 and list(rig.log.rows) == [again.exchange]
 
 
+async def test_client_that_gives_up_before_its_request_is_durable_and_asks_again_at_once(
+    rig: Rig, provider: ScriptedProvider
+):
+    rig.log.slow_s = 0.1
+    calls = [rig.call(chat("hi")) for _ in range(3)]
+    for call in calls[:2]:
+        rig.serve(call)
+        await rig.until(lambda: rig.session.life.intakes)
+        await rig.hang_up(call)
+        assert not rig.log.rows
+    rig.serve(calls[2])
+    await rig.done(calls[2])
+    assert calls[2].ended and provider.count == 1 and list(rig.log.rows) == [calls[2].exchange]
+
+
+async def test_client_that_gives_up_while_its_repeated_request_is_adopted(rig: Rig, provider: ScriptedProvider):
+    provider.fail(Reply(text="slow", first_byte_s=0.3))
+    first, second = rig.call(chat("hi")), rig.call(chat("hi"))
+    rig.serve(first)
+    await provider.wait_for_calls(1)
+    await rig.hang_up(first)
+    rig.log.slow_s = 0.1
+    rig.serve(second)
+    await rig.until(lambda: rig.session.life.intakes)
+    await rig.hang_up(second)
+    third = await rig.ask(chat("hi"))
+    assert third.ended and third.exchange == first.exchange and provider.count == 1
+
+
+async def test_client_that_left_while_its_whole_answer_was_under_way_gets_it_when_it_asks_again(
+    rig: Rig, provider: ScriptedProvider
+):
+    """The node has ended the stream when it learns that the agent had given up without having seen a byte."""
+    for told in ("at once", "by the hello"):
+        first = await rig.ask(chat(told))
+        calls = provider.count
+        assert first.ended and first.exchange and rig.session.runs == {}
+        if told == "at once":
+            rig.session.left(first.exchange, 0)
+        else:
+            await rig.quiesce()
+            rig.go(left={first.exchange: 0, "x_of_somebody_else": 0})
+        again, parallel = rig.call(chat(told)), rig.call(chat(told))
+        rig.serve(again, parallel)
+        await rig.done(again, parallel)
+        assert again.exchange == first.exchange and again.data == first.data and again.ended
+        assert parallel.exchange != first.exchange and provider.count == calls + 1
+    assert [e.data["how"] for e in rig.log.of(EventType.EXCHANGE_ADOPTED)] == ["hangup"] * 2
+
+
+async def test_client_that_closes_after_the_last_event_has_seen_the_answer(rig: Rig, provider: ScriptedProvider):
+    """It does not wait for the end of the connection; an equal request that it makes next is another one."""
+    rig.log.slow_s = 0.1
+    for n in range(2):
+        call = rig.call(chat("hi", stream=True))
+        rig.serve(call)
+        await rig.until(lambda call=call: b"[DONE]" in call.data)
+        assert not call.ended
+        await rig.hang_up(call, taken=len(call.data))
+        assert provider.count == n + 1 and rig.session.open() == []
+    await rig.until(lambda: len(rig.log.of(EventType.EXCHANGE_COMPLETED)) == 2)
+    half = rig.call(chat("hi", stream=True))
+    rig.serve(half)
+    await rig.until(lambda: half.data)
+    await rig.hang_up(half, taken=1)
+    again = await rig.ask(chat("hi", stream=True))
+    assert again.exchange == half.exchange and provider.count == 3
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "zstd", "br"])
 async def test_last_event_of_a_compressed_stream_waits_too(rig: Rig, provider: ScriptedProvider, encoding: str):
     plain = b'data: {"model": "m"}\n\n' * 50 + b"data: [DONE]\n\n"

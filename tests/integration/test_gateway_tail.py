@@ -207,6 +207,30 @@ async def test_open_call_of_the_tail_goes_on_in_this_process(rig: Rig, provider:
     assert again.ended and again.exchange == call.exchange and provider.count == 1
 
 
+@pytest.mark.parametrize("whole", [True, False])
+async def test_client_that_gave_up_before_the_snapshot_and_asks_again_after_the_node_died(
+    rig: Rig, provider: ScriptedProvider, whole: bool
+):
+    """The snapshot holds no client of the exchange, and the request is on the path: guestd knows that it is unanswered."""
+    provider.fail(Reply(text="once") if whole else Reply(hang=True))
+    call = rig.call(chat("hi"))
+    rig.serve(call)
+    await provider.wait_for_calls(1)
+    await rig.until(lambda: call.exchange)
+    exchange = call.exchange or ""
+    await rig.hang_up(call)
+    await rig.snapshot("s1")
+    if whole:
+        await rig.until(lambda: rig.log.of(E.EXCHANGE_COMPLETED))
+    await rig.restore("s1", node_died=True, left={exchange: 0})
+    again = await rig.ask(chat("hi"))
+    assert again.exchange == exchange and again.ended and again.status == 200
+    assert provider.count == (1 if whole else 2)
+    assert len(rig.log.of(E.EXCHANGE_REISSUED)) == (0 if whole else 1)
+    after = await rig.ask(chat("hi"))
+    assert after.exchange != exchange
+
+
 async def test_another_path_is_marked_and_orphans_what_no_agent_saw(rig: Rig, provider: ScriptedProvider):
     await rig.snapshot("s1")
     rig.gate.open.clear()

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import select
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -268,6 +269,110 @@ async def test_an_agent_that_hangs_up_cancels_its_handler(g: Guest) -> None:
     quiet = await g.link.quiesce()
     assert quiet.exchanges == {}
     await g.link.go("g-1")
+
+
+async def test_an_agent_that_left_while_its_answer_was_under_way_is_told(g: Guest) -> None:
+    """The node has ended the stream, the agent has not seen a byte: its next request is not for another answer."""
+
+    async def late(stream: Stream) -> None:
+        await stream.read_all(1000)
+        await stream.accept("x_1")
+        client.close()
+        await stream.head(200, "OK", [])
+        await stream.write(b"the answer")
+        await stream.end()
+
+    g.exchange = late
+    client = socket.create_connection(("127.0.0.1", g.port))
+    client.sendall(say("GET /scripted/x HTTP/1.1\nHost: h"))
+    await until(lambda: g.left == [("x_1", 0)])
+    assert (await g.link.quiesce()).exchanges == {}
+    await g.link.go("g-1")
+    assert g.hellos[-1].left == {"x_1": 0}  # once more: what is said while a freeze begins is lost
+
+    async def serve(stream: Stream) -> None:
+        await stream.read_all(1000)
+        await stream.accept("x_1")  # adopted
+        await stream.head(200, "OK", [])
+        await stream.end()
+
+    g.exchange = serve
+    await raw(g, say("GET /scripted/x HTTP/1.1\nHost: h\nConnection: close"))
+    await g.thaw()
+    assert g.hellos[-1].left == {}
+
+
+async def test_an_agent_that_leaves_its_whole_answer_unread_is_told(g: Guest) -> None:
+    """It gave up between the moment when the kernel took the answer for it and the moment when it would have read it."""
+
+    async def serve(stream: Stream) -> None:
+        await stream.read_all(1000)
+        await stream.accept("x_1")
+        await stream.head(200, "OK", [("content-length", "10")])
+        await stream.write(b"the answer")
+        await stream.end()
+
+    g.exchange = serve
+    client = socket.create_connection(("127.0.0.1", g.port))
+    client.sendall(say("GET /scripted/x HTTP/1.1\nHost: h"))
+    await until(lambda: select.select([client], [], [], 0)[0])
+    await g.thaw()
+    assert g.hellos[-1].left == {}
+    client.close()
+    await until(lambda: g.left == [("x_1", 0)])
+
+
+async def test_an_agent_that_closes_after_the_last_event_has_had_it_all(g: Guest) -> None:
+    """The connection's end may come much later; some clients do not wait for it."""
+    taken: list[int] = []
+
+    async def serve(stream: Stream) -> None:
+        await stream.read_all(1000)
+        await stream.accept("x_1")
+        await stream.head(200, "OK", [("content-type", "text/event-stream")])
+        await stream.write(b"data: [DONE]\n\n")
+        try:
+            await asyncio.sleep(100)
+        finally:
+            taken.append(stream.taken)
+
+    g.exchange = serve
+    reader, writer = await asyncio.open_connection("127.0.0.1", g.port)
+    writer.write(say("GET /scripted/x HTTP/1.1\nHost: h"))
+    await asyncio.wait_for(reader.readuntil(b"[DONE]\n\n\r\n"), 5)
+    writer.close()
+    await until(lambda: taken == [14])
+    await g.thaw()
+    assert g.hellos[-1].left == {"x_1": 14} and g.left == [("x_1", 14)]
+
+
+async def test_an_answer_is_open_until_the_agents_socket_has_taken_it(g: Guest) -> None:
+    """The node has ended it; the rest is in guest memory, and lost when the agent leaves."""
+    body, ended = bytes(8_000_000), list[Stream]()  # more than any kernel takes for a reader that does not read
+
+    async def serve(stream: Stream) -> None:
+        if stream.exchange is None:
+            await stream.read_all(1000)
+            await stream.accept("x_1")
+            await stream.head(200, "OK", [])
+        await stream.write(body[stream.received :])
+        await stream.end()
+        ended.append(stream)
+
+    g.exchange = serve
+    client = socket.create_connection(("127.0.0.1", g.port))
+    client.sendall(say("GET /scripted/x HTTP/1.1\nHost: h"))
+    async with asyncio.timeout(20):
+        while not ended:
+            await g.thaw()  # each opens the window anew
+            await g.link.ping()
+    assert (await g.link.quiesce()).exchanges == {"x_1": (True, len(body))}
+    await g.link.go("g-1")
+    await until(lambda: len(ended) == 2)
+    client.close()
+    await until(lambda: g.left == [("x_1", 0)])
+    await g.thaw()
+    assert g.hellos[-1].exchanges == ()
 
 
 async def test_hanging_up_while_frozen_is_noticed_after_the_thaw(g: Guest) -> None:

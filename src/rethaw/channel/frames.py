@@ -4,7 +4,8 @@
     byte 1      kind
     bytes 2-5   stream, 0 for CONTROL and PART only
     bytes 6-9   payload length, at most 65,536
-    bytes 10-17 offset: of the payload's first byte (DATA), of the end (END), new limit (CREDIT), durable up to (ACK)
+    bytes 10-17 offset: of the payload's first byte (DATA), of the end (END), new limit (CREDIT), durable up to (ACK),
+                taken of the answer (RESET by the guest)
     then        payload
 
 All numbers are big-endian. Anything else is malformed and ends the channel: a decoder that has raised once raises

@@ -155,16 +155,23 @@ class Intake:
         """The agent hung up while its request became durable: `hung_up` once it is."""
 
         def done(task: asyncio.Task[Run]) -> None:
+            del life.forsaken[task]
             if not task.cancelled() and task.exception() is None:
                 hung_up(task.result())
 
         for key in [k for k in life.intakes if k[0] == guest_id]:
-            life.intakes.pop(key).add_done_callback(done)
+            task = life.intakes.pop(key)
+            life.forsaken[task] = key[1]
+            task.add_done_callback(done)
 
     async def _find_or_begin(
         self, life: Life, meta: RequestMeta, body: bytes, provider_error: ProviderError | None
     ) -> Run:
-        run = await self._hung_up(life, meta) or await self._adopt(life, meta, life.tail.take(meta))
+        run = (
+            await self._hung_up(life, meta)
+            or await self._left(life, meta)
+            or await self._adopt(life, meta, life.tail.take(meta))
+        )
         if run is not None:
             return run
         return await self._begin(life, meta, body, provider_error)
@@ -228,22 +235,71 @@ class Intake:
         """A client timed out and asks again: it gets the answer that is under way."""
         if not meta.model_call:
             return None
+        while (run := self._gone(life, meta)) is None:
+            # A client that timed out before its request was durable: the call has begun, or is about to.
+            forsaken = [task for task, digest in life.forsaken.items() if digest == meta.digest]
+            if not forsaken:
+                return None
+            await asyncio.wait(forsaken)
+        before, run.client = run.client, Client.WAITING
+        try:
+            await self._adopted(life, run.id, meta, "hangup")
+        except BaseException:
+            run.client = before
+            raise
+        return run
+
+    def _gone(self, life: Life, meta: RequestMeta) -> Run | None:
         fits = [
             r
             for r in self._session.runs.values()
             if r.client is Client.GONE and r.attempt == life.attempt and r.meta.digest == meta.digest and _usable(r)
             and r.id not in life.tail
         ]  # fmt: skip
-        if not fits:
+        return min(fits, key=lambda r: r.left_at, default=None)
+
+    async def _left(self, life: Life, meta: RequestMeta) -> Run | None:
+        """The same for an answer that has no run any more: it was given to the end, but its client had left before; or
+        the process that had it is gone."""
+        if not meta.model_call:
             return None
-        run = min(fits, key=lambda r: r.left_at)
-        before, run.client = run.client, Client.WAITING
-        try:
-            await self._log.adopt_exchange(life.fence, run.id, meta.guest_id, "hangup")
-        except BaseException:
-            run.client = before
-            raise
-        return run
+        oldest = asyncio.get_running_loop().time() - self._shared.adopt_window_s
+        for exchange, left in list(life.left.items()):
+            if left.exchange is None and not left.over:
+                try:
+                    left.exchange = await self._log.exchange(exchange)
+                except NotFound:
+                    left.over = True
+            x = left.exchange
+            if left.at < oldest:
+                life.left.pop(exchange, None)
+            elif x is None or x.meta.digest != meta.digest or left.over:
+                continue
+            elif not self._unseen(life, x, left.taken):
+                left.over = True
+            elif life.left.pop(exchange, None) is not None:
+                try:
+                    x = await self._adopted(life, exchange, meta, "hangup")
+                    return self._session.known(exchange) or await self._from_log(x)
+                except Broken:
+                    return None  # gone in between: ask anew
+                except BaseException:
+                    life.left[exchange] = left
+                    raise
+        return None
+
+    def _unseen(self, life: Life, x: Exchange, taken: int) -> bool:
+        """Whether `x` is this attempt's and has, or may have, an answer of which its client had not read everything."""
+        if x.session != self._session.id or x.attempt != life.attempt:
+            return False
+        if x.state is ExchangeState.COMPLETE:
+            return x.head is not None and x.head.status < 400 and not 0 < x.received <= taken
+        return x.state is ExchangeState.OPEN
+
+    async def _adopted(self, life: Life, exchange: str, meta: RequestMeta, how: str) -> Exchange:
+        """The log shall say first what was released to the former client, if anything was."""
+        await self._session.notes.flush()
+        return await self._log.adopt_exchange(life.fence, exchange, meta.guest_id, how)
 
     async def _adopt(self, life: Life, meta: RequestMeta, x: Exchange | None) -> Run | None:
         """Step 2: the answer to this request is in the log, or on its way there, as `x` that the tail gave."""
@@ -251,7 +307,7 @@ class Intake:
             return None
         faults.point("gateway.tail.adopt")
         try:
-            adopted = await self._log.adopt_exchange(life.fence, x.id, meta.guest_id, "tail")
+            adopted = await self._adopted(life, x.id, meta, "tail")
             past = self.is_past(life, x)  # then it is as it stood at that time, whatever became of it
             run = self._session.known(x.id) or await self._from_log(x if past else adopted)
         except Broken:

@@ -34,7 +34,7 @@ class Client(StrEnum):
     EXPECTED = "expected"  # named by hello, about to be served again
     FROZEN = "frozen"  # the sandbox is gone or frozen
     GONE = "gone"  # hung up: an equal request adopts it
-    SERVED = "served"  # delivered whole, or broken to the end
+    SERVED = "served"  # it has the whole, or as much as there will be
 
 
 class Broken(Exception):
@@ -81,6 +81,7 @@ class Run:
         self._head_durable = False
         self._hold_at: int | None = None  # bytes from here on wait until all that came is durable
         self._expected: int | None = None
+        self._last_came = False  # the part after which a client needs no more
         self._sse: Decoder | None = None  # of an event stream, to see its last event
         self._line_start = b""
         self._lock = asyncio.Lock()
@@ -138,7 +139,8 @@ class Run:
         """Where the last part of the answer begins, if `data` has it: a client acts on it before the connection ends,
         so it must be durable first."""
         if self._expected is not None:
-            return self.total if self.total + len(data) >= self._expected else None
+            self._last_came = self.total + len(data) >= self._expected
+            return self.total if self._last_came else None
         if self._sse is None:
             return None
         try:
@@ -148,6 +150,7 @@ class Run:
         text = self._line_start + plain
         at = terminal_at(text)
         if at >= 0:
+            self._last_came = True
             return self.total + max(0, at - len(self._line_start)) if plain is data else self.total
         self._line_start = text[text.rfind(b"\n") + 1 :][:_LINE]
         return None
@@ -257,6 +260,11 @@ class Run:
     def answered(self) -> bool:
         """Whether a first byte, or the news that none will come, is here."""
         return self.head is not None or self.done
+
+    def whole_at(self, offset: int) -> bool:
+        """Whether an agent that has read `offset` bytes has seen the whole answer. Its connection may end later: many a
+        client closes its own after the last event."""
+        return (self._last_came or self.done) and not self.broken and offset >= self.total > 0
 
     def _releasable(self) -> int:
         if self.done or self._hold_at is None or self.durable >= self.total:

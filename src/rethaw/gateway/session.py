@@ -31,7 +31,7 @@ from rethaw.model.errors import (
     Unavailable,
 )
 from rethaw.model.ports import GuestStream
-from rethaw.model.types import EXCHANGE_LIMIT, AgentSpec, Fence, NewEvent
+from rethaw.model.types import EXCHANGE_LIMIT, AgentSpec, Exchange, Fence, NewEvent
 
 log = logging.getLogger("rethaw.gateway")
 
@@ -39,6 +39,16 @@ _FENCE_WAIT_S = (
     60.0  # a recovery gives the session a new generation; its attach comes soon, or the session is elsewhere
 )
 _T = TypeVar("_T")
+
+
+@dataclass(eq=False)
+class Left:
+    """An exchange without a run whose client went away before it had the answer: an equal request adopts it."""
+
+    taken: int  # bytes of the answer that the client had read
+    at: float  # loop time
+    exchange: Exchange | None = None  # once looked at
+    over: bool = False  # there is nothing to adopt
 
 
 @dataclass(eq=False)
@@ -55,6 +65,10 @@ class Life:
     mine: set[str] = field(default_factory=set[str])  # exchanges that entered guest memory in this life
     gated: set[str] = field(default_factory=set[str])  # those that wait for the gate
     intakes: dict[tuple[str, str], asyncio.Task[Run]] = field(default_factory=dict[tuple[str, str], asyncio.Task[Run]])
+    forsaken: dict[asyncio.Task[Run], str] = field(
+        default_factory=dict[asyncio.Task[Run], str]
+    )  # intakes: their digest
+    left: dict[str, Left] = field(default_factory=dict[str, "Left"])  # by exchange
     delivered_live: bool = False  # the agent has a whole answer that its former line never had
     line: int | None = None
     over: bool = False  # the process tree exited
@@ -123,15 +137,26 @@ class SessionGateway:
             log.info("session %s: %d exchanges after snapshot %s", self.id, len(exchanges), snapshot)
         life.tail = Tail(exchanges, released)
 
-    def hello(self, exchanges: Collection[str]) -> None:
+    def hello(self, exchanges: Collection[str], left: Mapping[str, int]) -> None:
         """The exchange ids that the newest hello names, before its streams are handled: an exchange missing there
-        has lost its client."""
+        has lost its client. `left`: those that lost it of late, and how much of the answer that one had read."""
         tail = self.life.tail
         for run in list(self.runs.values()):
             if run.id in exchanges:
                 run.client = Client.EXPECTED
             elif run.client in (Client.PARKED, Client.EXPECTED, Client.FROZEN) and run.id not in tail:
-                self._hung_up(run)
+                self._hung_up(run, left.get(run.id, 0))
+        for exchange, taken in left.items():
+            if exchange not in exchanges and exchange not in tail:
+                self.left(exchange, taken)
+
+    def left(self, exchange: str, taken: int) -> None:
+        """The client went away before it had the whole answer, which was on its way to it, and had read `taken` bytes."""
+        run = self.runs.get(exchange)
+        if run is None:
+            self.life.left.setdefault(exchange, Left(taken, asyncio.get_running_loop().time()))
+        elif run.client is Client.SERVED and not run.whole_at(taken):
+            self._hung_up(run, taken)
 
     async def detach(self) -> None:
         """The sandbox is gone or frozen. Upstream reading goes on."""
@@ -219,9 +244,9 @@ class SessionGateway:
             if run is not None:
                 await self._deliver(life, stream, run)
         except asyncio.CancelledError:
-            if run is None and getattr(stream, "hung_up", False):
+            if run is None and stream.hung_up:
                 if stream.exchange is not None:
-                    self._left_before_served(stream.exchange)
+                    self._left_before_served(stream.exchange, stream.taken)
                 else:
                     self._intake.forsaken(life, str(stream.meta.get("guest_id")), self._hung_up)
             raise
@@ -233,11 +258,11 @@ class SessionGateway:
             log.warning("session %s: exchange %s: %s", self.id, run.id if run else "(new)", error)
             await stream.reset(str(error))
 
-    def _left_before_served(self, exchange: str) -> None:
+    def _left_before_served(self, exchange: str, taken: int) -> None:
         """The agent hung up between hello and the first step of serving it."""
         run = self.runs.get(exchange)
         if run is not None and run.client is Client.EXPECTED:
-            self._hung_up(run)
+            self._hung_up(run, taken)
 
     async def _run_of(self, life: Life, stream: GuestStream) -> Run | None:
         """The run that answers `stream`; None when the stream was answered here."""
@@ -311,8 +336,8 @@ class SessionGateway:
                 if served:
                     run.client = Client.SERVED
                     self.runs.pop(run.id, None)
-                elif getattr(stream, "hung_up", False):
-                    self._hung_up(run)
+                elif stream.hung_up:
+                    self._hung_up(run, stream.taken)
                 else:
                     run.client = Client.PARKED
 
@@ -396,16 +421,18 @@ class SessionGateway:
 
     # ------------------------------------------------------------ hang-ups
 
-    def _hung_up(self, run: Run) -> None:
-        """Its client is gone. An equal request may still adopt it, for the adopt window."""
+    def _hung_up(self, run: Run, taken: int = 0) -> None:
+        """Its client is gone. Unless it had read the whole answer, an equal request may still adopt it, for the adopt
+        window."""
         if run.client is Client.GONE:
             return
         loop = asyncio.get_running_loop()
-        run.client = Client.GONE
+        run.client = Client.SERVED if run.whole_at(taken) else Client.GONE
         run.left_at = loop.time()
         loop.call_later(self._shared.adopt_window_s, self._expire, run, run.left_at)
 
     def _expire(self, run: Run, left_at: float) -> None:
-        if run.client is Client.GONE and run.left_at == left_at and self.runs.get(run.id) is run:
+        over = run.client in (Client.GONE, Client.SERVED)
+        if over and run.left_at == left_at and self.runs.get(run.id) is run:
             del self.runs[run.id]
             self._shared.abandon(run, "its client hung up and did not ask again")

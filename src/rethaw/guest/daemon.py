@@ -1,6 +1,6 @@
 """guestd: puts the parts together and obeys the node.
 
-Control messages of the node: start, signal, kill, ping, quiesce, go, crash. Messages to the node: hello, quiet, pong.
+Control messages of the node: start, signal, kill, ping, quiesce, go, crash. Messages to the node: hello, quiet, pong, left.
 
 Environment, for tests: RETHAW_RUN_DIR (default /run/rethaw) holds the socket and the generation file, RETHAW_PORT
 (default 8484; 0 takes a free one, written to RETHAW_RUN_DIR/port).
@@ -108,7 +108,7 @@ class Guest:
         self._write("generation", self._generation)
         workdir = str(config.get("workdir") or "/")
         outputs = self._agent.start(command, self._environment(given), workdir)
-        self._wire.hello(self._generation, self._about())
+        self._wire.hello(self._generation, {**self._about(), "left": self._web.recently_left()})
         for output in outputs:
             self._wire.open(output)
         self._agent.settle()
@@ -161,7 +161,7 @@ class Guest:
             self._write("generation", generation)
             self._calls.restored(generation)
         self._agent.reap()
-        return self._about()
+        return {**self._about(), "left": self._web.recently_left()}
 
     def _write(self, name: str, text: str) -> None:
         path = os.path.join(self._run_dir, name)

@@ -58,6 +58,13 @@ def wait(fd: int, mask: int) -> None:
     poll.poll()
 
 
+def ready(fd: int, mask: int) -> bool:
+    """Whether one of `mask` (or an error) is there now."""
+    poll = select.poll()
+    poll.register(fd, mask)
+    return bool(poll.poll(0))
+
+
 def child_signals() -> int:
     """A descriptor that becomes readable whenever a child may have ended."""
     read, write = os.pipe()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import time
 
 from rethaw.channel import frames, lean
 from rethaw.channel.lean import cast, socket
@@ -22,11 +23,12 @@ from rethaw.model.errors import ChannelBroken
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Optional, Set, Tuple
+    from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 BODY_LIMIT = 64 << 20  # EXCHANGE_LIMIT of rethaw.model.types, which the guest cannot import
 UPLOAD_AHEAD = 256 << 10  # request bytes read before the node took them
 CONNECTIONS = 512
+LEFT_S, LEFT_MOST = 120.0, 64  # how long, and how many of them, exchanges are remembered whose agent left
 READ_SIZE = 65536
 _REASONS = {
     400: "Bad Request", 403: "Forbidden", 404: "Not Found", 413: "Content Too Large", 417: "Expectation Failed",
@@ -46,6 +48,8 @@ class Exchange(Stream):
         self.meta = meta
         self.exchange: Optional[str] = None
         self.head_received = False
+        self.given = 0  # bytes of the answer's body written to the connection
+        self.ended = False  # the whole answer is here; over once the agent's socket has taken it
 
     def describe(self) -> Dict[str, Any]:
         return {
@@ -59,6 +63,7 @@ class Exchange(Stream):
 
     def on_accept(self, exchange: str) -> None:
         self.exchange = exchange
+        self.connection.server.left.pop(exchange, None)
         self._drop_body()
 
     def _drop_body(self) -> None:
@@ -84,11 +89,13 @@ class Exchange(Stream):
     def on_end(self) -> None:
         if not self.head_received:
             raise ChannelBroken(f"stream {self.id}: end before the head")
-        self.wire.forget(self)
-        self.connection.respond_end()
+        if not self.ended:  # else the node says it again after a thaw
+            self.ended = True
+            self.connection.respond_end()
 
     def on_reset(self, why: str) -> None:
-        self.connection.abort()
+        if not self.ended:
+            self.connection.abort()
 
 
 class Server:
@@ -100,6 +107,7 @@ class Server:
         self.new_id = new_id
         self.providers: Optional[Set[str]] = None
         self.connections: Set[Connection] = set()
+        self.left: Dict[str, Tuple[int, float]] = {}
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", port))
@@ -135,6 +143,25 @@ class Server:
             if connection.held:
                 connection.pump()
 
+    def leave(self, exchange: Exchange, taken: int) -> None:
+        """The agent left before its answer was over. `taken`: bytes of the body that it surely read. The node may have
+        ended the stream meanwhile, so it is told of the exchange; hellos say it once more, since what is said as a
+        freeze begins is lost."""
+        self.wire.reset(exchange, "the agent hung up", taken)
+        name = exchange.exchange
+        if name is not None:
+            self.wire.control({"type": "left", "exchange": name, "taken": taken})
+            self.left[name] = (taken, time.monotonic())
+            if len(self.left) > LEFT_MOST:
+                del self.left[next(iter(self.left))]
+
+    def recently_left(self) -> List[List[Any]]:
+        """[exchange, taken] for the hello."""
+        now = time.monotonic()
+        for exchange in [x for x, (_, at) in self.left.items() if now - at > LEFT_S]:
+            del self.left[exchange]
+        return [[exchange, taken] for exchange, (taken, _) in self.left.items()]
+
     def route(self, request: Request) -> Dict[str, Any]:
         """The exchange's meta. Raises BadRequest for what is not served."""
         target = request.target
@@ -165,7 +192,7 @@ class Connection:
     """One connection of the agent: requests one after another."""
 
     def __init__(self, server: Server, sock: socket.socket) -> None:
-        self._server = server
+        self.server = server
         self._socket = sock
         self._fd = sock.fileno()
         self._in = bytearray()
@@ -173,6 +200,10 @@ class Connection:
         self._request: Optional[Request] = None
         self._body: Optional[Body] = None
         self._exchange: Optional[Exchange] = None
+        self._data_at = 0  # wire.reads when the answer's newest bytes came
+        # The exchange answered last, if leaving something of it unread means not to have read its last byte. (When the
+        # end of a chunked body comes later than that byte, it may be all that a client leaves unread.)
+        self._all_or_not: Optional[Exchange] = None
         self._responding = False  # a request is here and its response is not complete
         self._chunked = False
         self._left: Optional[int] = None  # response body bytes still to come by Content-Length
@@ -195,7 +226,7 @@ class Connection:
             mask |= loops.READ
         if self._out:
             mask |= loops.WRITE
-        self._server.loop.watch(self._fd, mask, self._event)
+        self.server.loop.watch(self._fd, mask, self._event)
 
     def _event(self, events: int) -> None:
         if events & loops.WRITE:
@@ -210,7 +241,8 @@ class Connection:
         except BlockingIOError:
             return
         except OSError:
-            data = b""
+            self._hang_up(unread=True)
+            return
         if not data:
             self._hang_up()
         elif not self._draining:
@@ -238,20 +270,22 @@ class Connection:
         return True
 
     def _begin(self, request: Request) -> None:
-        meta = self._server.route(request)
+        meta = self.server.route(request)
         body = Body(request, BODY_LIMIT)
         exchange = Exchange(self, meta)
         if len(frames.dumps(exchange.describe())) > frames.MAX_PAYLOAD:
             raise BadRequest("the request's head is too long", 431)
-        self._request, self._body, self._exchange = request, body, exchange
+        self._request, self._body, self._exchange, self._all_or_not = request, body, exchange, None
         self._responding = True
         self._close_after = request.close
-        self._server.wire.open(exchange)
+        self.server.wire.open(exchange)
         if request.expect and not body.done and not self._in:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _take_body(self, body: Body) -> bool:
         exchange = self._exchange
+        if exchange is not None and exchange.ended:
+            exchange = None
         out = None if exchange is None else exchange.out
         self.held = out is not None and not body.done and out.end - out.sent > UPLOAD_AHEAD
         if self.held:
@@ -268,15 +302,35 @@ class Connection:
             self._next()
         return True
 
-    def _hang_up(self) -> None:
-        if self._exchange is not None:
-            self._server.wire.reset(self._exchange, "the agent hung up")
+    def _hang_up(self, unread: bool = False) -> None:
+        """`unread`: the agent closed its end by a reset, as it happens when it had not read everything."""
+        exchange = self._exchange
+        if exchange is None and unread:
+            exchange = self._all_or_not
+        if exchange is not None:
+            self.server.leave(exchange, 0 if unread else max(0, exchange.given - len(self._out)))
         self._close()
 
+    def _agent_left(self) -> bool:
+        """Looked at before bytes of an answer are written: the kernel takes them for an agent that is gone, too."""
+        if self._open and loops.ready(self._fd, loops.RDHUP):
+            try:
+                while self._socket.recv(READ_SIZE):
+                    pass  # more requests, whose answers nobody would read
+                self._hang_up()
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._hang_up(unread=True)
+        return not self._open
+
     def _refuse(self, error: BadRequest) -> None:
+        if self._exchange is not None and self._exchange.ended:
+            self.server.wire.forget(self._exchange)
+            self._exchange = None
         if self._exchange is not None:
             started = self._exchange.head_received
-            self._server.wire.reset(self._exchange, error.message)
+            self.server.wire.reset(self._exchange, error.message)
             self._exchange = None
             if started:
                 self.abort()
@@ -297,6 +351,8 @@ class Connection:
     # ---- to the agent
 
     def respond_head(self, head: Dict[str, Any]) -> None:
+        if self._agent_left():
+            return
         request = self._request
         assert request is not None
         status = int(head.get("status", 502))
@@ -323,10 +379,14 @@ class Connection:
         self._watch()
 
     def respond_data(self, data: bytes) -> None:
+        if self._agent_left():
+            return
+        cast(Exchange, self._exchange).given += len(data)
+        self._data_at = self.server.wire.reads
         self._owed += len(data)
         if self._left is not None:
             if len(data) > self._left:  # more than promised would be read as the next response
-                self._server.wire.reset(cast(Exchange, self._exchange), "the body is longer than its Content-Length")
+                self.server.wire.reset(cast(Exchange, self._exchange), "the body is longer than its Content-Length")
                 self.abort()
                 return
             self._left -= len(data)
@@ -336,13 +396,24 @@ class Connection:
         self._watch()
 
     def respond_end(self) -> None:
-        self._exchange = None
-        self._owed = 0
         if self._left:
+            self.server.wire.forget(cast(Exchange, self._exchange))
             self.abort()  # shorter than promised: the agent has to see that
             return
+        if not self._chunked or self._data_at == self.server.wire.reads:
+            self._all_or_not = self._exchange
         if self._chunked:
             self._send(b"0\r\n\r\n")
+        self._answered_if_flushed()
+
+    def _answered_if_flushed(self) -> None:
+        """Once the agent's socket has taken the whole answer."""
+        exchange = self._exchange
+        if exchange is None or not exchange.ended or self._out:
+            return
+        self._exchange = None
+        self._owed = 0
+        self.server.wire.forget(exchange)
         self._responding = False
         self._finish_if_flushed()
         if self._open and self._body is None:
@@ -380,10 +451,11 @@ class Connection:
             except BlockingIOError:
                 break
             except OSError:
-                self._hang_up()
+                self._hang_up(unread=True)
                 return
             del self._out[:done]
         self._grant()
+        self._answered_if_flushed()
         self._finish_if_flushed()
 
     def _grant(self) -> None:
@@ -413,6 +485,6 @@ class Connection:
             self._open = False
             self.held = False
             self._exchange = None
-            self._server.loop.mute(self._fd)
+            self.server.loop.mute(self._fd)
             self._socket.close()
-            self._server.closed(self)
+            self.server.closed(self)

@@ -106,6 +106,7 @@ class Wire:
         self._mux = Mux()
         self._writing = b""
         self._next = 1
+        self.reads = 0  # so many times was the channel read
         self.streams: Dict[int, Stream] = {}
         self.on_control: Callable[[Dict[str, Any]], None] = lambda message: None
         self.on_quiet: Callable[[], Dict[str, Any]] = dict
@@ -134,11 +135,11 @@ class Wire:
         self._mux.drop(stream.out)
         self.streams.pop(stream.id, None)
 
-    def reset(self, stream: Stream, why: str) -> None:
-        """The stream is over on this side: tell the node."""
+    def reset(self, stream: Stream, why: str, taken: int = 0) -> None:
+        """The stream is over on this side: tell the node. `taken`: bytes of the answer that reached the agent."""
         if self.streams.get(stream.id) is stream:
             self.forget(stream)
-            self.send(frames.encode(frames.RESET, stream.id, 0, why.encode("utf-8", "replace")[:1024]))
+            self.send(frames.encode(frames.RESET, stream.id, taken, why.encode("utf-8", "replace")[:1024]))
 
     def control(self, message: Dict[str, Any]) -> None:
         self.send(frames.encode_control(message))
@@ -181,6 +182,7 @@ class Wire:
         if data is None:
             return
         self._decoder.feed(data)
+        self.reads += 1
         try:
             self._dispatch()
         except ChannelBroken as error:

@@ -231,6 +231,7 @@ class GuestStream(Protocol):
     head_received: bool  # whether the guest holds the response head
     base: int  # offset of the first byte that read() gives (stdout, stderr)
     hung_up: bool  # the agent closed its end; the handler was cancelled for that, and nobody waits for an answer
+    taken: int  # response bytes that the agent had surely read when it hung up
 
     async def read(self) -> bytes | None:
         """The next bytes from the guest in order (see `base`), None at its end."""

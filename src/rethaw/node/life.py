@@ -62,6 +62,7 @@ class Life:
             self._on_stream,
             on_malformed=self._on_malformed,
             on_hello=self._on_hello,
+            on_left=gateway.left,
         )
         self.saver = Saver(
             parts,
@@ -120,7 +121,7 @@ class Life:
     # ------------------------------------------------------------ what the guest says
 
     def _on_hello(self, hello: Hello) -> None:
-        self.gateway.hello(hello.exchanges)
+        self.gateway.hello(hello.exchanges, hello.left)
         self.calls.still_open(hello.calls)
         restored, self._restored = self._restored, None
         if restored is not None:

@@ -6,7 +6,8 @@ Every thaw is a resync: handlers are cancelled at quiesce, and after `go` guestd
 which is handed over anew with what the guest holds of it. Nothing about streams is remembered here in between.
 
 Control messages to the guest: start{...}, signal{sig}, kill, ping{n}, quiesce{marker}, go{generation, wall_ns, session?}, crash.
-From it: hello{generation, streams, pid, exited}, quiet{marker, exchanges, cursor, pid, exited}, pong{n}.
+From it: hello{generation, streams, pid, exited}, quiet{marker, exchanges, cursor, pid, exited}, pong{n},
+left{exchange, taken}.
 """
 
 from __future__ import annotations
@@ -17,54 +18,32 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from rethaw.channel import frames
 from rethaw.channel.frames import ControlReader, Decoder, Frame
 from rethaw.channel.mux import Mux
 from rethaw.model.errors import ChannelBroken, Conflict, QuiesceTimeout, RethawError, Unavailable
 from rethaw.model.ports import GuestStream
+from rethaw.node.link_said import MAX_STREAMS, Hello, QuietState, left_of, left_one, quiet_state, streams_of
 from rethaw.node.link_stream import Stream
 
 log = logging.getLogger("rethaw.node")
 
 MARKER_SIZE = 32
-MAX_STREAMS = 2048  # open at once; guestd stops at half of it
 READ_SIZE = 1 << 16
 BACKLOG = 1 << 17  # bytes given to the transport and not taken by the pipe, before more is taken from the queue
 GO_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True)
-class QuietState:
-    """What a quiet guest holds. `marker` (hex) goes into the snapshot: the resync marker of its restores."""
-
-    marker: str
-    exchanges: dict[str, tuple[bool, int]]  # accepted ones: whether the head is there, response bytes there
-    cursor: int  # inbox messages up to this number are consumed
-    exited: bool  # whether the agent's main process has ended
-    took_s: float
-
-
-@dataclass(frozen=True)
-class Hello:
-    """What guestd said after start, go or resume. `exchanges`: accepted exchanges whose client still waits. `calls`: ids
-    of Context calls that have no answer yet."""
-
-    generation: str
-    exchanges: tuple[str, ...]
-    calls: tuple[str, ...]
-    streams: int
-    pid: int
-    exited: bool
-
-
 class Link:
     """One sandbox's channel. `on_stream` runs as one task per stream; it is cancelled when the agent hangs up
     (`stream.hung_up`) and at each quiesce, and may finish what it must in its cleanup: what it then says on its stream
-    still reaches the guest. `on_hello` is called before the streams of a hello are handed over. `on_malformed` gets
-    one line when the guest sent what guestd would not send. `closed` resolves with the reason, once."""
+    still reaches the guest. `on_hello` is called before the streams of a hello are handed over. `on_left` gets an
+    exchange whose client went away before it had read everything, and how many bytes it had: for one that ended on this
+    side meanwhile, `stream.hung_up` cannot say so.
+    `on_malformed` gets one line when the guest sent what guestd would not send. `closed` resolves with the reason, once.
+    """
 
     def __init__(
         self,
@@ -73,12 +52,14 @@ class Link:
         on_stream: Callable[[GuestStream], Awaitable[None]],
         on_malformed: Callable[[str], None] | None = None,
         on_hello: Callable[[Hello], None] | None = None,
+        on_left: Callable[[str, int], None] | None = None,
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._on_stream = on_stream
         self._on_malformed = on_malformed
         self._on_hello = on_hello
+        self._on_left = on_left
         self._decoder = Decoder()
         self._controls = ControlReader()
         self._mux = Mux()
@@ -87,6 +68,7 @@ class Link:
         self._streams: dict[int, Stream] = {}
         self._highest = 0
         self._expected: set[int] = set()
+        self._left: dict[str, int] = {}
         self._announced: dict[str, Any] | None = None
         self._tasks: dict[asyncio.Task[None], Stream] = {}
         self._marker = b""
@@ -161,7 +143,7 @@ class Link:
                 ) from None
             raise
         self._state = "quiet"
-        return _quiet_state(message, self._marker, time.monotonic() - began)
+        return quiet_state(message, self._marker, time.monotonic() - began)
 
     async def go(self, generation: str, timeout_s: float = GO_TIMEOUT_S) -> Hello:
         """Let the quiet guest of this very sandbox run on. Raises ChannelBroken, Unavailable."""
@@ -334,7 +316,7 @@ class Link:
                 raise ChannelBroken(f"malformed {frames.NAMES[frame.kind]} frame: no stream {frame.stream} is open")
             return  # it ended on this side while the frame was under way
         if frame.kind == frames.RESET:
-            self._hang_up(stream, frame.payload.decode("utf-8", "replace"))
+            self._hang_up(stream, frame)
         else:
             stream.incoming(frame)
 
@@ -349,17 +331,16 @@ class Link:
                 self._quiet.set_result(message)
         elif kind == "hello":
             self._on_hello_message(message)
+        elif kind == "left":
+            if self._on_left is not None:
+                self._on_left(*left_one(message))
         else:
             raise ChannelBroken(f"malformed control message: a guest does not send {kind[:80]!r}")
 
     def _on_hello_message(self, message: dict[str, Any]) -> None:
-        streams: object = message.get("streams")
-        if self._state != "thawing" or message.get("generation") != self._generation or not isinstance(streams, list):
+        if self._state != "thawing" or message.get("generation") != self._generation:
             raise ChannelBroken(f"malformed hello: {str(message)[:200]}, while {self._state}")
-        listed = cast("list[object]", streams)
-        if len(listed) > MAX_STREAMS or not all(type(s) is int and 0 < s <= frames.MAX_STREAM for s in listed):
-            raise ChannelBroken(f"malformed hello: {len(listed)} streams, {str(listed)[:100]}")
-        self._expected = {cast(int, s) for s in listed}
+        self._expected, self._left = streams_of(message), left_of(message)
         self._highest = max(self._expected, default=0)
         self._announced = message
         self._live = True
@@ -389,6 +370,7 @@ class Link:
         hello = Hello(
             generation=self._generation,
             exchanges=tuple(s.exchange for s in streams if s.exchange is not None),
+            left=self._left,
             calls=tuple(str(s.meta.get("id")) for s in streams if s.kind == "call"),
             streams=len(streams),
             pid=message["pid"] if isinstance(message.get("pid"), int) else 0,
@@ -430,9 +412,9 @@ class Link:
         if stream is not None and stream.over and self._streams.get(stream.id) is stream:
             del self._streams[stream.id]
 
-    def _hang_up(self, stream: Stream, why: str) -> None:
+    def _hang_up(self, stream: Stream, said: Frame) -> None:
         del self._streams[stream.id]
-        stream.kill(why, hung_up=True)
+        stream.hang_up(said.payload.decode("utf-8", "replace"), said.offset)
         for task, owner in self._tasks.items():
             if owner is stream:  # soon: a handler that has not begun must not miss that its client left
                 asyncio.get_running_loop().call_soon(task.cancel)
@@ -483,14 +465,3 @@ async def open_pipes(read_fd: int, write_fd: int) -> tuple[asyncio.StreamReader,
     protocol = asyncio.StreamReaderProtocol(asyncio.StreamReader())
     transport, _ = await loop.connect_write_pipe(lambda: protocol, os.fdopen(write_fd, "wb", 0))
     return reader, asyncio.StreamWriter(transport, protocol, None, loop)
-
-
-def _quiet_state(message: dict[str, Any], marker: bytes, took_s: float) -> QuietState:
-    exchanges: dict[str, tuple[bool, int]] = {}
-    try:
-        for exchange, head, received in message["exchanges"]:
-            exchanges[str(exchange)] = (bool(head), int(received))
-        cursor = int(message["cursor"])
-    except (KeyError, TypeError, ValueError):
-        raise ChannelBroken(f"malformed quiet: {str(message)[:200]}") from None
-    return QuietState(marker.hex(), exchanges, cursor, message.get("exited") is True, took_s)

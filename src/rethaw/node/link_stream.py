@@ -29,6 +29,7 @@ class Stream:
         self.head_received: bool = about["head_received"]
         self.base: int = about["base"]
         self.hung_up = False
+        self.taken = 0
         self.over = False
         self._mux = mux
         self._flush = flush
@@ -108,10 +109,15 @@ class Stream:
             raise ChannelBroken(f"malformed frame: a guest does not send {frames.NAMES[frame.kind]}")
         self._notify()
 
-    def kill(self, why: str, hung_up: bool = False) -> None:
+    def hang_up(self, why: str, taken: int) -> None:
+        """The agent closed its end."""
+        self.hung_up = True
+        self.taken = taken
+        self.kill(why)
+
+    def kill(self, why: str) -> None:
         """Nothing more comes or goes."""
         self._why = why
-        self.hung_up = hung_up
         self.over = True
         self._mux.drop(self._out)
         self._data.clear()
