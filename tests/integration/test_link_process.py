@@ -164,11 +164,13 @@ async def test_start_twice_is_refused_here() -> None:
 async def test_budget_of_guestd() -> None:
     """DESIGN §4: resident at most 20 MiB, the agent started within 60 ms (measured: 10 MiB, 15 ms; inside gVisor 14 MiB)."""
     times: list[float] = []
-    while len(times) < 50 and min(times, default=1.0) >= 0.06:  # the smallest: others may run beside this one
+    while len(times) < 20 and min(times, default=1.0) >= 0.06:  # the smallest: others may run beside this one
         began = time.monotonic()
         async with guest(python="/usr/bin/python3" if sys.version_info[:2] == (3, 11) else sys.executable) as g:
             await g.start("sleep", "1000")
-            times.append(time.monotonic() - began)
+            took = time.monotonic() - began
+            stood_in_line = int(Path(f"/proc/{g.process.pid}/schedstat").read_text().split()[1]) / 1e9  # for a CPU
+            times.append(took - stood_in_line)
             match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{g.process.pid}/status").read_text())
             assert match
             assert int(match[1]) < 20 << 10
