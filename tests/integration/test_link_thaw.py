@@ -400,6 +400,8 @@ HELLO = {"type": "hello", "generation": "g", "streams": [], "pid": 1, "exited": 
         (frames.encode_control({"type": "start"}), "does not send 'start'"),
         (frames.encode_control({"type": "hello", "generation": "other", "streams": []}), "malformed hello"),
         (frames.encode_control({**HELLO, "streams": ["x"]}), "malformed hello"),
+        (frames.encode_control({"type": "left", "exchange": 5, "taken": 0}), "exchanges that were left"),
+        (frames.encode_control({"type": "left", "exchange": "x", "taken": -1}), "exchanges that were left"),
     ],
 )  # fmt: skip
 async def test_a_guest_that_lies_ends_its_own_channel_only(said: bytes, why: str) -> None:

@@ -38,6 +38,7 @@ log = logging.getLogger("rethaw.gateway")
 _FENCE_WAIT_S = (
     60.0  # a recovery gives the session a new generation; its attach comes soon, or the session is elsewhere
 )
+_LEFT_MOST = 256  # more than guestd remembers; a guest may lie
 _T = TypeVar("_T")
 
 
@@ -154,7 +155,10 @@ class SessionGateway:
         """The client went away before it had the whole answer, which was on its way to it, and had read `taken` bytes."""
         run = self.runs.get(exchange)
         if run is None:
-            self.life.left.setdefault(exchange, Left(taken, asyncio.get_running_loop().time()))
+            left = self.life.left
+            left.setdefault(exchange, Left(taken, asyncio.get_running_loop().time()))
+            if len(left) > _LEFT_MOST:
+                del left[next(iter(left))]
         elif run.client is Client.SERVED and not run.whole_at(taken):
             self._hung_up(run, taken)
 

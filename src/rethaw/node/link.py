@@ -332,8 +332,9 @@ class Link:
         elif kind == "hello":
             self._on_hello_message(message)
         elif kind == "left":
+            exchange, taken = left_one(message)
             if self._on_left is not None:
-                self._on_left(*left_one(message))
+                self._on_left(exchange, taken)
         else:
             raise ChannelBroken(f"malformed control message: a guest does not send {kind[:80]!r}")
 

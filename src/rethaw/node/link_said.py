@@ -78,5 +78,5 @@ def _left(listed: object) -> dict[str, int]:
                 raise ValueError
             out[exchange] = taken
     except (TypeError, ValueError):
-        raise ChannelBroken(f"malformed: left {str(listed)[:100]}") from None
+        raise ChannelBroken(f"malformed message of exchanges that were left: {str(listed)[:100]}") from None
     return out
