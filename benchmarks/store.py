@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def copy(source: Path, target: Path) -> float:
 
 
 @contextlib.contextmanager
-def place(base: Path) -> Iterator[Place]:
+def place(base: Path) -> Generator[Place]:
     directory = Path(tempfile.mkdtemp(prefix="rethaw-bench-store-", dir=base))
     made = Place(directory)
     try:

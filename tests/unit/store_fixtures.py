@@ -7,7 +7,7 @@ import itertools
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +39,7 @@ def store_in(directory: Path, **options: Any) -> SnapshotStore:
 
 
 @contextmanager
-def place() -> Iterator[Path]:
+def place() -> Generator[Path]:
     """A data directory of its own, for tests that hypothesis runs many times; nothing of it is left in staging."""
     directory = Path(tempfile.mkdtemp(prefix="rethaw-test-store-", dir="/dev/shm"))
     try:

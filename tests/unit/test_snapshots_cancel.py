@@ -43,7 +43,12 @@ class Gate:
 def gate_at(monkeypatch: pytest.MonkeyPatch, name: str) -> Gate:
     """At a fault point."""
     gate = Gate()
-    monkeypatch.setattr(faults, "point", lambda point: gate() if point == name else None)
+
+    def point(passed: str) -> None:
+        if passed == name:
+            gate()
+
+    monkeypatch.setattr(faults, "point", point)
     return gate
 
 

@@ -134,8 +134,12 @@ async def test_a_staging_area_that_fills_up_during_a_load(
     filler = small / "filler"
     with filler.open("wb", buffering=0) as file:
         file.write(bytes(512 * 1024 - room * 4096))
-    statvfs = os.statvfs(tmp_path)
-    monkeypatch.setattr(staging_module.os, "statvfs", lambda path: statvfs)  # the room goes only after it was found
+    elsewhere, honest = tmp_path, os.statvfs
+
+    def statvfs(path: Path) -> os.statvfs_result:  # the room goes only after it was found
+        return honest(elsewhere)
+
+    monkeypatch.setattr(staging_module.os, "statvfs", statvfs)
     with pytest.raises(StorageFull, match="no space left"):
         await store.load(info)
     assert [p.name for p in small.iterdir()] == ["filler"]
@@ -148,7 +152,11 @@ async def test_a_pack_is_verified_before_it_counts(
     store: SnapshotStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, length, at: bytes(length) if length > 1000 else honest(fd, length, at))
+
+    def pread(fd: int, length: int, at: int) -> bytes:
+        return bytes(length) if length > 1000 else honest(fd, length, at)
+
+    monkeypatch.setattr(os, "pread", pread)
     with pytest.raises(SnapshotUnusable, match=r"snap_\d+: pack pk_\w+ is damaged \(frame 0"):
         await save(store, FIRST)
     assert files(tmp_path) == []
@@ -157,7 +165,10 @@ async def test_a_pack_is_verified_before_it_counts(
 async def test_a_manifest_is_verified_before_it_counts(
     store: SnapshotStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_write_synced", lambda path, data: path.write_bytes(data[:-1]))
+    def short(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:-1])
+
+    monkeypatch.setattr(store_module, "_write_synced", short)
     with pytest.raises(SnapshotUnusable, match=r"snap_\d+: "):
         await save(store, FIRST)
     assert files(tmp_path) == []

@@ -8,7 +8,7 @@ import contextlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,7 +47,7 @@ class Died(BaseException):
 
 
 @contextlib.contextmanager
-def at_point(name: str, action: Any) -> Iterator[None]:
+def at_point(name: str, action: Any) -> Generator[None]:
     honest = faults.point
     faults.point = lambda point: action() if point == name else honest(point)  # type: ignore[assignment]
     try:

@@ -290,7 +290,11 @@ def test_a_write_that_was_not_stored_as_written_is_noticed(path: Path, monkeypat
 
 def test_writes_that_the_system_cuts_short_go_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: honest(fd, bytes(data)[:777]))
+
+    def short(fd: int, data: memoryview) -> int:
+        return honest(fd, data[:777])
+
+    monkeypatch.setattr(os, "write", short)
     index = written(path)
     monkeypatch.undo()
     assert [content(path, index, n) for n in range(len(RAWS))] == RAWS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,21 +185,18 @@ def _groups(pack: Ints, slot: Ints, wanted: NDArray[np.intp], refs: list[PackRef
         frame[mine], inside[mine] = found, slots - first[found]
     order = np.lexsort((inside, frame, owners))
     owners, frame, inside, wanted = owners[order], frame[order], inside[order], wanted[order]
+    if not len(wanted):
+        return []
     other_frame = (np.diff(owners) != 0) | (np.diff(frame) != 0)
     breaks = np.flatnonzero(other_frame | (np.diff(wanted) != 1) | (np.diff(inside) != 1)) + 1
-    starts = np.concatenate([[0], breaks])[: len(wanted)]
+    starts = np.concatenate([[0], breaks])
     lengths = np.diff(starts, append=len(wanted))
     runs = list(zip(wanted[starts].tolist(), inside[starts].tolist(), lengths.tolist(), strict=True))
-    cuts = np.flatnonzero(other_frame) + 1
-    first = np.concatenate([[0], cuts])[: len(wanted)]
-    first_run: list[int] = np.searchsorted(starts, first).tolist()
-    edges: Iterable[tuple[int, int, int, int, int, int]] = zip(
-        owners[first].tolist(), frame[first].tolist(),
-        first.tolist(), [*cuts.tolist(), len(wanted)],
-        first_run, [*first_run[1:], len(runs)],
-        strict=False,
-    )  # fmt: skip
-    return [_Group(refs[o], f, wanted[a:b], inside[a:b], runs[c:d]) for o, f, a, b, c, d in edges]
+    first = np.concatenate([[0], np.flatnonzero(other_frame) + 1])
+    first_run = np.searchsorted(starts, first)
+    ends, end_runs = np.append(first[1:], len(wanted)), np.append(first_run[1:], len(runs))
+    rows: list[list[int]] = np.stack([owners[first], frame[first], first, ends, first_run, end_runs], axis=1).tolist()
+    return [_Group(refs[o], f, wanted[a:b], inside[a:b], runs[c:d]) for o, f, a, b, c, d in rows]
 
 
 def pages_into(fd: int, section: Pages, refs: list[PackRef], store: Packs, pool: Executor) -> None:
