@@ -167,7 +167,9 @@ def _twins(pages: Words, found: Words, wanted: Ints, count: int) -> Ints:
     if len(wanted):
         _, first, inverse = np.unique(found[wanted], return_index=True, return_inverse=True)
         earliest = wanted[first][inverse.reshape(-1)]
-        for mine, other in zip(wanted[earliest != wanted], earliest[earliest != wanted], strict=True):
-            if np.array_equal(pages[mine], pages[other]):
-                twin[mine] = other
+        others = np.flatnonzero(earliest != wanted)
+        for start in range(0, len(others), _CHUNK):
+            mine, theirs = wanted[others[start : start + _CHUNK]], earliest[others[start : start + _CHUNK]]
+            good = (pages[mine] == pages[theirs]).all(axis=1)
+            twin[mine[good]] = theirs[good]
     return twin
