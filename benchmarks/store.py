@@ -85,12 +85,18 @@ def little(rng: np.random.Generator, rows: Rows, which: NDArray[np.int64]) -> No
         rows[page, at] = rng.integers(0, 1 << 47, len(at), dtype=np.uint64)
 
 
-def next_generation(rng: np.random.Generator, rows: Rows, generation: int) -> None:
-    count = len(rows)
-    hot = rng.choice(count // 100 + HOT, HOT, replace=False)
-    little(rng, rows, hot)
-    cold = (count // 2 + generation * 7 + np.arange(COLD) * 13) % count  # wanders on by seven pages each time
-    rows[cold] = heap_pages(rng, COLD)
+def heap_of(rows: Rows) -> NDArray[np.int64]:
+    """Pages that are neither zeros nor beyond compression. Only they change, so that a late generation is as much work to
+    decompress as an early one, but for where its pages lie."""
+    zeros = (rows == 0).sum(axis=1)
+    return np.flatnonzero((zeros > 0) & (zeros < WORDS))
+
+
+def next_generation(rng: np.random.Generator, rows: Rows, heap: NDArray[np.int64], generation: int) -> None:
+    hot = rng.choice(len(heap) // 100 + HOT, HOT, replace=False)
+    little(rng, rows, heap[hot])
+    cold = (len(heap) // 2 + generation * 7 + np.arange(COLD) * 13) % len(heap)  # wanders on by seven pages each time
+    rows[heap[cold]] = heap_pages(rng, COLD)
 
 
 # ---------------------------------------------------------------- the store
@@ -196,11 +202,12 @@ async def ages(base: Path, rows: Rows, seed: int, generations: int, rounds: int)
     kept: dict[int, SnapshotInfo] = {}
     saves: list[float] = []
     raw = stored = 0
+    heap = heap_of(rows)
     with place(base) as at:
         parent: SnapshotInfo | None = None
         for generation in range(1, generations + 1):
             if generation > 1:
-                next_generation(rng, rows, generation)
+                next_generation(rng, rows, heap, generation)
             info, took = await at.save(f"snap_{generation:05}", rows, parent.id if parent else None)
             saves.append(took)
             if generation <= 10:

@@ -170,7 +170,7 @@ class _Group:
     frame: int
     target: NDArray[np.intp]
     at: NDArray[np.int64]
-    runs: list[tuple[int, int, int]]  # of pages that follow each other on both sides: first target, first `at`, length
+    runs: list[tuple[int, int, int]]  # of pages that follow each other on both sides: target, begin, end, in bytes
 
 
 def _groups(pack: Ints, slot: Ints, wanted: NDArray[np.intp], refs: list[PackRef], store: Packs) -> list[_Group]:
@@ -190,8 +190,9 @@ def _groups(pack: Ints, slot: Ints, wanted: NDArray[np.intp], refs: list[PackRef
     other_frame = (np.diff(owners) != 0) | (np.diff(frame) != 0)
     breaks = np.flatnonzero(other_frame | (np.diff(wanted) != 1) | (np.diff(inside) != 1)) + 1
     starts = np.concatenate([[0], breaks])
-    lengths = np.diff(starts, append=len(wanted))
-    runs = list(zip(wanted[starts].tolist(), inside[starts].tolist(), lengths.tolist(), strict=True))
+    begins = inside[starts] * PAGE
+    after = begins + np.diff(starts, append=len(wanted)) * PAGE
+    runs = list(zip((wanted[starts] * PAGE).tolist(), begins.tolist(), after.tolist(), strict=True))
     first = np.concatenate([[0], np.flatnonzero(other_frame) + 1])
     first_run = np.searchsorted(starts, first)
     ends, end_runs = np.append(first[1:], len(wanted)), np.append(first_run[1:], len(runs))
@@ -208,12 +209,13 @@ def pages_into(fd: int, section: Pages, refs: list[PackRef], store: Packs, pool:
     def lay(groups: list[_Group], over: bool) -> None:
         for group in groups:
             data = memoryview(store.frame(group.ref, group.frame))
-            for first, start, count in group.runs:
-                part = data[start * PAGE : (start + count) * PAGE]
+            for target, begin, end in group.runs:
+                part = data[begin:end]
                 if over:
-                    base = np.frombuffer(packs.exactly(fd, first * PAGE, count * PAGE), dtype=np.uint64)
+                    base = np.frombuffer(packs.exactly(fd, target, end - begin), dtype=np.uint64)
                     part = memoryview((base ^ np.frombuffer(part, dtype=np.uint64)).tobytes())
-                _write_all(fd, part, first * PAGE)
+                if os.pwrite(fd, part, target) != end - begin:
+                    _write_all(fd, part, target)
 
     wholes = _groups(where.pack, where.slot, np.flatnonzero(where.pack >= 0), refs, store)
     parallel(pool, lambda some: lay(some, False), _shares(wholes))
