@@ -168,7 +168,7 @@ async def test_a_manifest_is_verified_before_it_counts(
     def short(path: Path, data: bytes) -> None:
         path.write_bytes(data[:-1])
 
-    monkeypatch.setattr(store_module, "_write_synced", short)
+    monkeypatch.setattr(store_module, "write_synced", short)
     with pytest.raises(SnapshotUnusable, match=r"snap_\d+: "):
         await save(store, FIRST)
     assert files(tmp_path) == []
