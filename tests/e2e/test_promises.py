@@ -305,7 +305,7 @@ def main(ctx):
     server = home.server
     # Frames are compressed, and pages lie as deltas: what comes out of them is looked at.
     home_of_packs = server.data_dir / "snapshots" / "store"
-    packs = Packs(lambda pack: home_of_packs / f"{pack}.pack", Keyring(), lambda ref: None)
+    packs = Packs(lambda pack: home_of_packs / f"{pack}.pack", Keyring())
     infos = server.request("GET", f"/v1/sessions/{session.id}/snapshots")["snapshots"]
     assert infos
     with ThreadPoolExecutor(2) as pool:
