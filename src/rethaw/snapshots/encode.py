@@ -23,7 +23,7 @@ from rethaw.snapshots.manifest import ZERO, Blob, Ints, Manifest, PackRef, Pages
 from rethaw.snapshots.pack import BLOB, BLOB_BYTES, DELTAS, FRAME_PAGES, PAGES, Frame
 from rethaw.snapshots.pages import Bools, Former, Plan, Words
 
-MAX_PACKS = 64
+MAX_PACKS = 32
 _LEVEL, _BLOB_LEVEL = 3, 1  # measured: level 3 is no slower on pages, level 1 is smaller on a gVisor kernel state
 _BATCH = 32  # frames compressed by one job
 

@@ -1,0 +1,168 @@
+"""What do forks cost? `python -m benchmarks.fork --json`, as root; needs runsc.
+
+An agent of about 50 MiB (Python with the `openai` client loaded) has made a model call and waits for a signal. It is forked
+100 times with one request, each fork is signalled and answers once: `wall_s`, from the request until the last answer is
+durable in the log. `fork_ms`: one fork at a time, from its request until its answer. `stored_kib_per_fork`: what a first
+snapshot of a fork adds to the store once it has answered. `raw_clones_per_s`: plain `runsc restore` of the same program into
+sandboxes created beforehand, two at a time, in the same run; `clones_per_s` is forks by `wall_s`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from benchmarks.freeze import answer, at, by_hand
+
+from rethaw.testing import processes
+from rethaw.testing.chaos.run import code_archive
+from rethaw.testing.provider import ScriptedProvider
+from rethaw.testing.server import RunningServer, image_cache
+
+AGENT = """
+import openai
+
+def bench(ctx):
+    client = openai.OpenAI()
+    client.chat.completions.create(model="bench", messages=[{"role": "user", "content": "begin"}])
+    number = ctx.wait("go").payload
+    print("answer", number, flush=True)
+    ctx.wait("stay")
+"""
+
+
+def one_answer(server: RunningServer, session: str) -> float | None:
+    """When the session's answer was durable, in milliseconds since 1970."""
+    for event in server.events(session):
+        if event["type"] == "output":
+            return at(event)
+    return None
+
+
+def forked(server: RunningServer, parent: str, count: int) -> list[str]:
+    made = server.request("POST", f"/v1/sessions/{parent}/fork", {"n": count}, timeout_s=120)
+    return [view["id"] for view in made["sessions"]]
+
+
+def signal(server: RunningServer, session: str, number: int) -> None:
+    server.request("POST", f"/v1/sessions/{session}/signals/go", {"payload": number})
+
+
+def answers(server: RunningServer, sessions: list[str], timeout_s: float) -> list[float]:
+    found: dict[str, float] = {}
+
+    def all_there() -> bool:
+        for session in sessions:
+            if session not in found and (when := one_answer(server, session)) is not None:
+                found[session] = when
+            elif session not in found:
+                return False
+        return True
+
+    processes.wait_until(all_there, timeout_s, "the answers of all forks")
+    return [found[session] for session in sessions]
+
+
+def raw_clones_per_s(server: RunningServer, image: str, count: int) -> float:
+    with by_hand((image_cache() / image / "rootfs").resolve()) as hand:
+        say, hear = hand.begin("run", "bench-0", "-detach")
+        hear.readline()
+        say.write("0\n")
+        hear.readline()
+        saved = hand.work / "image"
+        saved.mkdir()
+        flags = ("-compression=none", "-exclude-committed-zero-pages", "-leave-running", f"-image-path={saved}")
+        hand.runsc("checkpoint", *flags, "bench-0")
+        ends = [hand.begin("create", f"clone-{n}") for n in range(count)]
+
+        def restore(n: int) -> None:
+            hand.runsc("restore", "-detach", f"-bundle={hand.bundle}", f"-image-path={saved}", f"clone-{n}")
+            ends[n][0].write("hello\n")
+            ends[n][1].readline()
+
+        started = time.perf_counter()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(restore, range(count)))
+        wall = time.perf_counter() - started
+        shutil.rmtree(saved)
+    return count / wall
+
+
+def work(server: RunningServer, forks: int, single: int) -> dict[str, Any]:
+    digest = server.request("POST", "/v1/blobs", code_archive(agent=AGENT.encode()))["digest"]
+    agent = {
+        "name": "fork", "entry": "agent.py::bench", "code": digest, "idle_suspend_s": 0.5, "image": {"pip": ["openai"]},
+        "memory_bytes": 256 << 20,
+    }  # fmt: skip
+    parent = server.request("POST", "/v1/sessions", {"agent": agent, "args": {}})["id"]
+
+    def suspended() -> bool:
+        return server.request("GET", f"/v1/sessions/{parent}")["state"] == "suspended"
+
+    processes.wait_until(suspended, 300, "the agent to be suspended")
+    times: list[float] = []
+    for n in range(single):
+        started = time.time() * 1000
+        (fork,) = forked(server, parent, 1)
+        signal(server, fork, n)
+        times.append(answers(server, [fork], 60)[0] - started)
+        server.request("POST", f"/v1/sessions/{fork}/cancel", {"now": True})
+    started = time.time() * 1000
+    made = forked(server, parent, forks)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda item: signal(server, item[1], item[0]), enumerate(made)))
+    wall = (max(answers(server, made, 300)) - started) / 1000
+    stored: list[float] = []
+    for fork in made[:20]:
+        server.request("POST", f"/v1/sessions/{fork}/snapshots", {}, timeout_s=60)
+        own = [s for s in server.request("GET", f"/v1/sessions/{fork}/snapshots")["snapshots"] if s["session"] == fork]
+        stored.append(own[0]["stored_bytes"] / 1024)
+    image = server.request("GET", f"/v1/sessions/{parent}/snapshots")["snapshots"][0]["image"]
+    for fork in made:
+        server.request("POST", f"/v1/sessions/{fork}/cancel", {"now": True})
+    raw = raw_clones_per_s(server, image, 20)
+    return {
+        "forks": forks,
+        "wall_s": round(wall, 2),
+        "clones_per_s": round(forks / wall, 2),
+        "raw_clones_per_s": round(raw, 2),
+        "clone_ratio": round(forks / wall / raw, 2),
+        "fork_ms_p50": round(statistics.median(times), 1),
+        "fork_ms_p95": round(sorted(times)[int(len(times) * 0.95)], 1),
+        "stored_kib_per_fork": round(statistics.median(stored), 1),
+    }
+
+
+async def measure(forks: int, single: int) -> dict[str, Any]:
+    async with ScriptedProvider(answer) as provider:
+        settings = {"base_url": provider.url, "key": "k", "auth": "bearer", "format": "openai"}
+
+        def run() -> dict[str, Any]:
+            with RunningServer(providers={"openai": settings}) as server:
+                return {**work(server, forks, single), "model_calls": provider.count}
+
+        return await asyncio.to_thread(run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fork", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="nothing but the JSON object")
+    parser.add_argument("--forks", type=int, default=100)
+    parser.add_argument("--single", type=int, default=20, help="forks one at a time")
+    args = parser.parse_args()
+    numbers = asyncio.run(measure(args.forks, args.single))
+    if not args.json:
+        for name, value in numbers.items():
+            sys.stdout.write(f"{name:>22} {value}\n")
+    sys.stdout.write(json.dumps(numbers) + "\n")
+
+
+if __name__ == "__main__":
+    main()
