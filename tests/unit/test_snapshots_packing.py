@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rethaw.snapshots.packing import Extent, Wanted, cover, cut, gaps, lay
@@ -75,6 +75,7 @@ def test_little_waits_for_company(sizes: list[int]) -> None:
 
 
 @given(st.integers(0, 60), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=8))
+@example(0, [(1, 0)])
 def test_gaps_and_cover_agree_with_counting(size: int, ranges: list[tuple[int, int]]) -> None:
     covered = {byte for offset, length in ranges for byte in range(offset, offset + length)}
     holes = gaps(size, ranges)

@@ -42,7 +42,7 @@ def gaps(size: int, covered: Iterable[tuple[int, int]]) -> list[tuple[int, int]]
     found: list[tuple[int, int]] = []
     at = 0
     for offset, length in sorted(covered):
-        if offset > at:
+        if min(offset, size) > at:
             found.append((at, min(offset, size) - at))
         at = max(at, offset + length)
         if at >= size:
