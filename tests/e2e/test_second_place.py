@@ -16,6 +16,8 @@ from botocore.config import Config
 from e2e_fixtures import House, Session, gapless, house
 from moto.server import ThreadedMotoServer
 
+from rethaw.testing.faultproxy import FaultProxy
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc")
 pytestmark = [needs_root, pytest.mark.root]
 
@@ -35,8 +37,9 @@ def main(ctx, turns, tag):
 """
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[dict[str, Any]]:
+@pytest.fixture(scope="module", name="proxy")
+def proxy_fixture() -> Iterator[FaultProxy]:
+    """S3, behind what can break it."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -49,17 +52,20 @@ def bucket() -> Iterator[dict[str, Any]]:
         )  # fmt: skip
         client.create_bucket(Bucket="agents")
         client.close()
-        yield {
-            "bucket": "agents", "endpoint": url, "access_key_id": "key", "secret_access_key": "secret", "linger": "1s",
-        }  # fmt: skip
+        with FaultProxy((host, port)) as proxy:
+            yield proxy
     finally:
         server.stop()
 
 
 @pytest.fixture(scope="module")
-def home(bucket: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def home(proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     key = tmp_path_factory.mktemp("keys") / "key"
     key.write_bytes(os.urandom(32))
+    bucket = {
+        "bucket": "agents", "endpoint": proxy.url, "access_key_id": "key", "secret_access_key": "secret", "linger": "1s",
+        "timeout": "3s",
+    }  # fmt: skip
     with house(config={"snapshots": {"encryption_key_file": str(key), "s3": bucket}}) as found:
         yield found
 
@@ -118,6 +124,21 @@ def test_a_damaged_pack_is_fetched_again(home: House) -> None:
     session.signal("approval", "on")
     assert session.result()["lines"] == 2
     assert session.events("snapshot.unusable") == []
+
+
+def test_a_bucket_that_does_not_answer_is_waited_for(home: House, proxy: FaultProxy) -> None:
+    session = home.agent(WORKER, {"turns": 2, "tag": "outage"}, durability="replicated", idle_suspend_s=0.5)
+    session.until_state("suspended")
+    lose_the_disk(home)
+    proxy.set("down")
+    try:
+        session.signal("approval", "late")
+        session.until("a try", lambda _: f"session {session.id} waits for snapshot" in home.server.log_tail(200))
+        assert session.view["state"] == "resuming"
+    finally:
+        proxy.set(None)
+    assert session.result(timeout_s=120)["approved"] == "late"
+    assert session.events("line.opened") == [] and session.events("snapshot.unusable") == []
 
 
 def test_no_page_is_readable_on_disk(home: House) -> None:

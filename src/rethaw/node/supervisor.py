@@ -28,6 +28,7 @@ from rethaw.model.errors import (
     Unavailable,
 )
 from rethaw.model.types import AgentSpec, Assignment, Fence, NewEvent, SnapshotInfo, StateChange
+from rethaw.node import loading
 from rethaw.node.boot import start_config
 from rethaw.node.life import Life
 from rethaw.node.parts import Parts
@@ -236,7 +237,7 @@ class Supervisor:
         assert a.snapshot is not None
         faults.point("supervisor.restore")
         spec = await self._sandbox_spec(a.agent, a.snapshot)
-        sections = await self._parts.store.load(a.snapshot)
+        sections = await loading.sections(self._parts.store, a.snapshot, lambda: not self._queue.empty())
         try:
             faults.point("supervisor.loaded")
             sandbox = await self._parts.engine.restore(
