@@ -7,6 +7,10 @@ Rethaw, is saved and restored by hand with `runsc` in the same run, from the sam
 from the start of the pause until the snapshot's row is committed. `resume_ms`: from the log's first word of resuming
 until the agent's first output is durable in the log. `raw_resume_ms`: `runsc restore` into a sandbox created beforehand,
 until the program's first answer on its pipe. Sizes as stored, in MiB.
+
+`--heap 1024 --change 10` gives both programs a heap of so many MiB, of which the agent writes the second number anew each
+turn; `changed_compressed_mib` is what those bytes take with zstd alone, in frames of 64 KiB, and `stored_ratio` what a turn
+stores by that. `raw_pause_ms` is then what the engine's own full dump of the heap costs.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from backports import zstd
+
 from rethaw.engines.base import SandboxSpec
 from rethaw.engines.gvisor import spec as oci
 from rethaw.testing import processes
@@ -38,19 +44,26 @@ MIB = 1 << 20
 LOAD = """
 import json, os, random, sys
 import openai
+def content(seed, mib):
+    return bytearray(random.Random(seed).randbytes(mib << 19).hex().encode())
+def fill(mib):
+    return [content(n, 1) for n in range(mib)]
 def rss():
     return int([l for l in open("/proc/self/status") if l.startswith("VmRSS")][0].split()[1]) / 1024
 """
 AGENT = (
     LOAD
     + """
-def bench(ctx, turns, resumes):
+def bench(ctx, turns, resumes, mib, change):
+    heap = fill(mib)
     client = openai.OpenAI()
     messages = []
     for turn in range(turns):
         messages.append({"role": "user", "content": "turn %d: what next?" % turn})
         answer = client.chat.completions.create(model="bench", messages=messages)
         messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        for n in range(change):
+            heap[(turn * change + n) % mib][:] = content(10_000 + turn * change + n, 1)
     print("rss", rss(), flush=True)
     for n in range(resumes):
         ctx.wait("go-%d" % n)
@@ -61,6 +74,7 @@ def bench(ctx, turns, resumes):
 RAW = (
     LOAD
     + """
+heap = fill(HEAP_MIB)
 print("ready", flush=True)
 for line in sys.stdin:
     print("awake", line.strip(), flush=True)
@@ -78,9 +92,11 @@ def answer(request: ProviderRequest) -> Reply:
 class ByHand:
     """The same program under plain runsc."""
 
-    def __init__(self, rootfs: Path, work: Path) -> None:
+    def __init__(self, rootfs: Path, work: Path, heap: int = 0) -> None:
         self.work = work
-        spec = SandboxSpec("bench", rootfs, 512 * MIB, 512, ("/usr/bin/python3", "-c", RAW), (("PATH", "/usr/bin"),))
+        program = RAW.replace("HEAP_MIB", str(heap))
+        argv = ("/usr/bin/python3", "-c", program)
+        spec = SandboxSpec("bench", rootfs, (512 + heap) * MIB, 512, argv, (("PATH", "/usr/bin"),))
         self.bundle = oci.write_bundle(spec, work / "bundle", None)
         self.base = [
             shutil.which("runsc") or "runsc", "--root", str(work / "run"), "--platform=systrap", "--network=none",
@@ -141,9 +157,9 @@ class ByHand:
 
 
 @contextlib.contextmanager
-def by_hand(rootfs: Path) -> Iterator[ByHand]:
+def by_hand(rootfs: Path, heap: int = 0) -> Iterator[ByHand]:
     work = Path(tempfile.mkdtemp(prefix="rethaw-bench-", dir="/dev/shm"))
-    hand = ByHand(rootfs, work)
+    hand = ByHand(rootfs, work, heap)
     try:
         yield hand
     finally:
@@ -171,12 +187,26 @@ def resumes_of(events: list[dict[str, Any]]) -> list[float]:
     return found
 
 
-def run(server: RunningServer, turns: int, rounds: int) -> tuple[list[dict[str, Any]], Path]:
+def changed_compressed(turns: int, change: int) -> float:
+    """MiB that what the agent writes in a turn takes with zstd alone, median over turns."""
+    names: dict[str, Any] = {}
+    exec(LOAD.replace("import openai\n", ""), names)  # the very bytes that the agent writes
+    sizes: list[int] = []
+    for turn in range(min(turns, 3)):
+        data = b"".join(bytes(names["content"](10_000 + turn * change + n, 1)) for n in range(change))
+        sizes.append(sum(len(zstd.compress(data[at : at + 65536], 3)) for at in range(0, len(data), 65536)))
+    return statistics.median(sizes) / MIB
+
+
+def run(
+    server: RunningServer, turns: int, rounds: int, heap: int = 0, change: int = 0
+) -> tuple[list[dict[str, Any]], Path]:
     digest = server.request("POST", "/v1/blobs", code_archive(agent=AGENT.encode()))["digest"]
     agent = {
         "name": "freeze", "entry": "agent.py::bench", "code": digest, "idle_suspend_s": 0.2, "image": {"pip": ["openai"]},
     }  # fmt: skip
-    start = {"agent": agent, "args": {"turns": turns, "resumes": rounds}}
+    agent["memory_bytes"] = (512 + heap) * MIB
+    start = {"agent": agent, "args": {"turns": turns, "resumes": rounds, "mib": heap, "change": change}}
     session = server.request("POST", "/v1/sessions", start)["id"]
 
     def state() -> str:
@@ -196,14 +226,14 @@ def run(server: RunningServer, turns: int, rounds: int) -> tuple[list[dict[str, 
     return events, (image_cache() / image / "rootfs").resolve()
 
 
-async def measure(turns: int, rounds: int) -> dict[str, Any]:
+async def measure(turns: int, rounds: int, heap: int = 0, change: int = 0) -> dict[str, Any]:
     async with ScriptedProvider(answer) as provider:
         settings = {"base_url": provider.url, "key": "k", "auth": "bearer", "format": "openai"}
 
         def work() -> dict[str, Any]:
             with RunningServer(providers={"openai": settings}) as server:
-                events, rootfs = run(server, turns, rounds)
-                with by_hand(rootfs) as hand:
+                events, rootfs = run(server, turns, rounds, heap, change)
+                with by_hand(rootfs, heap) as hand:
                     raw_pauses, raw_resumes = hand.measure(max(rounds, 5))
             snapshots = [e["data"] for e in events if e["type"] == "snapshot.created"]
             calls = [s for s in snapshots if s["why"] == "exchange"]
@@ -211,6 +241,16 @@ async def measure(turns: int, rounds: int) -> dict[str, Any]:
             rss = float(_output(events).split("rss ")[1].split()[0])
             pause, raw_pause = _p50([s["paused_ms"] for s in calls]), _p50(raw_pauses)
             resume, raw_resume = _p50(resumes), _p50(raw_resumes)
+            turn = _p50([s["stored_bytes"] for s in calls[1:]]) / MIB
+            more: dict[str, Any] = {}
+            if change:
+                alone = changed_compressed(turns, change)
+                more = {
+                    "heap_mib": heap,
+                    "changed_mib": change,
+                    "changed_compressed_mib": round(alone, 2),
+                    "stored_ratio": round(turn / alone, 2),
+                }
             return {
                 "engine": "gvisor",
                 "agent_rss_mib": round(rss, 1),
@@ -222,7 +262,8 @@ async def measure(turns: int, rounds: int) -> dict[str, Any]:
                 "raw_resume_ms_p50": raw_resume,
                 "resume_ratio": round(resume / raw_resume, 2),
                 "first_stored_mib": round(calls[0]["stored_bytes"] / MIB, 2),
-                "turn_stored_mib_p50": round(_p50([s["stored_bytes"] for s in calls[1:]]) / MIB, 2),
+                "turn_stored_mib_p50": round(turn, 2),
+                **more,
                 "turns": len(calls),
                 "resumes": len(resumes),
             }
@@ -245,8 +286,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="nothing but the JSON object")
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=8, help="suspends and resumes")
+    parser.add_argument("--heap", type=int, default=0, help="MiB of heap beside the client library")
+    parser.add_argument("--change", type=int, default=0, help="MiB of it written anew each turn")
     args = parser.parse_args()
-    numbers = asyncio.run(measure(args.turns, args.rounds))
+    numbers = asyncio.run(measure(args.turns, args.rounds, args.heap, args.change))
     if not args.json:
         for name, value in numbers.items():
             sys.stdout.write(f"{name:>22} {value}\n")
