@@ -80,10 +80,10 @@ def raw_clones_per_s(server: RunningServer, image: str, count: int) -> float:
         saved.mkdir()
         flags = ("-compression=none", "-exclude-committed-zero-pages", "-leave-running", f"-image-path={saved}")
         hand.runsc("checkpoint", *flags, "bench-0")
-        ends = [hand.begin("create", f"clone-{n}") for n in range(count)]
+        ends = [hand.begin("create", f"clone-{n:03d}") for n in range(count)]
 
         def restore(n: int) -> None:
-            hand.runsc("restore", "-detach", f"-bundle={hand.bundle}", f"-image-path={saved}", f"clone-{n}")
+            hand.runsc("restore", "-detach", f"-bundle={hand.bundle}", f"-image-path={saved}", f"clone-{n:03d}")
             ends[n][0].write("hello\n")
             ends[n][1].readline()
 
@@ -98,7 +98,7 @@ def raw_clones_per_s(server: RunningServer, image: str, count: int) -> float:
 def work(server: RunningServer, forks: int, single: int) -> dict[str, Any]:
     digest = server.request("POST", "/v1/blobs", code_archive(agent=AGENT.encode()))["digest"]
     agent = {
-        "name": "fork", "entry": "agent.py::bench", "code": digest, "idle_suspend_s": 0.5, "image": {"pip": ["openai"]},
+        "name": "fork", "entry": "agent.py::bench", "code": digest, "idle_suspend_s": 600.0, "image": {"pip": ["openai"]},
         "memory_bytes": 256 << 20,
     }  # fmt: skip
     parent = server.request("POST", "/v1/sessions", {"agent": agent, "args": {}})["id"]
@@ -106,7 +106,12 @@ def work(server: RunningServer, forks: int, single: int) -> dict[str, Any]:
     def suspended() -> bool:
         return server.request("GET", f"/v1/sessions/{parent}")["state"] == "suspended"
 
-    processes.wait_until(suspended, 300, "the agent to be suspended")
+    def waiting() -> bool:
+        return server.request("GET", f"/v1/sessions/{parent}")["state"] == "waiting"
+
+    processes.wait_until(waiting, 300, "the agent to wait")
+    server.request("POST", f"/v1/sessions/{parent}/suspend", {})
+    processes.wait_until(suspended, 60, "the agent to be suspended")
     times: list[float] = []
     for n in range(single):
         started = time.time() * 1000
