@@ -49,7 +49,7 @@ class Guest:
         return call
 
     def serve(self, *calls: Call) -> None:
-        self.gateway.hello([c.exchange for c in calls if c.exchange])
+        self.gateway.hello([c.exchange for c in calls if c.exchange], {})
         self.tasks += [asyncio.create_task(self.gateway.handle(FakeStream(c))) for c in calls]
 
     async def done(self) -> None:
