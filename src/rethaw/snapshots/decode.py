@@ -18,7 +18,7 @@ from rethaw.snapshots import pack as packs
 from rethaw.snapshots.encode import Known, footer_hash, parallel
 from rethaw.snapshots.keys import Keyring
 from rethaw.snapshots.manifest import Ints, Manifest, PackRef, Pages
-from rethaw.snapshots.pack import FRAME_PAGES, Damaged, Index
+from rethaw.snapshots.pack import Damaged, Index
 from rethaw.snapshots.pages import PAGE, Former, Words, as_pages, hashes
 
 _OPEN_PACKS = 256
@@ -297,4 +297,4 @@ def known(snapshot: str, manifest: Manifest, section: Pages, raw: Path, store: P
     return Known(snapshot, manifest.packs, section.pack, section.slot, base_pack, base_slot, former, raw)
 
 
-__all__ = ["FRAME_PAGES", "PackDamaged", "Packs", "check", "known", "load", "pages_into", "resolve"]
+__all__ = ["PackDamaged", "Packs", "check", "known", "load", "pages_into", "resolve"]
