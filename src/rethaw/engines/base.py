@@ -7,7 +7,7 @@ blocks the loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -118,8 +118,11 @@ class Sandbox(Protocol):
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
-    async def capture(self, directory: Path) -> Capture:
+    async def capture(self, directory: Path, then: Callable[[], Awaitable[None]] | None = None) -> Capture:
         """Save into `directory` (created if missing, must be empty); the guest always runs on afterwards.
+
+        `then` is awaited as soon as the guest's state is there: what an engine still does to the files need not keep
+        the guest waiting. What it raises is raised, and the save is void.
 
         Raises EngineError (StorageFull when there was no room) with the guest still running, unless it died; and in a
         sandbox that had an `exec`.

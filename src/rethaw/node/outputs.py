@@ -42,7 +42,7 @@ class Outputs:
                 reading = reading or asyncio.ensure_future(stream.read())
                 data, reading = await reading, None
                 piece = bytearray(data or b"")
-                while data is not None and len(piece) < _PIECE:
+                while data is not None and not piece.endswith(b"\n") and len(piece) < _PIECE:
                     # A line often comes as several writes: what follows at once belongs to the same event.
                     reading = asyncio.ensure_future(stream.read())
                     await asyncio.wait({reading}, timeout=_LULL_S)

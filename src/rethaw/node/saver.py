@@ -194,14 +194,15 @@ class Saver:
             faults.point("saver.quiesce")
             quiet = await self._link.quiesce()
             self.frozen = True
-            thawed = False
+            thawed, seq, paused = False, 0, 0.0
             try:
                 covered = self._gate.captured()
                 output = dict(self._outputs.offsets)  # exact only while the guest is quiet
                 faults.point("saver.quiet")
                 position = asyncio.ensure_future(self._position())
-                try:
-                    capture = await self._sandbox.capture(staged)
+
+                async def captured() -> None:
+                    nonlocal thawed, seq, paused
                     faults.point("saver.captured")
                     # Before the thaw: what the guest does after it must lie beyond the snapshot's position.
                     seq = await _soon(position)
@@ -210,6 +211,9 @@ class Saver:
                         thawed = True
                     paused = (time.monotonic() - started) * 1000
                     faults.point("saver.thawed")
+
+                try:
+                    capture = await self._sandbox.capture(staged, captured)
                 finally:
                     position.cancel()
                 return _Captured(snapshot, seq, quiet.marker, output, capture, covered, started, paused)

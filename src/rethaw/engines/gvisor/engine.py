@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from rethaw.engines import cgroups as cgroup_layout
 from rethaw.engines import cpu as cpu_features
 from rethaw.engines.base import ProbeReport, SandboxSpec
 from rethaw.engines.gvisor import clock as saved_clock
+from rethaw.engines.gvisor import direct
 from rethaw.engines.gvisor import spec as oci
 from rethaw.engines.gvisor.home import Home
-from rethaw.engines.gvisor.runsc import Builds, Runsc, call, spawn
+from rethaw.engines.gvisor.runsc import Builds, Result, Runsc, call, spawn
 from rethaw.engines.gvisor.sandbox import SECTIONS, GuestLog, GvisorSandbox
 from rethaw.model import faults
 from rethaw.model.errors import EngineError, EngineMismatch, RethawError
@@ -124,7 +125,11 @@ class GvisorEngine:
     async def boot(self, spec: SandboxSpec) -> GvisorSandbox:
         runsc = await self._open()
         faults.point("engine.boot.before")
-        sandbox = await self._begin(self._take(spec), spec, runsc, "start", list)
+
+        async def start(sandbox: GvisorSandbox) -> Result:
+            return await call(runsc.command(sandbox.root, "start", sandbox.id), START_TIMEOUT_S)
+
+        sandbox = await self._begin(self._take(spec), spec, runsc, "start", start)
         return await self._hand_out(sandbox, "engine.boot.after")
 
     async def restore(
@@ -140,14 +145,21 @@ class GvisorEngine:
         ahead = self._take(spec) if runsc is current else None
         links = self._home.path / "restore" / new_id("r")
 
-        def arguments() -> list[str]:
-            _link(links, sections, clock)
-            return ["-detach", f"-image-path={links}"]
+        async def restore(sandbox: GvisorSandbox) -> Result:
+            control, files = sandbox.control, sections
+            if control is None or saved_clock.sleeps_of(clock)[1]:
+                await asyncio.to_thread(_link, links, sections, clock)
+                files = {name: links / name for name in SECTIONS}
+            if control is not None:
+                return await direct.restore(control, files, START_TIMEOUT_S)
+            flags = ("-detach", f"-image-path={links}", f"-bundle={sandbox.bundle}")
+            return await call(runsc.command(sandbox.root, "restore", *flags, sandbox.id), START_TIMEOUT_S)
 
         try:
-            sandbox = await self._begin(ahead, spec, runsc, "restore", arguments)
+            sandbox = await self._begin(ahead, spec, runsc, "restore", restore)
         finally:
-            await asyncio.to_thread(shutil.rmtree, links, True)
+            if links.exists():
+                self._in_background(asyncio.to_thread(shutil.rmtree, links, True))
         return await self._hand_out(sandbox, "engine.restore.after")
 
     def _check_cpu(self, cpu: str) -> None:
@@ -174,15 +186,12 @@ class GvisorEngine:
         spec: SandboxSpec,
         runsc: Runsc,
         verb: str,
-        arguments: Callable[[], list[str]],
+        give_life: Callable[[GvisorSandbox], Awaitable[Result]],
     ) -> GvisorSandbox:
-        """Bring a created sandbox to life (`ahead`, or a new one); it is destroyed when that fails. `arguments` is
-        called right before the command, in a thread."""
+        """Bring a created sandbox to life (`ahead`, or a new one); it is destroyed when that fails."""
         sandbox = ahead or await self._create(spec, runsc)
-        bundle = [f"-bundle={sandbox.bundle}"] if verb == "restore" else []
         try:
-            args = await asyncio.to_thread(arguments)
-            result = await call(runsc.command(sandbox.root, verb, *args, *bundle, sandbox.id), START_TIMEOUT_S)
+            result = await give_life(sandbox)
             if result.code == 0:
                 return sandbox
             # What died while it waited says nothing about the next one.
@@ -192,7 +201,7 @@ class GvisorEngine:
             self._discard(sandbox)
             raise
         self._discard(sandbox)
-        return await self._begin(None, spec, runsc, verb, arguments)
+        return await self._begin(None, spec, runsc, verb, give_life)
 
     def _refused(self, verb: str, spec: SandboxSpec, group: cgroup_layout.Group, text: str) -> EngineError:
         text = re.sub(r"\s+", " ", text).strip()[-600:]

@@ -10,16 +10,16 @@ import re
 import select
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rethaw.engines import processes
 from rethaw.engines.base import Capture, Exit
 from rethaw.engines.cgroups import Group
-from rethaw.engines.gvisor import clock
+from rethaw.engines.gvisor import clock, direct
 from rethaw.engines.gvisor.exec import GvisorExec
-from rethaw.engines.gvisor.runsc import Runsc, call
+from rethaw.engines.gvisor.runsc import Result, Runsc, call
 from rethaw.model import faults
 from rethaw.model.errors import EngineError, StorageFull
 
@@ -152,11 +152,11 @@ class GvisorSandbox:
 
     # ------------------------------------------------------------------ save
 
-    async def capture(self, directory: Path) -> Capture:
+    async def capture(self, directory: Path, then: Callable[[], Awaitable[None]] | None = None) -> Capture:
         async with self._saving:
-            return await self._capture(directory)
+            return await self._capture(directory, then)
 
-    async def _capture(self, directory: Path) -> Capture:
+    async def _capture(self, directory: Path, then: Callable[[], Awaitable[None]] | None) -> Capture:
         if self._exit.done():
             raise EngineError(f"sandbox {self.id} cannot be saved: {self._exit.result().detail}")
         if self._had_exec:
@@ -172,16 +172,15 @@ class GvisorSandbox:
         except OSError as error:
             raise _storage(error, directory) from error
         self._make_room(directory)
-        argv = self.runsc.command(
-            self.root, "checkpoint", *self.runsc.checkpoint_flags, f"-image-path={directory}", self.id
-        )
         before_ns, started = time.time_ns(), time.perf_counter()
         try:
-            result = await call(argv, SAVE_TIMEOUT_S)
+            result = await self._dump(directory)
             engine_ms = (time.perf_counter() - started) * 1000
             after_ns = time.time_ns()
             if result.code != 0:
                 raise self._failed_save(result.err or result.out, directory)
+            if then is not None:
+                await then()
             sections = {name: directory / name for name in SECTIONS}
             raw_bytes = sum(path.stat().st_size for path in sections.values())
             notes: dict[str, object] = {"frozen": False, "why": f"not proven for runsc {self.runsc.features.version}"}
@@ -198,6 +197,20 @@ class GvisorSandbox:
                 raise _storage(error, directory) from error
             raise
         return Capture(sections, "gvisor", self.runsc.sha256, self._cpu, notes, raw_bytes, engine_ms, PAGED)
+
+    async def _dump(self, directory: Path) -> Result:
+        control = self.control
+        if control is not None:
+            return await direct.save(control, directory, SAVE_TIMEOUT_S)
+        flags = self.runsc.checkpoint_flags
+        argv = self.runsc.command(self.root, "checkpoint", *flags, f"-image-path={directory}", self.id)
+        return await call(argv, SAVE_TIMEOUT_S)
+
+    @property
+    def control(self) -> Path | None:
+        """The sandbox's own socket, when what is said there is known."""
+        path = self.root / f"runsc-{self.id}.sock"
+        return path if direct.speaks(self.runsc.features.version) and path.exists() else None
 
     def _failed_save(self, text: str, directory: Path) -> EngineError | StorageFull:
         text = re.sub(r"\s+", " ", text).strip()[-500:]
