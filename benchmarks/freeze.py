@@ -75,6 +75,7 @@ RAW = (
     LOAD
     + """
 heap = fill(HEAP_MIB)
+client = openai.OpenAI(api_key="none", base_url="http://127.0.0.1:9/v1")
 print("ready", flush=True)
 for line in sys.stdin:
     print("awake", line.strip(), flush=True)

@@ -9,11 +9,13 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import pytest
-from engine_fixtures import ask, restored
+from engine_fixtures import ask, restored, until
 
 from rethaw.engines.base import SandboxSpec
 from rethaw.engines.gvisor import direct
 from rethaw.engines.gvisor.engine import GvisorEngine
+from rethaw.engines.gvisor.sandbox import RESTING_SLACK_NS, SLACK_NS
+from rethaw.engines.processes import command_line
 from rethaw.model.errors import EngineError
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
@@ -167,3 +169,56 @@ async def test_a_socket_with_a_long_path(tmp_path: Path) -> None:
     (tmp_path / "short").symlink_to(deep)
     async with sentry(tmp_path / "short" / "s", says(b'{"success":true}')):
         assert (await direct.save(deep / "s", tmp_path, 10)).code == 0
+
+
+# ---------------------------------------------------------------- what idles
+
+
+def slack_of(pid: int) -> set[int]:
+    return {
+        int(Path(f"/proc/{thread.name}/timerslack_ns").read_text()) for thread in Path(f"/proc/{pid}/task").iterdir()
+    }
+
+
+async def test_a_guest_that_rests_wakes_up_less_often_and_answers_all_the_same(
+    data_dir: Path, spec: SandboxSpec
+) -> None:
+    """A hundred idle sandboxes kept two CPUs busy with waking up."""
+    engine = GvisorEngine(data_dir)
+    try:
+        box = await engine.boot(spec)
+        assert slack_of(box.pid) == {SLACK_NS}
+        box.rest(True)
+        assert slack_of(box.pid) == {RESTING_SLACK_NS}
+        assert await ask(box, "1 + 1") == 2
+        box.rest(False)
+        assert slack_of(box.pid) == {SLACK_NS}
+        await box.destroy()
+        box.rest(True)  # it is gone: nothing to do
+    finally:
+        await engine.close()
+
+
+def find(*words: str) -> list[int]:
+    """Processes in whose command line all `words` occur."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if all(word in " ".join(command_line(pid)) for word in words)]
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+async def test_a_sandbox_created_ahead_stands_still_until_it_is_used(data_dir: Path, spec: SandboxSpec) -> None:
+    engine = GvisorEngine(data_dir)
+    try:
+        await engine.prepare(spec, 1)
+        await until(lambda: engine.ahead(spec), 30)
+        (pid,) = find("runsc-sandbox", str(data_dir))
+        await until(lambda: state_of(pid) == "T")
+        box = await engine.boot(spec)
+        assert box.pid == pid
+        assert await ask(box, "1 + 1") == 2
+        await box.destroy()
+    finally:
+        await engine.close()

@@ -149,10 +149,11 @@ class Control:
 
     async def poll_wait(self, fence: Fence, attempt: int, wait: str, timeout_s: float) -> WaitState:
         """The wait's state once done, or after `timeout_s`. Raises Conflict when it was cancelled."""
-        state: WaitState | None = None
 
         async def look() -> WaitState | None:
-            nonlocal state
+            # Everything that happens to the session comes by here, and next to nothing of it is what is waited for.
+            if await self._run(lambda conn: waits.still_open(conn, fence, attempt, wait)):
+                return None
             state = await self._run(fn)
             return state if state.done else None
 
@@ -160,9 +161,7 @@ class Control:
             row = await rows.fenced(conn, fence, lock=False)
             return await waits.look(conn, row, attempt, wait, self._addresses)
 
-        await self._until(SESSION_CHANNEL, fence.session, look, timeout_s)
-        assert state is not None
-        return state
+        return await self._until(SESSION_CHANNEL, fence.session, look, timeout_s) or await self._run(fn)
 
     async def cancel_wait(self, fence: Fence, attempt: int, wait: str) -> None:
         await self._fenced(fence, lambda conn, row: waits.cancel(conn, row, attempt, wait))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -23,7 +24,9 @@ Conn = Connection
 POLICY_REASONS = (Reason.IDLE, Reason.PROVIDER_HOLD, Reason.NODE_STOPPED)
 
 
-async def many(conn: Conn, query: LiteralString | sql.Composed, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
+async def many(
+    conn: Conn, query: LiteralString | bytes | sql.Composed, params: Sequence[Any] = ()
+) -> list[dict[str, Any]]:
     """All rows of `query`."""
     async with conn.cursor(row_factory=dict_row) as cursor:
         await cursor.execute(query, params)
@@ -104,7 +107,7 @@ class Row:
 _DETAIL_LIMIT = 4000  # characters
 _SPECS = {"agent", "args"}
 _COLUMNS = sql.SQL(", ").join(sql.Identifier("p" if field.name in _SPECS else "s", field.name) for field in fields(Row))
-_SELECT = sql.SQL("SELECT {} FROM sessions s JOIN session_specs p ON p.session = s.id ").format(_COLUMNS)
+_SELECT = sql.SQL("SELECT {} FROM sessions s JOIN session_specs p ON p.session = s.id ").format(_COLUMNS).as_bytes(None)
 
 
 def _row(values: dict[str, Any]) -> Row:
@@ -115,10 +118,9 @@ def _row(values: dict[str, Any]) -> Row:
     return Row(**values)
 
 
-async def select(conn: Conn, where: LiteralString | sql.Composed, params: Sequence[Any] = ()) -> list[Row]:
+async def select(conn: Conn, where: LiteralString, params: Sequence[Any] = ()) -> list[Row]:
     """Rows of `sessions` (as `s`) that `where`, the rest of the statement, finds."""
-    clause = where if isinstance(where, sql.Composed) else sql.SQL(where)
-    return [_row(values) for values in await many(conn, _SELECT + clause, params)]
+    return [_row(values) for values in await many(conn, _SELECT + where.encode(), params)]
 
 
 def clean(text: str) -> str:
@@ -153,9 +155,14 @@ async def fenced(conn: Conn, fence: Fence, *, lock: bool = True) -> Row:
 
 async def update(conn: Conn, session: str, **columns: Any) -> None:
     """Set columns of the row, which the caller has locked."""
+    await conn.execute(_update(tuple(columns)), [*columns.values(), session])
+
+
+@functools.cache
+def _update(columns: tuple[str, ...], more: LiteralString = "") -> bytes:
     sets = sql.SQL(", ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name in columns)
-    query = sql.SQL("UPDATE sessions SET {}, updated_at = now() WHERE id = %s").format(sets)
-    await conn.execute(query, [*columns.values(), session])
+    query = sql.SQL("UPDATE sessions SET {}, updated_at = now() {} WHERE id = %s").format(sets, sql.SQL(more))
+    return query.as_bytes(None)
 
 
 async def append(conn: Conn, session: str, *events: NewEvent) -> list[Event]:
@@ -187,9 +194,8 @@ async def move(
     detail = None if detail is None else clean(detail)[:_DETAIL_LIMIT]
     more = {"node": columns.get("node"), "exit_code": columns.get("exit_code")}
     await append(conn, row.id, *events, state_event(state, reason, detail, **more))
-    since = sql.SQL("UPDATE sessions SET state_since = now() WHERE id = %s")
-    await conn.execute(since, (row.id,))
-    await update(conn, row.id, state=state.value, reason=reason.value, detail=detail, **columns)
+    columns |= {"state": state.value, "reason": reason.value, "detail": detail}
+    await conn.execute(_update(tuple(columns), ", state_since = now()"), [*columns.values(), row.id])
     return await load(conn, row.id)
 
 

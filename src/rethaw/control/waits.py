@@ -16,7 +16,7 @@ from rethaw.control.recovery import resume
 from rethaw.control.rows import Conn, Row
 from rethaw.model.enums import EventType, State
 from rethaw.model.errors import Conflict, InvalidInput, NotFound
-from rethaw.model.types import NewEvent, WaitSpec, WaitState
+from rethaw.model.types import Fence, NewEvent, WaitSpec, WaitState
 
 _ON_ITS_WAY_S = 2.0  # an outcome told to the node this shortly before it froze the guest may not have got there
 _FIND = "SELECT * FROM waits WHERE session = %s AND attempt = %s AND id = %s"
@@ -75,6 +75,17 @@ async def open_wait(conn: Conn, row: Row, attempt: int, spec: WaitSpec, addresse
         assert found is not None
         await _given(conn, row, found)
     return await _state(conn, row, found, addresses)
+
+
+async def still_open(conn: Conn, fence: Fence, attempt: int, wait: str) -> bool:
+    """Whether there is nothing new about a wait of the fence's life."""
+    found = await rows.one(
+        conn,
+        """SELECT 1 AS ok FROM waits w JOIN sessions s ON s.id = w.session
+           WHERE w.session = %s AND w.attempt = %s AND w.id = %s AND w.state = 'open' AND s.generation = %s""",
+        (fence.session, attempt, wait, fence.generation),
+    )
+    return found is not None
 
 
 async def look(conn: Conn, row: Row, attempt: int, wait: str, addresses: Addresses) -> WaitState:

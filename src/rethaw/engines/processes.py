@@ -44,6 +44,21 @@ def kill(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
+def stop(pidfd: int, stopped: bool) -> None:
+    """SIGSTOP or SIGCONT; no error when it is gone already."""
+    with contextlib.suppress(ProcessLookupError, OSError):
+        signal.pidfd_send_signal(pidfd, signal.SIGSTOP if stopped else signal.SIGCONT)
+
+
+def slacken(pid: int, slack_ns: int) -> None:
+    """Let the kernel wake the threads of a process so much late for a timer, which lets it do several at once. Threads
+    that they begin inherit it. No error when it is gone, or when this kernel does not offer it. Blocking, under 1 ms."""
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{thread.name}/timerslack_ns").write_text(str(slack_ns))
+
+
 def command_line(pid: int) -> list[str]:
     """argv of a process, empty when it is gone."""
     try:

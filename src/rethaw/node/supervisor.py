@@ -405,6 +405,7 @@ class Supervisor:
                 if self._life is life and self._reported in (State.RUNNING, State.WAITING):
                     await self._parts.control.report(life.fence, StateChange(state=state))
                     self._reported = state
+                    life.sandbox.rest(state is State.WAITING)
         except Fenced as error:
             life.end(Reason.FENCED, str(error))
         except RethawError as error:

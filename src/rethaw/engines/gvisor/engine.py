@@ -32,6 +32,7 @@ log = logging.getLogger("rethaw.engines")
 
 START_TIMEOUT_S = 60.0
 REFILL_PAUSE_S = 0.3  # whoever has just taken or started one wants the CPU now
+AT_ONCE = (os.cpu_count() or 1) + 2  # boots and restores; each keeps one CPU busy, and more of them only wait longer
 MAX_SHELVES = 8
 MAX_AHEAD = 8
 RESTORE_MS = 300.0  # a small guest takes 60-120 ms, 1 GiB about 0.9 s; a sleep may end late, never early
@@ -63,6 +64,7 @@ class GvisorEngine:
         self._runsc: Runsc | None = None
         self._cpu: frozenset[str] = frozenset()
         self._opening = asyncio.Lock()
+        self._at_once = asyncio.Semaphore(AT_ONCE)
         self._shelves: OrderedDict[SandboxSpec, _Shelf] = OrderedDict()
         self._live: set[GvisorSandbox] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -189,16 +191,19 @@ class GvisorEngine:
         give_life: Callable[[GvisorSandbox], Awaitable[Result]],
     ) -> GvisorSandbox:
         """Bring a created sandbox to life (`ahead`, or a new one); it is destroyed when that fails."""
-        sandbox = ahead or await self._create(spec, runsc)
+        sandbox = ahead
         try:
-            result = await give_life(sandbox)
+            async with self._at_once:
+                sandbox = sandbox or await self._create(spec, runsc)
+                result = await give_life(sandbox)
             if result.code == 0:
                 return sandbox
             # What died while it waited says nothing about the next one.
             if ahead is None or ahead.alive() or ahead.group.oom_kills():
                 raise self._refused(verb, spec, sandbox.group, result.err or result.out)
         except BaseException:
-            self._discard(sandbox)
+            if sandbox is not None:
+                self._discard(sandbox)
             raise
         self._discard(sandbox)
         return await self._begin(None, spec, runsc, verb, give_life)
@@ -319,6 +324,7 @@ class GvisorEngine:
             sandbox = shelf.ready.popleft()
             if sandbox.alive():
                 taken = sandbox
+                taken.hold(False)
             else:
                 self._discard(sandbox)
         self._fill(spec, shelf, REFILL_PAUSE_S)
@@ -339,6 +345,7 @@ class GvisorEngine:
             if self._closed or len(shelf.ready) >= shelf.target:
                 self._discard(sandbox)
             else:
+                sandbox.hold(True)
                 shelf.ready.append(sandbox)
 
     def _drop(self, spec: SandboxSpec) -> None:
