@@ -13,6 +13,8 @@ import pytest
 from e2e_cli import refused
 from e2e_fixtures import House, Session, house
 
+from rethaw.testing.processes import wait_until
+
 pytestmark = [
     pytest.mark.root,
     pytest.mark.timeout(180),
@@ -140,3 +142,101 @@ def test_what_is_never_warm_is_said(home: House, code: Path) -> None:
     refused(home.server.cli("template", "create", "x", check=False), 2, "what to run is not named")
     refused(home.server.cli("template", "start", "x", "[1]", check=False), 2, "no JSON object")
     refused(home.server.cli("template", "rm", "x", check=False), 4, "no template 'x'")
+
+
+AUTO = """
+import time
+import rethaw
+
+began = time.monotonic()
+while time.monotonic() < began + 1:  # what a real one would import
+    pass
+born = time.time_ns()
+
+@rethaw.agent(template="auto")
+def quick(ctx, n, text="none"):
+    return {"args": [n, text], "ctx": ctx.args, "ready": ctx.ready(), "born": born, "session": ctx.session}
+
+@rethaw.agent(template="auto")
+async def slow(ctx, n):
+    signal = await ctx.wait("go")
+    return {"n": n, "again": (await ctx.ready())["n"], "go": signal.payload, "born": born}
+"""
+
+
+def test_a_template_is_made_by_itself_at_the_first_start(home: House, tmp_path: Path) -> None:
+    def names() -> list[str]:
+        return [t["name"] for t in json.loads(home.server.cli("template", "ls", "--json").stdout) if t["snapshot"]]
+
+    def run(*more: str) -> Session:
+        return Session(home, {"id": home.server.cli("run", "-d", *more, cwd=tmp_path).stdout.strip()})
+
+    (tmp_path / "agent.py").write_text(AUTO)
+    cold = run("agent.py::quick", "--n", "1", "--key", "cold-one")
+    assert cold.result()["args"] == [1, "none"]
+    wait_until(names, 60, "the template")
+    (name,) = names()
+    assert name.startswith("auto.quick.")
+
+    two, three = run("agent.py::quick", "--n", "2", "--text", "b"), run("agent.py::quick", "--n", "3", "--key", "third")
+    results = [two.result(), three.result()]
+    assert [r["args"] for r in results] == [[2, "b"], [3, "none"]]
+    assert [r["ready"] for r in results] == [r["ctx"] for r in results] == [{"n": 2, "text": "b"}, {"n": 3}]
+    assert [r["session"] for r in results] == [two.id, three.id]
+    assert results[0]["born"] == results[1]["born"] != cold.result()["born"], (
+        "the file was imported once, in the template"
+    )
+
+    # Keys mean the same, whichever way the session began.
+    assert run("agent.py::quick", "--n", "1", "--key", "cold-one").id == cold.id
+    assert run("agent.py::quick", "--n", "3", "--key", "third").id == three.id
+    for key in ("cold-one", "third"):
+        refused(
+            home.server.cli("run", "-d", "--key", key, "agent.py::quick", "--n", "9", cwd=tmp_path, check=False), 5, key
+        )
+
+    # Another version of the agent has another template, and the former goes.
+    (tmp_path / "agent.py").write_text(AUTO.replace('"none"', '"some"'))
+    assert run("agent.py::quick", "--n", "4").result()["args"] == [4, "some"]
+    wait_until(lambda: names() not in ([], [name], [*names(), name]) and len(names()) == 1, 60, "the newer template")
+    assert run("agent.py::quick", "--n", "5").result()["args"] == [5, "some"]
+    refused(
+        home.server.cli("template", "create", "auto.mine", "agent.py::quick", cwd=tmp_path, check=False), 2, "auto.mine"
+    )
+
+
+def test_an_async_agent_from_its_template_outlives_kills(home: House, tmp_path: Path) -> None:
+    (tmp_path / "agent.py").write_text(AUTO)
+    first = home.server.cli("run", "-d", "agent.py::slow", "--n", "1", cwd=tmp_path).stdout.strip()
+    wait_until(
+        lambda: [
+            t for t in json.loads(home.server.cli("template", "ls", "--json").stdout)
+            if t["name"].startswith("auto.slow.") and t["snapshot"]
+        ],
+        60,
+        "the template",
+    )  # fmt: skip
+    session = Session(
+        home, {"id": home.server.cli("run", "-d", "agent.py::slow", "--n", "2", cwd=tmp_path).stdout.strip()}
+    )
+    for _ in range(3):
+        session.until_state("waiting", "suspended")
+        session.post("snapshots", {})
+        home.server.kill9()
+        home.server.start()
+    session.signal("go", 7)
+    assert {k: v for k, v in session.result().items() if k != "born"} == {"n": 2, "again": 2, "go": 7}
+    home.server.cli("cancel", "--now", first, check=False)
+
+
+def test_no_template_is_made_of_what_cannot_be_warmed(home: House, tmp_path: Path) -> None:
+    fails = 'import pathlib, rethaw\nif pathlib.Path("/.rethaw").exists():\n    raise RuntimeError("not here")\n'
+    (tmp_path / "agent.py").write_text(fails + '@rethaw.agent(template="auto")\ndef bad(ctx):\n    return 1\n')
+    done = home.server.cli("run", "agent.py::bad", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "not here" in done.stderr
+    wait_until(lambda: "no template of agent bad" in home.server.log_tail(), 60, "the server's word")
+    wait_until(lambda: "auto.bad" not in home.server.cli("template", "ls").stdout, 30, "nothing to be left of it")
+    refused(
+        home.server.cli("run", "--image", "base", "--template", "auto", "--", "true", check=False), 2, "is a command"
+    )
+    refused(home.server.cli("run", "--template", "warm", "agent.py::bad", cwd=tmp_path, check=False), 2, "'warm'")

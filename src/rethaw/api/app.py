@@ -16,6 +16,7 @@ from rethaw.api import blobs, errors, models, rawjson, sessions, snapshots, snap
 from rethaw.api.errors import Ascii
 from rethaw.api.guard import Guard
 from rethaw.api.rooms import Rooms
+from rethaw.api.warming import Warming
 from rethaw.control.control import Control
 from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
@@ -51,7 +52,8 @@ def create_app(
         redoc_url=None,
     )
     errors.install(app)
-    app.include_router(sessions.router(rooms))
+    app.state.warming = Warming(rooms)
+    app.include_router(sessions.router(rooms, app.state.warming))
     app.include_router(snapshots_look.router(rooms))
     app.include_router(snapshots.router(rooms))
     app.include_router(templates.router(rooms))

@@ -11,6 +11,7 @@ from starlette.responses import StreamingResponse
 from rethaw.api import models, rawjson, stream
 from rethaw.api.errors import Ascii
 from rethaw.api.rooms import Rooms
+from rethaw.api.warming import Warming
 from rethaw.model.enums import State
 from rethaw.model.errors import InvalidInput, NotFound
 from rethaw.model.types import Message, SessionView, SnapshotInfo
@@ -21,7 +22,7 @@ After = Annotated[int, Query(ge=0, le=1 << 62)]
 WaitS = Annotated[float, Query(ge=0, le=3600, allow_inf_nan=False)]
 
 
-def router(rooms: Rooms) -> APIRouter:
+def router(rooms: Rooms, warming: Warming) -> APIRouter:
     api = APIRouter(prefix="/v1/sessions", responses=models.ERRORS, tags=["sessions"])
     control, log, catalog = rooms.control, rooms.log, rooms.catalog
 
@@ -29,7 +30,12 @@ def router(rooms: Rooms) -> APIRouter:
     async def start(body: models.StartBody, response: Response) -> SessionView:
         if body.agent.code is not None and not rooms.has_blob(body.agent.code):
             raise NotFound(f"there is no code {body.agent.code}", remedy="upload it to /v1/blobs first")
-        view, new = await control.create(body.agent, body.args, body.key)
+        started = None
+        if body.agent.template == "auto":
+            started = await control.start_auto(body.agent, body.args, body.key)
+        view, new = started or await control.create(body.agent, body.args, body.key)
+        if started is None and body.agent.template == "auto":
+            warming.begin(body.agent)
         response.status_code = 201 if new else 200
         return view
 

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rethaw.api import models
 from rethaw.api.rooms import Rooms
-from rethaw.control.templates import START
+from rethaw.control.templates import AUTO, START
 from rethaw.model.enums import EventType, ExchangeState, State
-from rethaw.model.errors import Conflict, NotFound, WaitTimeout
+from rethaw.model.errors import Conflict, InvalidInput, NotFound, WaitTimeout
 from rethaw.model.types import AgentSpec, SessionView, Template
 
 _LOOK_S = 0.2
@@ -54,6 +54,11 @@ def router(rooms: Rooms) -> APIRouter:
     @api.post("", status_code=201)
     async def create(body: TemplateBody) -> Template:
         """Warm an agent and keep it so. Answers when it is ready; asking again goes on with one that was cut off."""
+        if body.name.startswith(AUTO):
+            raise InvalidInput(
+                f"template {body.name[:100]!r}: names that begin with {AUTO!r} are given by the server",
+                remedy="choose another",
+            )
         if body.agent.code is not None and not rooms.has_blob(body.agent.code):
             raise NotFound(f"there is no code {body.agent.code}", remedy="upload it to /v1/blobs first")
         template = await control.create_template(body.name, body.agent, body.args)
@@ -61,13 +66,13 @@ def router(rooms: Rooms) -> APIRouter:
             return template
         try:
             async with asyncio.timeout(body.within_s):
-                by = await _ready(rooms, template, body.by)
+                by = await until_ready(rooms, template, body.by)
         except TimeoutError:
             raise WaitTimeout(
                 f"template {body.name} was not ready within {body.within_s:g} s",
                 remedy=f"see `rethaw logs {template.session}`; ask again to wait longer",
             ) from None
-        return await control.template_ready(template, await _suspended(rooms, template.session), by)
+        return await control.template_ready(template, await suspended(rooms, template.session), by)
 
     @api.get("")
     async def find() -> Templates:
@@ -89,7 +94,7 @@ def router(rooms: Rooms) -> APIRouter:
     return api
 
 
-async def _ready(rooms: Rooms, template: Template, by: str | None) -> str:
+async def until_ready(rooms: Rooms, template: Template, by: str | None) -> str:
     """By what the program is ready: "call", "line" or "quiet"."""
     session, after, said = template.session, 0, b""
     quiet = _Quiet(rooms, session)
@@ -138,7 +143,7 @@ class _Quiet:
         return False
 
 
-async def _suspended(rooms: Rooms, session: str) -> str:
+async def suspended(rooms: Rooms, session: str) -> str:
     """Suspend it; the snapshot that it sleeps in."""
     await rooms.control.suspend(session)
     end = time.monotonic() + _SUSPEND_S

@@ -29,6 +29,7 @@ VALUES = frozenset(
         "--durability",
         "--idle-suspend",
         "--max-duration",
+        "--template",
         "--workdir",
     }
 )

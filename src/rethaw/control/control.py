@@ -260,12 +260,30 @@ class Control:
     async def templates(self) -> list[Template]:
         return await self._run(templates.every)
 
+    async def start_auto(
+        self, agent: AgentSpec, args: dict[str, Any], key: str | None
+    ) -> tuple[SessionView, bool] | None:
+        """A session from the agent's own template, and whether it is new; None when there is none to start from."""
+        session, generation = new_id("s"), new_generation()
+        found = await self._run(
+            lambda conn: templates.start_auto(conn, session, generation, agent, args, key, self.policy)
+        )
+        return None if found is None else await self._forked(*found)
+
+    async def drop_outdated(self, agent: AgentSpec) -> None:
+        """Templates of former versions of `agent` go."""
+        for name in await self._run(lambda conn: templates.outdated(conn, agent)):
+            await self.drop_template(name)
+
     async def start_template(self, name: str, payload: bytes, key: str | None) -> tuple[SessionView, bool]:
         """A session forked from a template, and whether it is new."""
         session, generation = new_id("s"), new_generation()
         row, new = await self._run(
             lambda conn: templates.start(conn, name, session, generation, payload, key, self.policy)
         )
+        return await self._forked(row, new)
+
+    async def _forked(self, row: Row, new: bool) -> tuple[SessionView, bool]:
         if row.state == State.RESUMING:
             await self._run(lambda conn: sessions.place(conn, row.id, self.policy))
         return await self.session(row.id), new

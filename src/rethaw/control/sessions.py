@@ -53,6 +53,11 @@ def check_agent(agent: AgentSpec, policy: Policy) -> None:
         raise InvalidInput(f"agent {agent.name} has entry {agent.entry!r} but no code", remedy="upload its code first")
     if any("\0" in part for part in (*agent.command, *agent.env.keys(), *agent.env.values(), agent.workdir)):
         raise InvalidInput(f"agent {agent.name}: command, env and workdir cannot hold NUL")
+    if agent.template == "auto" and agent.entry is None:
+        raise InvalidInput(
+            f"agent {agent.name} is a command, of which no template can be made by itself",
+            remedy="warm it with `rethaw template create`",
+        )
     if agent.memory_bytes <= 0 or agent.pids <= 0:
         raise InvalidInput(f"agent {agent.name} has {agent.memory_bytes} bytes of memory and {agent.pids} pids")
     if agent.memory_bytes < MIN_MEMORY:

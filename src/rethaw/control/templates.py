@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from typing import Any
 
@@ -15,6 +17,17 @@ from rethaw.model.types import AgentSpec, Template
 START = "rethaw.start"  # the signal that ctx.ready() waits for; equal to rethaw.guest.protocol.START
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _KEY = "template:"
+AUTO = "auto."  # equal to rethaw.guest.protocol.AUTO
+
+
+def auto_name(agent: AgentSpec) -> str:
+    """The name of the template that an agent's sessions start from by themselves: another one for any other agent."""
+    text = sessions.canonical(agent.model_dump(mode="json"))
+    return f"{_auto_prefix(agent)}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _auto_prefix(agent: AgentSpec) -> str:
+    return f"{AUTO}{re.sub('[^A-Za-z0-9._-]', '-', agent.name)[:60]}."
 
 
 def _template(record: dict[str, Any]) -> Template:
@@ -46,7 +59,7 @@ async def create(
             f"{name[:100]!r} cannot be a template's name", remedy="use letters, digits, '.', '_' and '-'"
         )
     env = {**agent.env, "RETHAW_TEMPLATE": name}
-    agent = agent.model_copy(update={"env": env})
+    agent = agent.model_copy(update={"env": env, "template": "none"})
     key = _KEY + name
     await conn.execute(
         """UPDATE sessions SET key = NULL WHERE key = %s AND state IN ('completed', 'failed', 'cancelled')""", (key,)
@@ -66,6 +79,37 @@ async def create(
         (name, row.id),
     )
     return await get(conn, name)
+
+
+async def start_auto(
+    conn: Conn,
+    session: str,
+    generation: str,
+    agent: AgentSpec,
+    args: dict[str, Any],
+    key: str | None,
+    policy: Policy,
+) -> tuple[Row, bool] | None:
+    """A session of `agent` from its own template; None when there is none yet, or the key's session began otherwise."""
+    sessions.check_agent(agent, policy)
+    name, payload = auto_name(agent), json.dumps(args).encode()
+    if key is not None:
+        await _lock_key(conn, key)
+        former = await rows.select(conn, "WHERE s.key = %s", (key,))
+        if former and await _told(conn, former[0], name) is None:
+            return None
+    found = await rows.one(conn, "SELECT 1 AS ok FROM templates WHERE name = %s AND snapshot IS NOT NULL", (name,))
+    return None if found is None else await start(conn, name, session, generation, payload, key, policy)
+
+
+async def outdated(conn: Conn, agent: AgentSpec) -> list[str]:
+    """Names of templates that were made for former versions of `agent`."""
+    found = await rows.many(
+        conn,
+        "SELECT name FROM templates WHERE starts_with(name, %s) AND name <> %s",
+        (_auto_prefix(agent), auto_name(agent)),
+    )
+    return [r["name"] for r in found if re.fullmatch("[0-9a-f]{16}", r["name"].removeprefix(_auto_prefix(agent)))]
 
 
 async def ready(conn: Conn, name: str, session: str, snapshot: str, by: str) -> Template:
@@ -89,10 +133,7 @@ async def start(
     if found.snapshot is None:
         raise Conflict(f"template {name} is not ready yet", remedy=f"see `rethaw why {found.session}`")
     if key is not None:
-        if not 0 < len(key) <= 500 or "\0" in key or key.startswith(_KEY):
-            raise InvalidInput(f"{key[:80]!r} cannot be a key", remedy="use 1 to 500 characters, no NUL")
-        # Two callers with one key: the second waits here until the first has committed.
-        await conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (key,))
+        await _lock_key(conn, key)
     former = await rows.select(conn, "WHERE s.id = %s OR (%s::text IS NOT NULL AND s.key = %s)", (session, key, key))
     if former:
         await _same(conn, former[0], name, payload, key)
@@ -103,13 +144,25 @@ async def start(
     return await rows.load(conn, row.id), True
 
 
-async def _same(conn: Conn, row: Row, name: str, payload: bytes, key: str | None) -> None:
+async def _lock_key(conn: Conn, key: str) -> None:
+    if not 0 < len(key) <= 500 or "\0" in key or key.startswith(_KEY):
+        raise InvalidInput(f"{key[:80]!r} cannot be a key", remedy="use 1 to 500 characters, no NUL")
+    # Two callers with one key: the second waits here until the first has committed.
+    await conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (key,))
+
+
+async def _told(conn: Conn, row: Row, name: str) -> bytes | None:
+    """What a session was started with from the template `name`; None when it was not."""
     told = await rows.one(
         conn,
         "SELECT payload FROM signals WHERE session = %s AND idempotency_key = %s",
         (row.id, f"{_KEY}{name}"),
     )
-    if told is None or bytes(told["payload"]) != payload:
+    return None if told is None else bytes(told["payload"])
+
+
+async def _same(conn: Conn, row: Row, name: str, payload: bytes, key: str | None) -> None:
+    if await _told(conn, row, name) != payload:
         raise KeyReused(
             f"key {key!r} belongs to session {row.id}, started otherwise", remedy="use a new key", session=row.id
         )

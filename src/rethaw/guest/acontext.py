@@ -43,11 +43,15 @@ class AsyncContext:
     @property
     def args(self) -> Dict[str, Any]:
         """What the session was started with."""
+        if protocol.told is not None:
+            return dict(protocol.told)
         return self._about.args
 
     async def ready(self) -> Dict[str, Any]:
         """The program is warm: return what the session was started with. In a template (`rethaw template create`) this is
-        where it is frozen, and where each session that is started from it begins."""
+        where it is frozen, and where each session that is started from it begins. Later calls return the same."""
+        if protocol.told is not None:
+            return dict(protocol.told)
         if not protocol.in_template():
             return self.args
         if self.fresh or self.attempt > 1:  # the signal may be of a former life

@@ -12,6 +12,7 @@ from rethaw.model.errors import InvalidInput, RethawError, TooLarge, Unavailable
 
 SOCKET = "/run/rethaw/context.sock"
 START = "rethaw.start"  # the signal by which a session that was forked from a template gets its arguments
+AUTO = "auto."  # begins the names of templates that are made by themselves
 MESSAGE_LIMIT = 1 << 20  # MESSAGE_LIMIT of rethaw.model.types, which needs more than the standard library
 
 
@@ -54,9 +55,17 @@ class Signal:
         return f"Signal({self.name!r}, {self.payload!r})" if self.complete else f"Signal({self.name!r}, open)"
 
 
+told: Optional[Dict[str, Any]] = None  # the arguments that a session begun from a template has got
+
+
 def in_template() -> bool:
     """Whether this program was started to be forked from."""
     return bool(os.environ.get("RETHAW_TEMPLATE"))
+
+
+def frozen_before_call() -> bool:
+    """Whether it is frozen as soon as its function is known, not where it says that it is ready."""
+    return os.environ.get("RETHAW_TEMPLATE", "").startswith(AUTO)
 
 
 def started(history: List[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
@@ -69,11 +78,13 @@ def started(history: List[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
 
 def begun(args: Any) -> Dict[str, Any]:
     """The arguments of a session that goes on from a template. Its forks share the state of `random`: no longer."""
+    global told
     import sys
 
     if "random" in sys.modules:
         sys.modules["random"].seed()
-    return dict(args or {})
+    told = dict(args or {})
+    return dict(told)
 
 
 def socket_path(path: Optional[str] = None) -> str:

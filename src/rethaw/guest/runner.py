@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Callable, Dict, cast
 
+from rethaw.guest import protocol
 from rethaw.guest.acontext import AsyncContext
 from rethaw.guest.context import Context
 from rethaw.guest.definitions import Agent
@@ -50,7 +51,7 @@ def load(entry: str, directory: Path) -> Callable[..., Any]:
 def run(function: Callable[..., Any]) -> None:
     """Call it with its Context and the session's arguments, and report what it returns."""
     context = Context()
-    args = context.args
+    args = context.ready() if protocol.frozen_before_call() else context.args
     if inspect.iscoroutinefunction(function):
         value = asyncio.run(_run_async(function, args))
     else:

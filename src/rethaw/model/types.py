@@ -52,6 +52,7 @@ class AgentSpec(Wire):
     grace_s: float = 10.0  # between SIGTERM and SIGKILL on cancel
     keep_all_s: float = 86_400.0  # every snapshot this young is kept, older ones one an hour ...
     keep_bytes: int = 5 * 1024 * MIB  # ... as long as they add up to no more than this; needed and pinned ones always
+    template: Literal["none", "auto"] = "none"  # auto: the first start of it makes a template, later ones begin there
 
 
 # ---------------------------------------------------------------- the log

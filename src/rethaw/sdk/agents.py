@@ -26,6 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
+TEMPLATES = ("none", "auto")
 DURABILITIES = ("local", "replicated", "relaxed")
 
 
@@ -47,6 +48,7 @@ class Options:
     grace: float = 10.0
     keep_snapshots: float = 86_400.0
     keep_size: int = 5 << 30
+    template: str = "none"
 
     def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
         """The wire form, for a Python function (`entry` in `code`) or for a command."""
@@ -71,6 +73,7 @@ class Options:
             grace_s=self.grace,
             keep_all_s=self.keep_snapshots,
             keep_bytes=self.keep_size,
+            template=cast("Any", self.template),
         )
 
 
@@ -90,12 +93,15 @@ def options(
     grace: Duration = "10s",
     keep_snapshots: Duration = "24h",
     keep_size: str | int = "5GiB",
+    template: str = "none",
 ) -> Options:
     """Check what a person wrote. Raises InvalidInput naming the value and the remedy."""
     if not name or len(name) > 128 or not all(c.isalnum() or c in "._-" for c in name) or not name[0].isalnum():
         raise InvalidInput(f"{name!r} is not an agent's name", remedy="use letters, digits, '.', '_' and '-'")
     if durability not in DURABILITIES:
         raise InvalidInput(f"durability {durability!r} is unknown", remedy=f"use one of {', '.join(DURABILITIES)}")
+    if template not in TEMPLATES:
+        raise InvalidInput(f"template {template!r} is unknown", remedy=f"use one of {', '.join(TEMPLATES)}")
     if isinstance(pids, bool) or not isinstance(pids, int) or pids < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidInput(f"pids {pids!r} is not a number of processes", remedy="pass a positive integer")
     if not workdir.startswith("/"):
@@ -115,6 +121,7 @@ def options(
         grace=seconds(grace),
         keep_snapshots=seconds(keep_snapshots),
         keep_size=size_bytes(keep_size),
+        template=template,
     )
 
 
@@ -256,6 +263,7 @@ def agent(
     grace: Duration = "10s",
     keep_snapshots: Duration = "24h",
     keep_size: str | int = "5GiB",
+    template: str = "none",
 ) -> _Decorator: ...
 def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
     """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments.
@@ -265,6 +273,7 @@ def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = N
     disk), "replicated", "relaxed" (nothing is held back). `snapshot_every`: without a model call. `hold_max`: how long
     a provider's "later" is waited for. `max_duration`: of the session. `grace`: from SIGTERM to SIGKILL on cancel.
     `keep_snapshots`: every snapshot this young is kept, of older ones one an hour, within `keep_size` in all.
+    `template="auto"`: the first start makes a template of the agent, with its file imported; later ones begin there.
     """
 
     def make(f: Callable[..., Any]) -> Agent[..., Any]:

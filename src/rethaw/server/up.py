@@ -241,6 +241,7 @@ async def _run(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await app.state.warming.close()
             await throwaways.close()
             await node.stop()
         for task in failed:

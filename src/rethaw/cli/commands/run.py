@@ -35,6 +35,7 @@ def run(
     idle_suspend: str | None = None,
     max_duration: str | None = None,
     workdir: str | None = None,
+    template: str | None = None,
     json: Json = False,
 ) -> int:
     """Start a session and watch its output. Ctrl-C detaches; the session goes on.
@@ -73,6 +74,8 @@ def run(
         End it after so long.
     workdir:
         Directory that it starts in.
+    template:
+        "auto": the first start makes a template of the agent, later ones begin there, with its file imported.
     """
     given: dict[str, Any] = {
         "name": name,
@@ -82,6 +85,7 @@ def run(
         "idle_suspend": idle_suspend,
         "max_duration": max_duration,
         "workdir": workdir,
+        "template": template,
     }
     given = {option: value for option, value in given.items() if value is not None}
     with client(patient=not detach) as connection:
