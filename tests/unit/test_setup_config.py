@@ -9,6 +9,7 @@ import pytest
 
 from rethaw.model.errors import InvalidInput, NotFound
 from rethaw.server.config import DEFAULT_DATA_DIR, load
+from rethaw.server.up import prepare_data_dir
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +105,13 @@ def test_a_file_that_is_no_text_is_named() -> None:
     Path("rethaw.toml").write_bytes(b"\xff")
     with pytest.raises(InvalidInput, match=r"rethaw\.toml is not TOML"):
         load(env={})
+
+
+def test_exports_that_a_kill_cut_off_are_removed_at_the_next_start(tmp_path: Path) -> None:
+    for name in ("export-x1", "import-x2"):
+        (tmp_path / "code" / name).mkdir(parents=True)
+        (tmp_path / "code" / name / "file").write_bytes(b"half")
+    code = tmp_path / "code" / f"{'0' * 64}.tar.gz"
+    code.write_bytes(b"code")
+    prepare_data_dir(tmp_path).close()
+    assert list((tmp_path / "code").iterdir()) == [code]

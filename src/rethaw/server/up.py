@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import time
@@ -72,6 +73,9 @@ def prepare_data_dir(path: Path) -> TextIO:
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for kind in ("export-*", "import-*"):  # on their way when a former server was killed
+                for left in (path / "code").glob(kind):
+                    shutil.rmtree(left, ignore_errors=True)
             return lock
         except OSError as error:
             if time.monotonic() > end:
