@@ -6,7 +6,8 @@ Rethaw, is saved and restored by hand with `runsc` in the same run, from the sam
 `pause_ms`: quiesce to thaw, from the log. `raw_pause_ms`: one `runsc checkpoint -leave-running` call. `durable_ms`:
 from the start of the pause until the snapshot's row is committed. `resume_ms`: from the log's first word of resuming
 until the agent's first output is durable in the log. `raw_resume_ms`: `runsc restore` into a sandbox created beforehand,
-until the program's first answer on its pipe. Sizes as stored, in MiB.
+until the program's first answer on its pipe. Sizes as stored, in MiB; `second_session_first_stored_mib`: of the first
+snapshot of another session of the same agent.
 
 `--heap 1024 --change 10` gives both programs a heap of so many MiB, of which the agent writes the second number anew each
 turn; `changed_compressed_mib` is what those bytes take with zstd alone, in frames of 64 KiB, and `stored_ratio` what a turn
@@ -201,7 +202,8 @@ def changed_compressed(turns: int, change: int) -> float:
 
 def run(
     server: RunningServer, turns: int, rounds: int, heap: int = 0, change: int = 0
-) -> tuple[list[dict[str, Any]], Path]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Path]:
+    """Events of the session, events of a second one of the same agent with one turn, root filesystem."""
     digest = server.request("POST", "/v1/blobs", code_archive(agent=AGENT.encode()))["digest"]
     agent = {
         "name": "freeze", "entry": "agent.py::bench", "code": digest, "idle_suspend_s": 0.2, "image": {"pip": ["openai"]},
@@ -225,7 +227,10 @@ def run(
     server.request("GET", f"/v1/sessions/{session}/result?wait_s=60", timeout_s=90)
     events = server.events(session)
     image = next(s["image"] for s in server.request("GET", f"/v1/sessions/{session}/snapshots")["snapshots"])
-    return events, (image_cache() / image / "rootfs").resolve()
+    start["args"] |= {"turns": 1, "resumes": 0}
+    second = server.request("POST", "/v1/sessions", start)["id"]
+    server.request("GET", f"/v1/sessions/{second}/result?wait_s=60", timeout_s=90)
+    return events, server.events(second), (image_cache() / image / "rootfs").resolve()
 
 
 async def measure(turns: int, rounds: int, heap: int = 0, change: int = 0) -> dict[str, Any]:
@@ -234,11 +239,12 @@ async def measure(turns: int, rounds: int, heap: int = 0, change: int = 0) -> di
 
         def work() -> dict[str, Any]:
             with RunningServer(providers={"openai": settings}) as server:
-                events, rootfs = run(server, turns, rounds, heap, change)
+                events, second, rootfs = run(server, turns, rounds, heap, change)
                 with by_hand(rootfs, heap) as hand:
                     raw_pauses, raw_resumes = hand.measure(max(rounds, 5))
             snapshots = [e["data"] for e in events if e["type"] == "snapshot.created"]
             calls = [s for s in snapshots if s["why"] == "exchange"]
+            other = next(e["data"] for e in second if e["type"] == "snapshot.created")
             resumes = resumes_of(events)
             rss = float(_output(events).split("rss ")[1].split()[0])
             pause, raw_pause = _p50([s["paused_ms"] for s in calls]), _p50(raw_pauses)
@@ -264,6 +270,7 @@ async def measure(turns: int, rounds: int, heap: int = 0, change: int = 0) -> di
                 "raw_resume_ms_p50": raw_resume,
                 "resume_ratio": round(resume / raw_resume, 2),
                 "first_stored_mib": round(calls[0]["stored_bytes"] / MIB, 2),
+                "second_session_first_stored_mib": round(other["stored_bytes"] / MIB, 2),
                 "turn_stored_mib_p50": round(turn, 2),
                 **more,
                 "turns": len(calls),

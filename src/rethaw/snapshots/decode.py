@@ -23,6 +23,7 @@ from rethaw.snapshots.pages import PAGE, Former, Words, as_pages, hashes
 
 _OPEN_PACKS = 256
 _JOBS = 8
+_AT_ONCE = 16  # runs that are written by one call
 _WORDS = PAGE // 8
 
 
@@ -206,21 +207,39 @@ def pages_into(fd: int, section: Pages, refs: list[PackRef], store: Packs, pool:
 
     # Read and written, never mapped: a store into a mapped file without room for it kills the process, and a mapping that
     # a traceback holds keeps the memory of a file that is gone.
-    def lay(groups: list[_Group], over: bool) -> None:
+    def lay(groups: list[_Group]) -> None:
+        parts: list[memoryview] = []
+        begin = end = 0
+        for group in groups:
+            data = memoryview(store.frame(group.ref, group.frame))
+            for target, first, after in group.runs:
+                if parts and (target != end or len(parts) == _AT_ONCE):
+                    _write_parts(fd, parts, begin, end)
+                    parts = []
+                if not parts:
+                    begin = target
+                parts.append(data[first:after])
+                end = target + after - first
+        if parts:
+            _write_parts(fd, parts, begin, end)
+
+    def lay_over(groups: list[_Group]) -> None:
         for group in groups:
             data = memoryview(store.frame(group.ref, group.frame))
             for target, begin, end in group.runs:
-                part = data[begin:end]
-                if over:
-                    base = np.frombuffer(packs.exactly(fd, target, end - begin), dtype=np.uint64)
-                    part = memoryview((base ^ np.frombuffer(part, dtype=np.uint64)).tobytes())
-                if os.pwrite(fd, part, target) != end - begin:
-                    _write_all(fd, part, target)
+                base = np.frombuffer(packs.exactly(fd, target, end - begin), dtype=np.uint64)
+                part = memoryview((base ^ np.frombuffer(data[begin:end], dtype=np.uint64)).tobytes())
+                _write_all(fd, part, target)
 
     wholes = _groups(where.pack, where.slot, np.flatnonzero(where.pack >= 0), refs, store)
-    parallel(pool, lambda some: lay(some, False), _shares(wholes))
+    parallel(pool, lay, _shares(wholes))
     deltas = _groups(where.delta_pack, where.delta_slot, np.flatnonzero(where.delta_pack >= 0), refs, store)
-    parallel(pool, lambda some: lay(some, True), _shares(deltas))
+    parallel(pool, lay_over, _shares(deltas))
+
+
+def _write_parts(fd: int, parts: list[memoryview], begin: int, end: int) -> None:
+    if (done := os.pwritev(fd, parts, begin)) != end - begin:
+        _write_all(fd, memoryview(b"".join(parts))[done:], begin + done)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
