@@ -209,7 +209,7 @@ def run(
         "name": "freeze", "entry": "agent.py::bench", "code": digest, "idle_suspend_s": 0.2, "image": {"pip": ["openai"]},
     }  # fmt: skip
     agent["memory_bytes"] = (512 + heap) * MIB
-    start = {"agent": agent, "args": {"turns": turns, "resumes": rounds, "mib": heap, "change": change}}
+    start: dict[str, Any] = {"agent": agent, "args": {"turns": turns, "resumes": rounds, "mib": heap, "change": change}}
     session = server.request("POST", "/v1/sessions", start)["id"]
 
     def state() -> str:
