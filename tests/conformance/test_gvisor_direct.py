@@ -17,6 +17,7 @@ from rethaw.engines.gvisor.engine import GvisorEngine
 from rethaw.engines.gvisor.sandbox import RESTING_SLACK_NS, SLACK_NS
 from rethaw.engines.processes import command_line
 from rethaw.model.errors import EngineError
+from rethaw.testing.processes import gvisor, state_of
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -36,6 +37,7 @@ async def test_both_ways_make_the_same_of_a_guest_over_three_generations(
         box = await engine.boot(spec)
         assert direct.speaks(await engine.version()), "else this test compares the commands with themselves"
         await ask(box, "mark = [0]")
+        saved = await box.capture(staging / "first")
         for generation, (saves, restores) in enumerate([(True, False), (False, True), (True, True), (False, False)]):
             await ask(box, f"mark.append({generation})")
             monkeypatch.setattr(direct, "speaks", SPEAKS[saves])
@@ -48,6 +50,14 @@ async def test_both_ways_make_the_same_of_a_guest_over_three_generations(
             monkeypatch.setattr(direct, "speaks", SPEAKS[restores])
             box = await restored(engine, spec, saved)
             assert await ask(box, "mark") == [0, *range(generation + 1)]
+        for speaks in (True, False):
+            monkeypatch.setattr(direct, "speaks", SPEAKS[speaks])
+            twin = await restored(engine, spec, saved)
+            (host,) = [h for h in gvisor(data_dir) if h.pid == twin.pid]
+            assert host.status() == "running", "to runsc too"
+            assert host.kill_guest()
+            await twin.wait()
+            await twin.destroy()
         await box.destroy()
     finally:
         await engine.close()
@@ -205,10 +215,6 @@ def find(*words: str) -> list[int]:
     return [pid for pid in pids if all(word in " ".join(command_line(pid)) for word in words)]
 
 
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
 async def test_a_sandbox_created_ahead_stands_still_until_it_is_used(data_dir: Path, spec: SandboxSpec) -> None:
     engine = GvisorEngine(data_dir)
     try:
@@ -216,8 +222,11 @@ async def test_a_sandbox_created_ahead_stands_still_until_it_is_used(data_dir: P
         await until(lambda: engine.ahead(spec), 30)
         (pid,) = find("runsc-sandbox", str(data_dir))
         await until(lambda: state_of(pid) == "T")
+        (host,) = gvisor(data_dir)
+        assert (host.pid, host.status()) == (pid, "created")
         box = await engine.boot(spec)
         assert box.pid == pid
+        assert host.status() == "running"
         assert await ask(box, "1 + 1") == 2
         await box.destroy()
     finally:

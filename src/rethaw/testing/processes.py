@@ -65,12 +65,22 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def state_of(pid: int) -> str:
+    """The kernel's letter for what it does (R, S, T...), empty when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
 def kill(pid: int, number: int = signal.SIGKILL) -> bool:
     """Whether there was something to kill."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
         return True
     return False
+
+
+_RUNSC_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,16 @@ class GvisorProcess:
     def _runsc(self, *args: str) -> subprocess.CompletedProcess[str]:
         # runsc-sandbox runs from the very build that made it, so its own binary is the right one to talk to it.
         binary = f"/proc/{self.pid}/exe"
-        return subprocess.run([binary, f"--root={self.root}", *args], check=False, capture_output=True, text=True)
+        command = [binary, f"--root={self.root}", *args]
+        try:
+            return subprocess.run(command, check=False, capture_output=True, text=True, timeout=_RUNSC_S)
+        except subprocess.TimeoutExpired:  # stopped meanwhile
+            return subprocess.CompletedProcess(command, 1, "", "")
 
     def status(self) -> str:
         """created, running, stopped, or empty when it is gone."""
+        if state_of(self.pid) == "T":  # created ahead and stopped until it is used: it would not answer
+            return "created"
         try:
             state: dict[str, str] = json.loads(self._runsc("state", self.id).stdout)
         except (OSError, ValueError):

@@ -153,7 +153,10 @@ class GvisorEngine:
                 await asyncio.to_thread(_link, links, sections, clock)
                 files = {name: links / name for name in SECTIONS}
             if control is not None:
-                return await direct.restore(control, files, START_TIMEOUT_S)
+                result = await direct.restore(control, files, START_TIMEOUT_S)
+                if result.code == 0:
+                    direct.note_running(sandbox.root, sandbox.id)
+                return result
             flags = ("-detach", f"-image-path={links}", f"-bundle={sandbox.bundle}")
             return await call(runsc.command(sandbox.root, "restore", *flags, sandbox.id), START_TIMEOUT_S)
 
