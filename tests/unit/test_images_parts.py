@@ -170,7 +170,11 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         archive.extract(path, tmp_path / "app2")
 
 
-@pytest.mark.parametrize("data", [b"", b"not gzip", gzip.compress(b"not tar" * 1000), b"\x1f\x8b\x08\x00cut"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"not gzip", gzip.compress(b"not tar" * 1000), b"\x1f\x8b\x08\x00cut"],
+    ids=["empty", "text", "no-tar", "cut"],
+)
 def test_a_damaged_archive_is_an_error(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.tar.gz"
     path.write_bytes(data)
