@@ -160,7 +160,8 @@ fi
 
 # ------------------------------------------------------------------ 2 gVisor
 
-runsc_fits() { command -v runsc >/dev/null && runsc help checkpoint 2>&1 | grep -q exclude-committed-zero-pages; }
+# The whole text first: `grep -q` hangs up early, and under pipefail a program that still writes then counts as failed.
+runsc_fits() { command -v runsc >/dev/null && [[ $(runsc help checkpoint 2>&1) == *exclude-committed-zero-pages* ]]; }
 
 install_runsc() {
     local suite text
@@ -195,7 +196,8 @@ PIN
 
 step "gVisor"
 if runsc_fits; then
-    say "      $(runsc --version | head -n 1) ($(command -v runsc))"
+    text=$(runsc --version)
+    say "      ${text%%$'\n'*} ($(command -v runsc))"
 else
     install_runsc
     runsc_fits || die "$(command -v runsc || echo runsc) is too old to save a sandbox as needed; install runsc 20240729 or newer"
@@ -214,7 +216,7 @@ if { [ "$have" = "$want" ] || [ "$have" = "$(stamp_of requirements/dev.lock)" ];
     say "      up to date"
 else
     if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-        ! head -n 1 .venv/bin/pip 2>/dev/null | grep -qF "$root/.venv/"; then
+        [[ $(head -n 1 .venv/bin/pip 2>/dev/null) != *"$root/.venv/"* ]]; then
         quietly "making .venv with $python ($("$python" --version 2>&1))" "$python" -m venv --clear .venv ||
             failed "could not make .venv; see above"
     fi
