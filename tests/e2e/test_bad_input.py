@@ -398,8 +398,8 @@ def test_the_command_line_without_a_token_or_with_a_wrong_one(home: House, tmp_p
 
 
 def test_an_unprivileged_user_needs_nothing_but_the_token(home: House, tmp_path: Path) -> None:
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
+    for parent in (tmp_path, *tmp_path.parents[:3]):
+        parent.chmod(parent.stat().st_mode | 0o055)
     (tmp_path / "hello.py").write_text(
         "import rethaw\n@rethaw.agent\ndef hello(ctx, who: str):\n    print('working')\n    return f'hello {who}'\n"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import signal
 import sys
 import termios
@@ -24,14 +23,21 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 15
 
 
+def _size() -> os.terminal_size:
+    """The terminal's own, whatever COLUMNS and LINES say: they are of another moment, or of another terminal."""
+    return os.get_terminal_size(sys.stdout.fileno())
+
+
 def run(connection: Client, snapshot: str, command: Sequence[str], idle_s: float) -> int:
     """Until it ends; its exit code."""
     from rethaw.model.looking import TerminalSize
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    size = shutil.get_terminal_size()
-    kind = os.environ.get("TERM", "xterm-256color")
-    terminal = TerminalSize(columns=size.columns, rows=size.lines, kind=kind) if interactive else None
+    terminal = None
+    if interactive:
+        size = _size()
+        kind = os.environ.get("TERM", "xterm-256color")
+        terminal = TerminalSize(columns=size.columns, rows=size.lines, kind=kind)
     with connection.snapshots.shell(snapshot, command, terminal=terminal, idle=idle_s) as shell:
         if interactive and not command:
             output.note(
@@ -87,7 +93,7 @@ def _raw(shell: Shell) -> Generator[None]:
         while True:
             changed.wait()
             changed.clear()
-            size = shutil.get_terminal_size()
+            size = _size()
             shell.resize(size.columns, size.lines)
 
     def notice(_number: int, _frame: object) -> None:
