@@ -35,6 +35,7 @@ SAVE_SLACK = 64 << 20  # what the sentry itself needs while it saves
 # A sentry wakes up every 0.8 ms for as long as it lives, which takes 2 % of a CPU; how late it may be makes that 0.5 %
 # and 0.15 % (measured with 30 idle guests, runsc 20240729). It is also how late a guest's own timers may be.
 SLACK_NS, RESTING_SLACK_NS = 4_000_000, 50_000_000
+PUNCTUAL_S = 1.0  # a start or restore would take 25 ms more with it
 _LOG_LIMIT = 1 << 20
 _TAIL_LIMIT = 4096
 
@@ -131,13 +132,14 @@ class GvisorSandbox:
         self._killed = False
         self._had_exec = False
         self._opened = False
+        self._resting = False
+        self._slack: asyncio.TimerHandle | None = None
         self._cleaning: asyncio.Task[None] | None = None
         self._pidfd = os.pidfd_open(pid)
         # A pid from a file may be somebody else's by now.
         if not any(argument == id or argument.endswith(id) for argument in processes.command_line(pid)):
             os.close(self._pidfd)
             raise EngineError(f"sandbox {id} died while it was started")
-        processes.slacken(pid, SLACK_NS)
         self._loop.add_reader(self._pidfd, self._died)
         self._stop_oom = group.watch_oom(self._out_of_memory)
 
@@ -145,6 +147,7 @@ class GvisorSandbox:
         """Wrap the pipe ends. Only for a sandbox that is handed out."""
         stdin, stdout = self._channel
         self._opened = True
+        self._slack = self._loop.call_later(PUNCTUAL_S, lambda: self.rest(self._resting))
         self.reader = asyncio.StreamReader(limit=1 << 20, loop=self._loop)
         await self._loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(self.reader, loop=self._loop), os.fdopen(stdout, "rb", buffering=0)
@@ -294,6 +297,7 @@ class GvisorSandbox:
             processes.stop(self._pidfd, held)
 
     def rest(self, resting: bool) -> None:
+        self._resting = resting
         if not self._exit.done():
             processes.slacken(self.pid, RESTING_SLACK_NS if resting else SLACK_NS)
 
@@ -309,6 +313,8 @@ class GvisorSandbox:
 
     def _died(self) -> None:
         self._loop.remove_reader(self._pidfd)
+        if self._slack is not None:
+            self._slack.cancel()
         code = processes.exit_status(self._pidfd, self.pid)
         os.close(self._pidfd)
         self._stop_oom()
