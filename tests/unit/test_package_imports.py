@@ -58,3 +58,11 @@ def test_python_3_9_can_read_it() -> None:
         assert not any(isinstance(node, ast.Match) for node in ast.walk(tree)), path
         if any(isinstance(node, ast.AnnAssign | ast.FunctionDef) for node in ast.walk(tree)):
             assert "from __future__ import annotations" in text, f"{path}: X | Y in annotations would fail on 3.9"
+
+
+def test_what_the_guest_writes_out_again_is_what_the_server_says() -> None:
+    """The guest may not import control; the two sides share these words by value."""
+    from rethaw.control import templates
+    from rethaw.guest import protocol
+
+    assert (protocol.START, protocol.AUTO) == (templates.START, templates.AUTO)

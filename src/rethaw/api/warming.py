@@ -42,13 +42,15 @@ class Warming:
                 async with asyncio.timeout(_WITHIN_S):
                     await until_ready(self._rooms, template, "call")
                 await control.template_ready(template, await suspended(self._rooms, template.session), "call")
-            self._failed.pop(name, None)
-            await control.drop_outdated(agent)
         except (RethawError, TimeoutError) as error:
             log.warning("no template of agent %s: %s", agent.name, error or f"not ready within {_WITHIN_S:g} s")
             self._failed[name] = time.monotonic()
             with contextlib.suppress(RethawError):
                 await control.drop_template(name)
+            return
+        self._failed.pop(name, None)
+        with contextlib.suppress(RethawError):  # then the next version's template sees to them
+            await control.drop_outdated(agent)
 
     async def close(self) -> None:
         for task in list(self._tasks.values()):

