@@ -306,6 +306,7 @@ class Log:
 
     async def tail(self, fence: Fence, snapshot: str | None) -> list[Exchange]:
         """See LogSink."""
+        await self.parts(fence.session)  # its first request need not ask
         upto = -1
         if snapshot is not None:
             rows = await self.db.fetch(
