@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,14 +163,11 @@ def _numbers(values: NDArray[np.integer[Any]]) -> list[int]:
     return [number for number in found if number >= 0]
 
 
-@dataclass
-class _Group:
-    """Pages that come out of one frame: where they go, and which of the frame they are."""
+class _Group(NamedTuple):
+    """Pages that come out of one frame."""
 
     ref: PackRef
     frame: int
-    target: NDArray[np.intp]
-    at: NDArray[np.int64]
     runs: list[tuple[int, int, int]]  # of pages that follow each other on both sides: target, begin, end, in bytes
 
 
@@ -184,7 +181,7 @@ def _groups(pack: Ints, slot: Ints, wanted: NDArray[np.intp], refs: list[PackRef
         slots = slot[wanted[mine]].astype(np.int64)
         found = np.searchsorted(first, slots, side="right") - 1
         frame[mine], inside[mine] = found, slots - first[found]
-    order = np.lexsort((inside, frame, owners))
+    order = np.argsort(owners.astype(np.int64) << 32 | slot[wanted], kind="stable")  # by pack, frame, page in it
     owners, frame, inside, wanted = owners[order], frame[order], inside[order], wanted[order]
     if not len(wanted):
         return []
@@ -196,9 +193,11 @@ def _groups(pack: Ints, slot: Ints, wanted: NDArray[np.intp], refs: list[PackRef
     runs = list(zip((wanted[starts] * PAGE).tolist(), begins.tolist(), after.tolist(), strict=True))
     first = np.concatenate([[0], np.flatnonzero(other_frame) + 1])
     first_run = np.searchsorted(starts, first)
-    ends, end_runs = np.append(first[1:], len(wanted)), np.append(first_run[1:], len(runs))
-    rows: list[list[int]] = np.stack([owners[first], frame[first], first, ends, first_run, end_runs], axis=1).tolist()
-    return [_Group(refs[o], f, wanted[a:b], inside[a:b], runs[c:d]) for o, f, a, b, c, d in rows]
+    rows = zip(
+        owners[first].tolist(), frame[first].tolist(), first_run.tolist(), [*first_run[1:].tolist(), len(runs)],
+        strict=True,
+    )  # fmt: skip
+    return [_Group(refs[owner], number, runs[a:b]) for owner, number, a, b in rows]
 
 
 def pages_into(fd: int, section: Pages, refs: list[PackRef], store: Packs, pool: Executor) -> None:
@@ -311,7 +310,9 @@ def known(snapshot: str, manifest: Manifest, section: Pages, raw: Path, store: P
     # content = base ^ delta, so the base is content ^ delta: no base has to be read.
     for group in _groups(where.delta_pack, where.delta_slot, deltas, manifest.packs, store):
         delta = np.frombuffer(store.frame(group.ref, group.frame), dtype=np.uint64).reshape(-1, _WORDS)
-        bases[row[group.target]] ^= delta[group.at]
+        for target, begin, end in group.runs:
+            first = target // PAGE
+            bases[row[first : first + (end - begin) // PAGE]] ^= delta[begin // PAGE : end // PAGE]
     former = Former(content, hashes(content), row, bases)
     return Known(snapshot, manifest.packs, section.pack, section.slot, base_pack, base_slot, former, raw)
 
