@@ -17,15 +17,22 @@ from rethaw.snapshots.pages import PAGE, Bools, Former, Plan, Words
 WORDS = PAGE // 8
 
 
-def former_of(content: Words, deltas: Sequence[int] = (), found: Words | None = None) -> Former:
+def former_of(
+    content: Words, deltas: Sequence[int] = (), found: Words | None = None, *, in_memory: bool = True
+) -> Former:
     """As if the pages in `deltas` were stored as deltas against pages of noise."""
     row = np.full(len(content), -1, dtype=np.int32)
     row[list(deltas)] = np.arange(len(deltas), dtype=np.int32)
     bases = pages.as_pages(noise(99, PAGE * len(deltas))).copy() if deltas else np.empty((0, WORDS), dtype=np.uint64)
-    return Former(content, pages.hashes(content) if found is None else found, row, bases)
+    found = pages.hashes(content) if found is None else found
+    former = Former(content, found, row, bases, pages.digests(content, np.arange(len(content))))
+    if in_memory:
+        return former
+    return Former(None, found, np.full_like(row, -1), bases[:0], former.digests, read=former.base_of)
 
 
 def check(content: Words, plan: Plan, former: Former | None, renew: Bools | None) -> None:
+    assert np.array_equal(plan.digests[~plan.zero], pages.digests(content, np.flatnonzero(~plan.zero)))
     whole, deltas = plan.stored()
     stored = set(whole.tolist()) | set(deltas.tolist())
     for n, page in enumerate(content):
@@ -34,6 +41,7 @@ def check(content: Words, plan: Plan, former: Former | None, renew: Bools | None
             assert n not in stored
         elif plan.same[n] >= 0:
             assert former is not None
+            assert former.pages is not None
             assert np.array_equal(page, former.pages[plan.same[n]])
             assert renew is None or not renew[plan.same[n]]
             assert n not in stored
@@ -132,7 +140,7 @@ def test_many_equal_pages_are_stored_once() -> None:
 @settings(deadline=None, max_examples=100)
 @given(steps, seeds, st.sampled_from([64, 3, 1, 0]), st.booleans(), st.booleans())
 def test_plans_are_true(names: list[str], seed: int, bits: int, compared: bool, renewing: bool) -> None:
-    """`bits`: how many of each hash count."""
+    """`bits`: how many of each hash count. And they are the same when the former pages are not in memory."""
     rng = random.Random(seed)
     before = changed(Memory([noise(n % 11, PAGE) for n in range(25)] + [bytes(PAGE)] * 2, b"end"), names[:1], seed + 1)
     content = pages.as_pages(changed(before, names, seed).data)
@@ -142,10 +150,18 @@ def test_plans_are_true(names: list[str], seed: int, bits: int, compared: bool, 
         return pages.hashes(rows) & np.uint64((1 << bits) - 1)
 
     former = renew = None
+    deltas: list[int] = []
     if compared:
         deltas = rng.sample(range(len(former_pages)), len(former_pages) // 3)
         former = former_of(former_pages, deltas, cut(former_pages))
         renew = (
             ~former_pages.any(axis=1) if not renewing else np.array([rng.random() < 0.4 for _ in former_pages], bool)
         )
-    check(content, pages.plan(content, cut(content), former, renew), former, renew)
+    plan = pages.plan(content, cut(content), former, renew)
+    check(content, plan, former, renew)
+    if compared:
+        thin = pages.plan(
+            content, cut(content), former_of(former_pages, deltas, cut(former_pages), in_memory=False), renew
+        )
+        for name in ("zero", "same", "base", "twin", "digests"):
+            assert np.array_equal(getattr(plan, name), getattr(thin, name)), name

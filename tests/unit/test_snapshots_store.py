@@ -185,6 +185,40 @@ def test_manifests_stay_flat_over_hundreds_of_generations() -> None:
         run(live(directory))
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_what_left_memory_is_compared_all_the_same(tmp_path: Path, restarted: bool) -> None:
+    """A save adds as little when staging has no room for the former snapshot beside the new one, deltas included."""
+    content = [heap(n, 1) for n in range(600)]
+    need = len(content) * PAGE
+    store = store_in(tmp_path, staging_bytes=need * 3 // 2, kept_bytes=0, wait_s=0.1)
+    parent = await save(store, {MEMORY: b"".join(content)})
+    for turn in range(6):
+        assert store.staging.kept(parent.id) is None
+        if restarted:
+            store.close()
+            store = store_in(tmp_path, staging_bytes=need * 3 // 2, kept_bytes=0, wait_s=0.1)
+        for n in range(turn * 5, turn * 5 + 20):  # most of them are deltas already
+            content[n] = content[n][: PAGE - 8] + noise(100 * turn + n, 8)
+        parent = await save(store, {MEMORY: b"".join(content)}, parent=parent.id)
+        assert parent.stored_bytes < 6000, "deltas of 20 pages, and a manifest"
+        assert await load(store, parent) == {MEMORY: b"".join(content)}
+    store.close()
+
+
+async def test_a_page_of_the_parent_that_cannot_be_read_costs_space_not_the_save(tmp_path: Path) -> None:
+    store = store_in(tmp_path, kept_bytes=0)
+    content = bytearray(heap(1, 300))
+    parent = await save(store, {MEMORY: bytes(content)})
+    path = store.pack_path(next(p.stem for p in (tmp_path / "snapshots" / "store").glob("*.pack")))
+    with path.open("r+b") as f:  # a frame, which nobody reads before a delta is wanted
+        f.seek(2000)
+        f.write(bytes(64))
+    content[:8] = b"\xff" * 8
+    info = await save(store, {MEMORY: bytes(content)}, parent=parent.id)
+    assert await load(store, info) == {MEMORY: bytes(content)}
+    store.close()
+
+
 @pytest.mark.parametrize("hashes", ["constant", "zero", "two bits"])
 def test_page_hashes_that_collide_cost_space_not_bytes(monkeypatch: pytest.MonkeyPatch, hashes: str) -> None:
     honest = pages.hashes

@@ -19,12 +19,13 @@ from rethaw.snapshots.encode import Known, footer_hash, parallel
 from rethaw.snapshots.keys import Keyring
 from rethaw.snapshots.manifest import Ints, Manifest, PackRef, Pages
 from rethaw.snapshots.pack import Damaged, Index
-from rethaw.snapshots.pages import PAGE, Former, Words, as_pages, hashes
+from rethaw.snapshots.pages import PAGE, Former, Words, as_pages, digests, hashes
 
 _OPEN_PACKS = 256
 _JOBS = 8
 _AT_ONCE = 16  # runs that are written by one call
 _WORDS = PAGE // 8
+_DELTAS = 4096  # that are laid over their bases at a time: 48 MiB
 
 
 class PackDamaged(Exception):
@@ -297,24 +298,69 @@ def check(manifest: Manifest, store: Packs, pool: Executor) -> int:
     return sum(parallel(pool, one, needed.values()))
 
 
-def known(snapshot: str, manifest: Manifest, section: Pages, raw: Path, store: Packs) -> Known:
-    """What the next save compares with, from a snapshot whose section lies in `raw`."""
-    content: Words = as_pages(np.memmap(raw, dtype=np.uint8, mode="r") if section.raw_bytes else b"")
+def read_pages(refs: list[PackRef], pack: Ints, slot: Ints, store: Packs) -> Words:
+    """The whole pages at these numbers in `refs` and slots, of zeros where the number is negative. Raises PackDamaged."""
+    out = np.zeros((len(pack), _WORDS), dtype=np.uint64)
+    for group in _groups(pack, slot, np.flatnonzero(pack >= 0), refs, store):
+        content = _rows(store.frame(group.ref, group.frame))
+        for target, begin, end in group.runs:
+            out[target // PAGE : (target + end - begin) // PAGE] = content[begin // PAGE : end // PAGE]
+    return out
+
+
+def _rows(frame: bytes) -> Words:
+    return np.frombuffer(frame, dtype=np.uint64).reshape(-1, _WORDS)
+
+
+def known(snapshot: str, manifest: Manifest, section: Pages, raw: Path | None, store: Packs, pool: Executor) -> Known:
+    """What the next save compares with, from a snapshot whose section lies in `raw`; None: it is read from the packs,
+    and no page stays in memory. Raises PackDamaged, OSError."""
+    count = len(section.pack)
     where = resolve(section, manifest.packs, store)
     deltas = np.flatnonzero(where.delta_pack >= 0)
-    base_pack, base_slot = np.full(len(content), -1, dtype=np.int32), np.full(len(content), -1, dtype=np.int32)
+    base_pack, base_slot = np.full(count, -1, dtype=np.int32), np.full(count, -1, dtype=np.int32)
     base_pack[deltas], base_slot[deltas] = where.pack[deltas], where.slot[deltas]
-    row = np.full(len(content), -1, dtype=np.int32)
+    row = np.full(count, -1, dtype=np.int32)
+    if raw is None:
+        found, own = _told_apart(where, deltas, manifest.packs, store, pool)
+        former = Former(None, found, row, _rows(b""), own)
+        return Known(snapshot, manifest.packs, section.pack, section.slot, base_pack, base_slot, former)
+    content: Words = as_pages(np.memmap(raw, dtype=np.uint8, mode="r") if section.raw_bytes else b"")
     row[deltas] = np.arange(len(deltas), dtype=np.int32)
-    bases = content[deltas] if len(deltas) else np.empty((0, _WORDS), dtype=np.uint64)
     # content = base ^ delta, so the base is content ^ delta: no base has to be read.
-    for group in _groups(where.delta_pack, where.delta_slot, deltas, manifest.packs, store):
-        delta = np.frombuffer(store.frame(group.ref, group.frame), dtype=np.uint64).reshape(-1, _WORDS)
-        for target, begin, end in group.runs:
-            first = target // PAGE
-            bases[row[first : first + (end - begin) // PAGE]] ^= delta[begin // PAGE : end // PAGE]
-    former = Former(content, hashes(content), row, bases)
-    return Known(snapshot, manifest.packs, section.pack, section.slot, base_pack, base_slot, former, raw)
+    bases = content[deltas] ^ read_pages(manifest.packs, where.delta_pack[deltas], where.delta_slot[deltas], store)
+    found = hashes(content)
+    own = np.zeros((count, 2), dtype=np.uint64)
+    some = np.flatnonzero(section.pack >= 0)
+    own[some] = digests(content, some)
+    former = Former(content, found, row, bases, own)
+    return Known(snapshot, manifest.packs, section.pack, section.slot, base_pack, base_slot, former)
 
 
-__all__ = ["PackDamaged", "Packs", "check", "known", "load", "pages_into", "resolve"]
+def _told_apart(
+    where: Resolved, deltas: NDArray[np.intp], refs: list[PackRef], store: Packs, pool: Executor
+) -> tuple[Words, Words]:
+    """Hashes and digests of all pages of a section, whose frames are read one after the other."""
+    found = np.zeros(len(where.pack), dtype=np.uint64)
+    own = np.zeros((len(where.pack), 2), dtype=np.uint64)
+
+    def note(at: NDArray[np.intp] | slice, content: Words) -> None:
+        found[at], own[at] = hashes(content), digests(content, np.arange(len(content)))
+
+    def look(groups: list[_Group]) -> None:
+        for group in groups:
+            content = _rows(store.frame(group.ref, group.frame))
+            for target, begin, end in group.runs:
+                at = slice(target // PAGE, (target + end - begin) // PAGE)
+                note(at, content[begin // PAGE : end // PAGE])
+
+    whole = np.flatnonzero((where.pack >= 0) & (where.delta_pack < 0))
+    parallel(pool, look, _shares(_groups(where.pack, where.slot, whole, refs, store)))
+    for start in range(0, len(deltas), _DELTAS):
+        some = deltas[start : start + _DELTAS]
+        base = read_pages(refs, where.pack[some], where.slot[some], store)
+        note(some, base ^ read_pages(refs, where.delta_pack[some], where.delta_slot[some], store))
+    return found, own
+
+
+__all__ = ["PackDamaged", "Packs", "check", "known", "load", "pages_into", "read_pages", "resolve"]

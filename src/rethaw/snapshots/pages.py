@@ -2,15 +2,19 @@
 
 A saved memory file keeps the order of its pages from one save to the next, but they shift as pages come and go. So a
 page is looked up by a hash, and every hit is compared byte by byte: two contents that share a hash cost space, never
-correctness. What has no equal is compared with the page that stood in its place: where few words differ, their XOR is
-worth storing in place of the page (a busy page of a Python heap shrinks to a fifteenth).
+correctness. Where the earlier pages are not in memory any more, their digests are compared instead: 128 bits of BLAKE3
+under a key that this process keeps to itself. What has no equal is compared with the page that stood in its place: where
+few words differ, their XOR is worth storing in place of the page (a busy page of a Python heap shrinks to a fifteenth).
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 PAGE = 4096
@@ -24,6 +28,8 @@ Bools = NDArray[np.bool_]
 
 # Odd, so that a change of one word always changes the sum. Random for each process: nobody can aim at collisions.
 _WEIGHTS: Words = np.random.default_rng().integers(0, 1 << 63, _WORDS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+
+_KEY = os.urandom(32)
 
 
 def as_pages(buffer: bytes | memoryview | NDArray[np.uint8]) -> Words:
@@ -43,6 +49,13 @@ def hashes(pages: Words) -> Words:
     return out
 
 
+def digests(pages: Words, which: NDArray[np.integer]) -> Words:
+    """Two numbers for each page in `which`, equal only for equal contents; only within this process."""
+    flat = np.ascontiguousarray(pages).reshape(-1).view(np.uint8).data
+    out = [blake3(flat[n * PAGE : (n + 1) * PAGE], key=_KEY).digest(length=16) for n in which.tolist()]
+    return np.frombuffer(b"".join(out), dtype=np.uint64).reshape(-1, 2)
+
+
 def zeros(pages: Words, found: Words) -> Bools:
     """Which pages hold nothing but zeros; `found`: their hashes."""
     out = found == 0
@@ -55,20 +68,33 @@ def zeros(pages: Words, found: Words) -> Bools:
 
 @dataclass
 class Former:
-    """What is compared with: an earlier snapshot's pages, and for those stored as a delta the content they refer to."""
+    """What is compared with: an earlier snapshot's pages, and for those stored as a delta the content they refer to.
 
-    pages: Words
+    `pages` None: they are not in memory any more; then `digests` must be there. `apart`: pages whose base is in neither
+    `pages` nor `bases`; `read` gives the bases of such pages."""
+
+    pages: Words | None
     hashes: Words
-    base_row: Ints  # row of `bases` for a page stored as a delta, -1 for one stored whole
+    base_row: Ints  # row of `bases` for a page stored as a delta, -1 for one stored whole or `apart`
     bases: Words
+    digests: Words | None = None
+    apart: Bools | None = None
+    read: Callable[[Ints], Words] | None = None
 
     def base_of(self, at: Ints) -> Words:
         """The whole page that a delta against page `at` refers to."""
         rows = self.base_row[at]
-        out = self.pages[at]
-        deltas = rows >= 0
-        if deltas.any():
-            out[deltas] = self.bases[rows[deltas]]
+        out = np.empty((len(at), _WORDS), dtype=np.uint64)
+        held = rows >= 0
+        if held.any():
+            out[held] = self.bases[rows[held]]
+        apart = ~held if self.pages is None else np.zeros(len(at), np.bool_) if self.apart is None else self.apart[at]
+        own = ~held & ~apart
+        if self.pages is not None:
+            out[own] = self.pages[at[own]]
+        if apart.any():
+            assert self.read is not None
+            out[apart] = self.read(at[apart])
         return out
 
 
@@ -76,12 +102,14 @@ class Former:
 class Plan:
     """What becomes of each page. `same`: index of the former page it equals, or -1. `base`: index of the former page
     that a delta refers to, or -1. `twin`: index of an earlier page of this snapshot with the same content, or itself.
-    A page that is neither zero nor same, and its own twin, is stored: as a delta if it has a base, else whole."""
+    A page that is neither zero nor same, and its own twin, is stored: as a delta if it has a base, else whole.
+    `digests`: of all pages but those of zeros."""
 
     zero: Bools
     same: Ints
     base: Ints
     twin: Ints
+    digests: Words
 
     def stored(self) -> tuple[Ints, Ints]:
         """Indices of the pages to store whole, and as deltas, in order."""
@@ -96,19 +124,29 @@ def plan(pages: Words, found: Words, former: Former | None, renew: Bools | None 
     zero = zeros(pages, found)
     same = np.full(count, -1, dtype=np.int32)
     base = np.full(count, -1, dtype=np.int32)
-    if former is not None and len(former.pages):
-        equal, alone = _equals(pages, found, zero, former)
+    own = np.zeros((count, 2), dtype=np.uint64)
+    known = zero
+    if former is not None and len(former.hashes):
+        if former.pages is None:
+            own[~zero] = digests(pages, np.flatnonzero(~zero))
+            known = np.ones(count, dtype=np.bool_)
+        equal, alone = _equals(pages, found, own, zero, former)
+        if former.pages is not None and former.digests is not None:
+            own[equal >= 0] = former.digests[equal[equal >= 0]]
+            known = zero | (equal >= 0)
         anchors = np.flatnonzero(alone & (equal >= 0)).astype(np.int32)
         same = equal.copy()
         if renew is not None:
             same[(equal >= 0) & renew[equal]] = -1
         _find_bases(pages, zero, equal, anchors, former, renew, base, np.flatnonzero(~zero & (same < 0)))
     twin = _twins(pages, found, np.flatnonzero(~zero & (same < 0)).astype(np.int32), count)
-    return Plan(zero, same, base, twin)
+    own[~known] = digests(pages, np.flatnonzero(~known))
+    return Plan(zero, same, base, twin, own)
 
 
-def _equals(pages: Words, found: Words, zero: Bools, former: Former) -> tuple[Ints, Bools]:
-    """For each page the former page that it equals or -1, and whether that content stood there once only."""
+def _equals(pages: Words, found: Words, own: Words, zero: Bools, former: Former) -> tuple[Ints, Bools]:
+    """For each page the former page that it equals or -1, and whether that content stood there once only. `own`: digests
+    of `pages`, where there are only those of the former ones to compare with."""
     order = np.argsort(former.hashes, kind="stable").astype(np.int32)
     ordered = former.hashes[order]
     at = np.searchsorted(ordered, found)
@@ -118,6 +156,11 @@ def _equals(pages: Words, found: Words, zero: Bools, former: Former) -> tuple[In
     alone = (ordered[after] != found) | (after == at)
     hit = np.flatnonzero((ordered[at] == found) & ~zero)
     equal = np.full(len(pages), -1, dtype=np.int32)
+    if former.pages is None:
+        assert former.digests is not None
+        good = (own[hit] == former.digests[candidate[hit]]).all(axis=1)
+        equal[hit[good]] = candidate[hit[good]]
+        return equal, alone
     for start in range(0, len(hit), _CHUNK):
         mine = hit[start : start + _CHUNK]
         theirs = candidate[mine]
@@ -147,19 +190,25 @@ def _find_bases(
     """Fill `base` for the `wanted` pages that resemble what stood in their place, reckoned from the nearest unchanged
     pages before and after."""
     shift = (equal[anchors] - anchors) if len(anchors) else np.zeros(1, dtype=np.int32)
-    last = len(former.pages) - 1
+    last = len(former.hashes) - 1
     for start in range(0, len(wanted), _CHUNK):
         mine = wanted[start : start + _CHUNK].astype(np.int32)
         right = np.searchsorted(anchors, mine)
         best = np.full(len(mine), _DELTA_WORDS + 1)
+        before: Ints | None = None
         for side in (np.maximum(right - 1, 0), np.minimum(right, len(shift) - 1)):
             guess = np.clip(mine + shift[side], 0, last).astype(np.int32)
-            differ = (pages[mine] != former.base_of(guess)).sum(axis=1)
-            if renew is not None:
-                differ[renew[guess]] = _WORDS + 1
-            better = differ < best
-            base[mine[better]] = guess[better]
-            best[better] = differ[better]
+            fit = np.ones(len(mine), dtype=np.bool_) if renew is None else ~renew[guess]
+            if before is not None:
+                fit &= guess != before
+            before = guess
+            look = np.flatnonzero(fit)
+            if not len(look):
+                continue
+            differ = (pages[mine[look]] != former.base_of(guess[look])).sum(axis=1)
+            better = differ < best[look]
+            base[mine[look[better]]] = guess[look[better]]
+            best[look[better]] = differ[better]
 
 
 def _twins(pages: Words, found: Words, wanted: Ints, count: int) -> Ints:

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from rethaw.snapshots.keys import Keyring
 from rethaw.snapshots.manifest import Manifest
 from rethaw.snapshots.pack import Damaged, TooNew, digest, key_of
 from rethaw.snapshots.pages import PAGE
+from rethaw.snapshots.parents import Parents
 from rethaw.snapshots.remote import Remote
 from rethaw.snapshots.staging import Staging, default_budget, staging_for, storage_full
 from rethaw.snapshots.uploads import Job
@@ -43,7 +43,6 @@ T = TypeVar("T")
 log = logging.getLogger("rethaw.snapshots")
 _THREADS = 4
 _COLLECT_REMOTE_S = 3600.0  # it lists the bucket
-_KNOWN = 64  # snapshots whose pages are at hand for comparison; about 0.3 MiB each beside their raw pages
 
 
 @dataclass(frozen=True)
@@ -76,17 +75,17 @@ class SnapshotStore:
         self.keys = keys or Keyring()
         self.remote = remote
         self._pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="snapshots")
+        self.packs = Packs(self.pack_path, self.keys)
+        self._parents = Parents(self.packs, self._pool)
         self.staging = Staging(
             staging_for(data_dir),
             budget=staging_bytes or default_budget(),
             kept_bytes=kept_bytes,
             wait_s=wait_s,
-            dropped=self._forget_known,
+            dropped=self._parents.raw_gone,
         )
-        self.packs = Packs(self.pack_path, self.keys)
         self._books = Books(self._remove_packs)
         self._writing: set[str] = set()  # names of partial files
-        self._known: OrderedDict[str, dict[str, Known]] = OrderedDict()
         self._first: dict[str, str] = {}  # image -> snapshot that new sessions of it are compared with
         self._loading: dict[str, tuple[asyncio.Lock, int]] = {}  # and how many want it
         self._collected = time.monotonic()
@@ -156,9 +155,6 @@ class SnapshotStore:
         """The staged raw sections of a durable snapshot may stay for quick restores, within the budget."""
         self.staging.keep(snapshot)
 
-    def _forget_known(self, snapshot: str) -> None:
-        self._known.pop(snapshot, None)
-
     # ------------------------------------------------------------ write
 
     async def write(
@@ -173,13 +169,11 @@ class SnapshotStore:
         with self._books.pinned(meta.get("parent") or self._first.get(str(meta.get("image")))) as wanted:
             former = await self._former(wanted)
             try:
-                written, encoded = await to_the_end(self._write, snapshot, sections, paged, meta, former)
+                written, encoded = await self._compared(snapshot, sections, paged, meta, former)
             except asyncio.CancelledError:  # which may have come after the last step
                 self._delete(snapshot)
                 raise
-        self._known[snapshot] = encoded.known
-        while len(self._known) > _KNOWN:
-            self._known.popitem(last=False)
+        self._parents.remember(snapshot, encoded.known)
         if meta.get("parent") is None:
             self._first.setdefault(str(meta.get("image")), snapshot)
         return written
@@ -188,28 +182,32 @@ class SnapshotStore:
         """What to compare with. A former snapshot that cannot be read costs space, not the save."""
         if wanted is None:
             return {}
-        if wanted in self._known:
-            return self._known[wanted]
+        raw = self.staging.kept(wanted)
+        if raw is not None:
+            self.staging.use(wanted)
         try:
-            return await self._recall(wanted)
-        except (RethawError, OSError) as error:
+            return await asyncio.to_thread(self._parents.get, wanted, lambda: self._manifest(wanted), raw)
+        except (RethawError, PackDamaged, OSError) as error:
             log.warning("the next snapshot is not compared with %s: %s", wanted, error)
             return {}
-
-    async def _recall(self, snapshot: str) -> dict[str, Known]:
-        found = await asyncio.to_thread(self._manifest, snapshot)
-        files = await self._raw(snapshot, found)
-        try:
-
-            def look() -> dict[str, Known]:
-                try:
-                    return {s.name: decode.known(snapshot, found, s, files[s.name], self.packs) for s in found.pages}
-                except PackDamaged as error:
-                    raise self._unusable(snapshot, str(error), error.pack) from error
-
-            return await asyncio.to_thread(look)
         finally:
-            self.done(snapshot)
+            if raw is not None:
+                self.done(wanted)
+
+    async def _compared(
+        self,
+        snapshot: str,
+        sections: dict[str, Path],
+        paged: Collection[str],
+        meta: dict[str, Any],
+        former: dict[str, Known],
+    ) -> tuple[Written, Encoded]:
+        """`_write`, and once more without `former` when something of that cannot be read."""
+        try:
+            return await to_the_end(self._write, snapshot, sections, paged, meta, former)
+        except PackDamaged as error:
+            log.warning("snapshot %s is not compared with its parent: %s", snapshot, error)
+            return await to_the_end(self._write, snapshot, sections, paged, meta, {})
 
     def _write(
         self,
@@ -235,6 +233,7 @@ class SnapshotStore:
                 partial["pack"],
                 self.keys,
                 self._pool,
+                self._parents.read_pages,
             )
             faults.point("store.written")
             data = manifest.encode(encoded.manifest, self.keys)
