@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,20 @@ from rethaw.testing.provider import ScriptedProvider, load_script
 CODER = Path(__file__).parents[2] / "examples" / "coder"
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"coder_{name}", CODER / f"{name}.py")
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"coder_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
 
 
 class Context:
@@ -54,8 +62,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 async def test_demo_agent_and_script(
     model: str, approved: bool, tmp_path: Path, environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = load("script")
-    async with ScriptedProvider(load_script(str(CODER / "script.py"))) as provider:
+    # In a sandbox port 8000 is always free; here it need not be.
+    path = tmp_path / "script.py"
+    path.write_text((CODER / "script.py").read_text().replace("8000", str(free_port())))
+    script = load(path)
+    project = tmp_path / "project"
+    project.mkdir()
+    async with ScriptedProvider(load_script(str(path))) as provider:
         for name, value in {
             "MODEL": model,
             "OPENAI_BASE_URL": provider.openai_url,
@@ -64,8 +77,8 @@ async def test_demo_agent_and_script(
             "ANTHROPIC_API_KEY": "k",
         }.items():
             environment.setenv(name, value)
-        agent = load("agent")
-        environment.setattr(agent, "PROJECT", tmp_path)
+        agent = load(CODER / "agent.py")
+        environment.setattr(agent, "PROJECT", project)
         ctx = Context(approved)
         answer = await agent.coder(ctx, goal="a counting server")
     assert "[start_server]" in capsys.readouterr().out, "the demo looks for this"
