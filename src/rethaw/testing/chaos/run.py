@@ -274,6 +274,8 @@ class Run:
 
     async def _record(self, view: dict[str, Any]) -> Record:
         def gather() -> Record:
+            # First: an answer that nobody waits for any more may still come in.
+            observed, outbox_seen = dict(self.observed), list(self.outbox_seen)
             events = self._events()
             result = next((e["body"] for e in reversed(events) if e["type"] == "session.result"), None)
             requests: dict[str, str] = {}
@@ -293,8 +295,8 @@ class Run:
                 requests=requests,
                 calls=[c.sha256 for c in self.provider.calls],
                 outbox=outbox,
-                observed=self.observed,
-                outbox_seen=self.outbox_seen,
+                observed=observed,
+                outbox_seen=outbox_seen,
                 server_kills=self.server_kills,
             )
 
