@@ -136,6 +136,8 @@ if [ "$level" != run ]; then
     command -v git >/dev/null || missing+=(git)
     command -v node >/dev/null || missing+=(nodejs)
     command -v npm >/dev/null || missing+=(npm)
+    command -v qemu-system-x86_64 >/dev/null || missing+=(qemu-system-x86)
+    [ -x /usr/sbin/mke2fs ] || [ -x /sbin/mke2fs ] || missing+=(e2fsprogs)
     if ! postgres_15_or_newer; then
         missing+=(postgresql)
         # Tests want the binaries, not a database that runs from now on.

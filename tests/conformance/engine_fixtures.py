@@ -15,12 +15,16 @@ import pytest
 
 from rethaw.engines.base import Capture, Engine, Sandbox, SandboxSpec
 from rethaw.engines.gvisor.engine import GvisorEngine
+from rethaw.engines.microvm.engine import QemuEngine
 from rethaw.images.builder import ImageStore
 from rethaw.model.types import ImageSpec
 
 MIB = 1 << 20
-ENGINES: dict[str, Callable[[Path], Engine]] = {"gvisor": GvisorEngine}
 IMAGES = Path(os.environ.get("RETHAW_TEST_IMAGES", Path(tempfile.gettempdir()) / "rethaw-test-images"))
+ENGINES: dict[str, Callable[[Path], Engine]] = {
+    "gvisor": GvisorEngine,
+    "qemu": lambda data_dir: QemuEngine(data_dir, IMAGES / "microvm"),
+}
 
 # Each line is Python: an expression answers its repr, a statement answers None, both on one line.
 GUEST = r"""
@@ -77,7 +81,8 @@ def rootfs() -> Path:
     return asyncio.run(store.ensure(ImageSpec(), lambda _: None)).rootfs
 
 
-@pytest.fixture(params=sorted(ENGINES))
+# A guest of QEMU without KVM takes seconds to boot: the whole suite on it is in `make test-long`, some of it in test_qemu.py.
+@pytest.fixture(params=["gvisor", pytest.param("qemu", marks=pytest.mark.long)])
 def make_engine(request: pytest.FixtureRequest) -> Callable[[Path], Engine]:
     return ENGINES[request.param]
 

@@ -18,12 +18,13 @@ from typing import Any
 from rethaw.engines import cgroups as cgroup_layout
 from rethaw.engines import cpu as cpu_features
 from rethaw.engines.base import ProbeReport, SandboxSpec
+from rethaw.engines.guestlog import GuestLog
 from rethaw.engines.gvisor import clock as saved_clock
 from rethaw.engines.gvisor import direct
 from rethaw.engines.gvisor import spec as oci
-from rethaw.engines.gvisor.home import Home
 from rethaw.engines.gvisor.runsc import Builds, Result, Runsc, call, spawn
-from rethaw.engines.gvisor.sandbox import SECTIONS, GuestLog, GvisorSandbox
+from rethaw.engines.gvisor.sandbox import SECTIONS, GvisorSandbox
+from rethaw.engines.home import Home
 from rethaw.model import faults
 from rethaw.model.errors import EngineError, EngineMismatch, RethawError
 from rethaw.model.ids import new_id

@@ -1,10 +1,17 @@
 """Where an engine instance keeps what lives as long as its process, and how a later one finds what a dead one left.
 
-DATA/run/INSTANCE/lock          held (flock) by the node process for its whole life
+DATA/RUN/INSTANCE/lock          held (flock) by the node process for its whole life
+DATA/logs/sandbox-ID.log        standard error of a guest that wrote any
+
+gVisor (RUN is `run`):
+
 DATA/run/INSTANCE/BUILD/        runsc --root, one for each build in use
 DATA/run/INSTANCE/bundles/SANDBOX/config.json
 DATA/run/INSTANCE/restore/SANDBOX/   links to the sections while a restore reads them
-DATA/logs/sandbox-ID.log        standard error of a guest that wrote any
+
+QEMU (RUN is `vm`):
+
+DATA/vm/INSTANCE/VM/            a machine's sockets, pipes and disk
 """
 
 from __future__ import annotations
@@ -28,11 +35,13 @@ log = logging.getLogger("rethaw.engines")
 class Home:
     """The directories of one engine instance. Names are short: a Unix socket's path has 108 bytes."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, run: str = "run", mark: str = "--root=", program: str = "runsc-sandbox") -> None:
+        """`mark`: how an argument with a path below an instance begins; `program`: argv[0] of what is a sandbox."""
         self.data_dir = data_dir
+        self._mark, self._program = mark, program
         self.logs = data_dir / "logs"
         self.engines = data_dir / "engines"
-        self._run = data_dir / "run"
+        self._run = data_dir / run
         # cgroups are machine-wide, so their owner's name carries the data directory.
         self._scope = hashlib.sha256(str(data_dir).encode()).hexdigest()[:8]
         self._instance = ""
@@ -72,7 +81,7 @@ class Home:
         """Give the lock back and remove what nothing uses any more. Blocking."""
         if self._lock == -1:
             return
-        if not processes.find(f"--root={self.path}/"):
+        if not processes.find(f"{self._mark}{self.path}/"):
             shutil.rmtree(self.path, ignore_errors=True)
             cgroups.disown(self.owner)
         os.close(self._lock)
@@ -86,10 +95,10 @@ class Home:
             if lock is None:
                 continue
             try:
-                running = await asyncio.to_thread(processes.find, f"--root={path}/")
-                sandboxes = [pid for pid, argv in running.items() if argv[0] == "runsc-sandbox"]
+                running = await asyncio.to_thread(processes.find, f"{self._mark}{path}/")
+                sandboxes = [pid for pid, argv in running.items() if argv[0] == self._program]
                 for pid in running:
-                    processes.kill_verified(pid, f"--root={path}/")
+                    processes.kill_verified(pid, f"{self._mark}{path}/")
                 found += len(sandboxes)
                 owner = f"{self._scope}-{path.name}"
                 for group in cgroups.owned(owner):
@@ -111,7 +120,7 @@ class Home:
 
     def _sweep_logs(self) -> None:
         """Logs of sandboxes that no instance has any more."""
-        alive = {a.rpartition("/")[2] for argv in processes.find(f"--root={self._run}/").values() for a in argv}
+        alive = {a.rpartition("/")[2] for argv in processes.find(f"{self._mark}{self._run}/").values() for a in argv}
         for path in self.logs.glob("sandbox-*.log"):
             if path.stem.removeprefix("sandbox-") not in alive:
                 with contextlib.suppress(OSError):

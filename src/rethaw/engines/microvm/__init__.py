@@ -1,0 +1,1 @@
+"""Sandboxes with a kernel of their own, in virtual machines."""

@@ -1,0 +1,66 @@
+"""QEMU's control socket: one command at a time, answers bounded and checked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from typing import Any, cast
+
+from rethaw.model.errors import EngineError
+
+MAX_LINE = 256 << 10
+
+
+class Qmp:
+    """A session with one QEMU, which is not trusted to answer well or at all."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._turn = asyncio.Lock()
+
+    @classmethod
+    async def connect(cls, ours: socket.socket, timeout_s: float) -> Qmp:
+        """Once QEMU has said hello. Raises EngineError after `timeout_s`."""
+        session = cls(*await asyncio.open_connection(sock=ours, limit=MAX_LINE))
+        if "QMP" not in await session._line(timeout_s):
+            raise EngineError("QEMU's control socket does not speak QMP")
+        await session.run("qmp_capabilities", timeout_s=timeout_s)
+        return session
+
+    async def _line(self, timeout_s: float) -> dict[str, Any]:
+        try:
+            line = await asyncio.wait_for(self._reader.readline(), timeout_s)
+            if not line:
+                raise EngineError("QEMU is gone")
+            said: object = json.loads(line)
+        except TimeoutError:
+            raise EngineError(f"QEMU did not answer within {timeout_s:g} s") from None
+        except (ValueError, OSError) as error:
+            raise EngineError(f"QEMU's control socket said nothing sensible: {str(error)[:200]}") from error
+        if not isinstance(said, dict):
+            raise EngineError("QEMU's control socket said something that is no object")
+        return cast("dict[str, Any]", said)
+
+    async def run(self, command: str, timeout_s: float = 30.0, **arguments: Any) -> Any:
+        """What QEMU returns. Raises EngineError with QEMU's own words when it refuses."""
+        async with self._turn:
+            request: dict[str, Any] = {"execute": command}
+            if arguments:
+                request["arguments"] = {name.replace("_", "-"): value for name, value in arguments.items()}
+            try:
+                self._writer.write(json.dumps(request).encode() + b"\n")
+                await self._writer.drain()
+            except OSError as error:
+                raise EngineError(f"QEMU is gone: {error}") from None
+            while True:
+                said = await self._line(timeout_s)
+                if "return" in said:
+                    return said["return"]
+                if "error" in said:
+                    raise EngineError(f"QEMU refuses {command}: {str(said['error'])[:300]}")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._writer.close()

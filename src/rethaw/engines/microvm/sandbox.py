@@ -1,0 +1,328 @@
+"""One microVM: its channel, its saves, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+import select
+import shutil
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rethaw.engines import processes
+from rethaw.engines.base import Capture, Exit
+from rethaw.engines.cgroups import Group
+from rethaw.engines.guestlog import GuestLog
+from rethaw.engines.microvm import machine, memory
+from rethaw.engines.microvm.qmp import Qmp
+from rethaw.model import faults
+from rethaw.model.errors import EngineError, StorageFull
+
+if TYPE_CHECKING:
+    from rethaw.engines.base import Exec, SandboxSpec, Terminal
+
+MEMORY, DISK, STATE = "memory.img", "disk.img", "machine.img"
+SECTIONS = (MEMORY, DISK, STATE)
+PAGED = frozenset({MEMORY, DISK})
+STATE_MOST = 16 << 20  # bytes; 4-60 KB were seen
+ANSWER_S = 20.0
+_ENTROPY = 64
+_ADDRESS = re.compile(r"\bis (0x[0-9a-f]{1,16})\b")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the engine made for a sandbox. Descriptors: `memory`, the file that its memory was mapped from, if it was
+    restored; `own`, its disk; `saved`, where QEMU writes its state. `sockets`: our ends, by name."""
+
+    directory: Path
+    pid: int
+    group: Group
+    sockets: dict[str, socket.socket]
+    memory: int | None
+    size: int
+    own: int
+    saved: int
+
+
+class QemuSandbox:
+    """See `engines.base.Sandbox`. Made by the engine around a process that it started."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    def __init__(
+        self,
+        id: str,
+        spec: SandboxSpec,
+        made: Made,
+        log_file: Path,
+        build: str,
+        cpu: str,
+        forget: Callable[[QemuSandbox], None],
+    ) -> None:
+        self.id = id
+        self.spec = spec
+        self.pid = made.pid
+        self.group = made.group
+        self._made = made
+        self._build, self._cpu = build, cpu
+        self._forget = forget
+        self._loop = asyncio.get_running_loop()
+        self._exit: asyncio.Future[Exit] = self._loop.create_future()
+        self._ended: tuple[int, bool] | None = None  # as the guest itself said
+        self._killed = False
+        self._saving = asyncio.Lock()
+        self._cleaning: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._answers: asyncio.Queue[str] = asyncio.Queue()
+        self._qmp: Qmp | None = None
+        self._start: int | None = None  # of the guest's memory, in QEMU's
+        self.log = GuestLog(log_file, made.sockets["errors"].detach())
+        self._console = GuestLog(log_file.with_name(f"console-{id}.log"), made.sockets["console"].detach())
+        self._pidfd = os.pidfd_open(made.pid)
+        self._loop.add_reader(self._pidfd, self._died)
+
+    # ------------------------------------------------------------------ its beginning
+
+    async def connect(self, timeout_s: float) -> Qmp:
+        """Take hold of machine and ports."""
+        reader, self._control = await machine.streams(self._made.sockets["control"])
+        self.reader, self.writer = await machine.streams(self._made.sockets["channel"])
+        self._listening = self._loop.create_task(self._listen(reader))
+        self._qmp = await self._or_death(Qmp.connect(self._made.sockets["qmp"], timeout_s))
+        return self._qmp
+
+    async def started(self, timeout_s: float) -> None:
+        """Until the guest's own starter has started the program."""
+        await self._answer("started", timeout_s)
+
+    async def let_run(self, timeout_s: float = ANSWER_S) -> None:
+        """Clock and entropy, then the program."""
+        seed = secrets.token_bytes(_ENTROPY).hex()
+        await self._tell(f"run {time.time_ns()} {seed}", "running", timeout_s)
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(ValueError, OSError):
+            while line := await reader.readline():
+                words = line.decode(errors="replace").split()
+                if len(words) == 3 and words[0] == "ended" and words[1].isdigit():
+                    self._ended = (int(words[1]), words[2] == "1")
+                elif self._answers.qsize() < 16:
+                    self._answers.put_nowait(" ".join(words))
+
+    async def _tell(self, line: str, expected: str, timeout_s: float) -> None:
+        while not self._answers.empty():
+            self._answers.get_nowait()
+        self._control.write(line.encode() + b"\n")
+        await self._answer(expected, timeout_s)
+
+    async def _answer(self, expected: str, timeout_s: float) -> None:
+        try:
+            said = await self._or_death(asyncio.wait_for(self._answers.get(), timeout_s))
+        except TimeoutError:
+            raise EngineError(
+                f"the guest of sandbox {self.id} did not say {expected!r} within {timeout_s:g} s"
+            ) from None
+        if said != expected:
+            raise EngineError(f"the guest of sandbox {self.id} said {said[:300]!r} instead of {expected!r}")
+
+    async def _or_death(self, work: Awaitable[T]) -> T:
+        """`work`, or EngineError when the machine is gone first."""
+        task = asyncio.ensure_future(work)
+        await asyncio.wait([task, self._exit], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        with contextlib.suppress(BaseException):
+            await task
+        raise EngineError(f"sandbox {self.id} died: {self._exit.result().detail}")
+
+    # ------------------------------------------------------------------ save
+
+    async def capture(self, directory: Path, then: Callable[[], Awaitable[None]] | None = None) -> Capture:
+        async with self._saving:
+            try:
+                return await self._capture(directory, then)
+            except BaseException as error:
+                for name in SECTIONS:
+                    with contextlib.suppress(OSError):
+                        (directory / name).unlink()
+                if isinstance(error, OSError):
+                    raise _storage(error, directory) from error
+                raise
+
+    async def _capture(self, directory: Path, then: Callable[[], Awaitable[None]] | None) -> Capture:
+        if self._exit.done():
+            raise EngineError(f"sandbox {self.id} cannot be saved: {self._exit.result().detail}")
+        qmp = self._qmp
+        assert qmp is not None
+        faults.point("engine.capture.before")
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise EngineError(f"{directory} is not empty", remedy="save into a new directory")
+        await asyncio.to_thread(self._copy_former, directory / MEMORY)
+        started = time.perf_counter()
+        try:
+            await self._tell("quiet", "quiet", ANSWER_S)
+            await self._or_death(qmp.run("stop"))
+            try:
+                await self._or_death(
+                    qmp.run("xen-save-devices-state", filename=f"/proc/self/fd/{self._made.saved}", live=False)
+                )
+                start = await self._or_death(self._memory_start(qmp))
+                await asyncio.to_thread(self._copy_written, directory, start)
+            finally:
+                await self._or_death(qmp.run("cont"))
+        finally:
+            if not self._exit.done():
+                await self.let_run()
+        engine_ms = (time.perf_counter() - started) * 1000
+        if then is not None:
+            await then()
+        size = os.fstat(self._made.saved).st_size
+        if not 0 < size <= STATE_MOST:
+            raise EngineError(f"the state of sandbox {self.id} has {size} bytes, at most {STATE_MOST} are allowed")
+        (directory / STATE).write_bytes(os.pread(self._made.saved, size, 0))
+        faults.point("engine.capture.after")
+        sections = {name: directory / name for name in SECTIONS}
+        raw_bytes = sum(path.stat().st_size for path in sections.values())
+        return Capture(sections, "qemu", self._build, self._cpu, {"frozen": True}, raw_bytes, engine_ms, PAGED)
+
+    def _copy_former(self, target: Path) -> None:
+        """What cannot change any more, before the guest has to wait."""
+        with target.open("wb", buffering=0) as f:
+            f.truncate(self._made.size)
+            if self._made.memory is not None:
+                memory.copy_data(self._made.memory, f.fileno())
+
+    async def _memory_start(self, qmp: Qmp) -> int:
+        """Where QEMU has the guest's memory."""
+        if self._start is None:
+            said = await qmp.run("human-monitor-command", command_line="gpa2hva 0")
+            found = _ADDRESS.search(said) if isinstance(said, str) else None
+            if found is None:
+                raise EngineError(f"QEMU does not say where the memory is: {str(said)[:200]}")
+            self._start = int(found.group(1), 16)
+        return self._start
+
+    def _copy_written(self, directory: Path, start: int) -> None:
+        pages = memory.written(self.pid, start, self._made.size)
+        with (directory / MEMORY).open("r+b", buffering=0) as f:
+            memory.copy_pages(self.pid, start, pages, f.fileno())
+        with (directory / DISK).open("wb", buffering=0) as f:
+            f.truncate(os.fstat(self._made.own).st_size)
+            memory.copy_data(self._made.own, f.fileno())
+
+    # ------------------------------------------------------------------ programs beside the guest's own
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str = "/",
+        env: Sequence[tuple[str, str]] = (),
+        terminal: Terminal | None = None,
+    ) -> Exec:
+        raise EngineError(f"the engine qemu runs no programs beside the guest's own yet ({argv[0]})")
+
+    # ------------------------------------------------------------------ end
+
+    async def wait(self) -> Exit:
+        return await asyncio.shield(self._exit)
+
+    def alive(self) -> bool:
+        """Whether its process runs right now, whatever has been noticed so far."""
+        return not self._exit.done() and not select.select([self._pidfd], [], [], 0)[0]
+
+    def kill(self) -> None:
+        if not self._exit.done():
+            self._killed = True
+            processes.kill(self._pidfd)
+
+    def rest(self, resting: bool) -> None:
+        """Nothing to gain here: an idle guest does not wake up."""
+
+    def cpu_s(self) -> float:
+        return sum(processes.cpu_s(pid) for pid in self.group.processes())
+
+    def out_of_memory(self) -> bool:
+        return self.group.oom_kills() > 0 or (self._ended is not None and self._ended[1])
+
+    def _died(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        self._loop.create_task(self._take_leave())
+
+    async def _take_leave(self) -> None:
+        """What the guest said last may still lie in the pipe."""
+        if self._ended is None and not self._killed:
+            await asyncio.sleep(0.02)
+        self.log.drain()
+        self._console.drain()
+        code, oom = self._ended or (None, self.group.oom_kills() > 0)
+        tail = self.log.tail[-600:]
+        if oom:
+            detail = f"out of memory: its limit is {self.spec.memory_bytes >> 20} MiB"
+        elif self._killed or code is None:
+            detail, code = "killed" if self._killed else f"ended{self._last_words()}", None
+        else:
+            detail = f"exited with {code}" + (f": {tail}" if tail else "")
+        if self._listening is not None:
+            self._listening.cancel()
+        if not self._exit.done():
+            self._exit.set_result(Exit(code, oom, detail))
+
+    def _last_words(self) -> str:
+        said = ""
+        with contextlib.suppress(OSError):
+            said = (self._made.directory / "stderr").read_text(errors="replace")
+        said = " ".join((self._console.tail or said)[-400:].split())
+        return f": {said}" if said else ""
+
+    async def destroy(self) -> None:
+        self.kill()
+        await self.wait()
+        if self._cleaning is None:
+            self._cleaning = self._loop.create_task(self._clean())
+
+    async def cleaned(self) -> None:
+        """Until nothing of a destroyed sandbox is left on the machine."""
+        if self._cleaning is not None:
+            await asyncio.shield(self._cleaning)
+
+    async def _clean(self) -> None:
+        for writer in (getattr(self, "_control", None), getattr(self, "writer", None), self._qmp):
+            if writer is not None:
+                writer.close()
+        for ours in self._made.sockets.values():
+            if ours.fileno() >= 0 and self._qmp is None:
+                ours.close()
+        for fd in (self._made.memory, self._made.own, self._made.saved):
+            if fd is not None:
+                os.close(fd)
+        self.log.remove()
+        self._console.remove()
+        self.group.kill()
+        await asyncio.to_thread(shutil.rmtree, self._made.directory, True)
+        await self.group.remove()
+        self._forget(self)
+
+    async def memory(self) -> int:
+        return self.group.usage() if self.group.memory is not None else self.spec.memory_bytes
+
+
+def _storage(error: OSError, directory: Path) -> EngineError | StorageFull:
+    if error.errno in (28, 122):
+        return StorageFull(f"no room in {directory}", remedy="free some space there")
+    return EngineError(f"cannot save into {directory}: {error}")

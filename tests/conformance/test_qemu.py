@@ -1,0 +1,108 @@
+"""The QEMU engine: a part of the conformance suite that is quick enough for every run, and what only it has."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_fixtures import ENGINES, ask, restored
+from test_engine import (  # the same cases, on the fixture below
+    test_a_build_that_is_not_here_is_refused_by_name_before_anything_is_read,
+    test_a_guest_sees_its_image_and_nothing_of_the_host,
+    test_a_program_that_is_not_in_the_image,
+    test_an_exit_is_noticed_with_its_code_and_last_words,
+    test_forks_differ_in_randomness,
+    test_three_generations_of_a_busy_program,
+)
+
+from rethaw.engines.base import Engine, SandboxSpec
+from rethaw.model.errors import EngineError
+
+pytestmark = pytest.mark.root
+__all__ = [
+    "test_a_build_that_is_not_here_is_refused_by_name_before_anything_is_read",
+    "test_a_guest_sees_its_image_and_nothing_of_the_host",
+    "test_a_program_that_is_not_in_the_image",
+    "test_an_exit_is_noticed_with_its_code_and_last_words",
+    "test_forks_differ_in_randomness",
+    "test_three_generations_of_a_busy_program",
+]
+Boot = Callable[..., Any]
+
+
+@pytest.fixture
+def make_engine() -> Callable[[Path], Engine]:
+    return ENGINES["qemu"]
+
+
+async def test_the_disk_goes_with_the_snapshot(boot: Boot, engine: Engine, spec: SandboxSpec, staging: Path) -> None:
+    """Files of one generation are there in the next, and what one clone writes is not seen by the other."""
+    box = await boot()
+    await ask(box, "open('/srv/file', 'w').write('x' * 300_000)")
+    await ask(
+        box, "import os; gone = open('/srv/gone', 'w+'); gone.write('still here'); gone.flush(); os.unlink('/srv/gone')"
+    )
+    saved = await box.capture(staging / "one")
+    assert saved.sections["disk.img"].stat().st_blocks * 512 < 64 << 20, "sparse"
+    one, two = [await boot(await restored(engine, spec, saved)) for _ in range(2)]
+    await ask(one, "open('/srv/file', 'a').write('one')")
+    assert await ask(two, "len(open('/srv/file').read())") == 300_000
+    assert await ask(one, "len(open('/srv/file').read())") == 300_003
+    assert await ask(two, "gone.seek(0) or gone.read()") == "still here"
+    again = await one.capture(staging / "two")
+    third = await boot(await restored(engine, spec, again))
+    assert await ask(third, "open('/srv/file').read()[-4:]") == "xone"
+
+
+async def test_qemu_has_no_privileges(boot: Boot) -> None:
+    box = await boot()
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{box.pid}/status").read_text().splitlines() if ":\t" in line
+    )
+    assert {int(user) for user in status["Uid"].split()}.isdisjoint({0, os.getuid()})
+    assert {int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd", "CapInh", "CapAmb")} == {0}
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    assert (Path(f"/proc/{box.pid}/ns/net").readlink()) != Path("/proc/self/ns/net").readlink()
+    assert [line.split(":")[0].strip() for line in Path(f"/proc/{box.pid}/net/dev").read_text().splitlines()[2:]] == [
+        "lo"
+    ]
+
+
+async def test_the_memory_of_a_snapshot_cannot_be_changed(
+    boot: Boot, engine: Engine, spec: SandboxSpec, staging: Path
+) -> None:
+    """Clones map one file; nobody, QEMU included, can write to it."""
+    box = await boot()
+    await ask(box, "mark = 41")
+    saved = await box.capture(staging / "one")
+    before = (staging / "one" / "memory.img").read_bytes()
+    other = await boot(await restored(engine, spec, saved))
+    await ask(other, "held = bytes(30 << 20)")
+    held = [p for p in Path(f"/proc/{other.pid}/fd").iterdir() if str(p.readlink()).startswith("/memfd:memory")]
+    assert held
+    with pytest.raises(PermissionError), held[0].open("r+b", buffering=0) as f:
+        os.pwrite(f.fileno(), b"x", 0)
+    assert (staging / "one" / "memory.img").read_bytes() == before
+    assert await ask(await boot(await restored(engine, spec, saved)), "mark + 1") == 42
+
+
+async def test_memory_of_another_size_is_refused(boot: Boot, engine: Engine, spec: SandboxSpec, staging: Path) -> None:
+    saved = await (await boot()).capture(staging / "one")
+    with pytest.raises(EngineError, match=r"memory\.img is not the memory of a guest of 512 MiB"):
+        await restored(engine, replace(spec, memory_bytes=512 << 20), saved)
+
+
+async def test_a_guest_whose_qemu_dies_while_it_is_saved(boot: Boot, staging: Path) -> None:
+    box = await boot()
+    saving = asyncio.ensure_future(box.capture(staging / "one"))
+    await asyncio.sleep(0)
+    box.kill()
+    with pytest.raises(EngineError, match=r"died|cannot be saved|gone"):
+        await saving
+    assert not list((staging / "one").iterdir()) if (staging / "one").exists() else True

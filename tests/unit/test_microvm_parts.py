@@ -1,0 +1,145 @@
+"""Parts of the microVM engine that need no machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rethaw.engines.microvm import initramfs, memory, tsc
+from rethaw.engines.microvm.qmp import MAX_LINE, Qmp
+from rethaw.model.errors import EngineError
+
+
+@pytest.mark.skipif(shutil.which("cpio") is None, reason="needs cpio to read what we wrote")
+def test_an_archive_is_what_cpio_reads(tmp_path: Path) -> None:
+    files = {"d": (0o040755, b""), "d/one": (0o100644, b"x" * 1001), "two": (0o100755, b"")}
+    done = subprocess.run(
+        ["cpio", "-idm", "--quiet"], input=initramfs.cpio(files), cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "d" / "one").read_bytes() == b"x" * 1001
+    assert (tmp_path / "two").stat().st_mode & 0o777 == 0o755
+
+
+def test_an_archive_is_aligned() -> None:
+    for size in range(9):
+        assert len(initramfs.cpio({"n" * (size + 1): (0o100644, bytes(size))})) % 4 == 0
+
+
+def test_what_we_add_to_the_guest_has_a_digest() -> None:
+    assert initramfs.digest() == initramfs.digest()
+    assert len(initramfs.digest()) == 16
+
+
+def test_the_time_stamp_counter_is_measured() -> None:
+    assert 100_000 < tsc.khz() < 10_000_000
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 4)), max_size=6))
+def test_holes_stay_holes(parts: list[tuple[int, int]]) -> None:
+    source = os.memfd_create("source")
+    target = os.memfd_create("target")
+    try:
+        for fd in (source, target):
+            os.ftruncate(fd, 64 * memory.PAGE)
+        for at, count in parts:
+            os.pwrite(source, os.urandom(count * memory.PAGE), at * memory.PAGE)
+        copied = memory.copy_data(source, target)
+        assert os.pread(source, 64 * memory.PAGE, 0) == os.pread(target, 64 * memory.PAGE, 0)
+        assert copied == os.fstat(source).st_blocks * 512
+    finally:
+        os.close(source)
+        os.close(target)
+
+
+def test_what_is_sealed_cannot_be_changed(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"abc" * 5000)
+    fd = memory.sealed(tmp_path / "source", 5 * memory.PAGE)
+    try:
+        assert os.pread(fd, 15000, 0) == b"abc" * 5000
+        for change in (lambda: os.pwrite(fd, b"x", 0), lambda: os.ftruncate(fd, 0), lambda: os.ftruncate(fd, 1 << 20)):
+            with pytest.raises(PermissionError):
+                change()
+    finally:
+        os.close(fd)
+
+
+# ---------------------------------------------------------------- QEMU's answers are not trusted
+
+_held: list[socket.socket] = []  # the other ends: a collected one is closed
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    yield
+    for end in _held:
+        end.close()
+    _held.clear()
+
+
+HELLO = json.dumps({"QMP": {"version": {}}}).encode() + b"\n"
+DONE = b'{"return": {}}\n'
+
+
+async def talk(*said: bytes, close: bool = False) -> Qmp:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    _held.append(theirs)
+
+    async def say() -> None:
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().sock_sendall(theirs, b"".join(said))
+        if close:
+            theirs.close()
+
+    speaking = asyncio.ensure_future(say())
+    try:
+        return await Qmp.connect(ours, 0.5)
+    finally:
+        speaking.cancel()
+
+
+async def test_events_between_answers_are_passed_over() -> None:
+    qmp = await talk(HELLO, DONE, b'{"event": "STOP", "timestamp": {}}\n', b'{"return": {"status": "paused"}}\n')
+    assert await qmp.run("query-status") == {"status": "paused"}
+    qmp.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"", b"nonsense\n", b"[]\n", b"{}\n", b"{" * 9999 + b"\n", b'{"QMP": ' + b"1" * MAX_LINE + b"}\n", b"\xff\xfe\n"],
+)
+@pytest.mark.parametrize("close", [True, False])
+async def test_a_qemu_that_says_nothing_sensible(said: bytes, close: bool) -> None:
+    begun = time.monotonic()
+    with pytest.raises(EngineError, match="QEMU"):
+        await talk(said, close=close)
+    assert time.monotonic() - begun < 30
+
+
+async def test_a_command_that_is_refused_is_told_in_qemus_words() -> None:
+    qmp = await talk(HELLO, DONE, b'{"error": {"class": "GenericError", "desc": "no such thing"}}\n')
+    with pytest.raises(EngineError, match=r"refuses stop: .*no such thing"):
+        await qmp.run("stop")
+    qmp.close()
+
+
+async def test_a_qemu_that_falls_silent() -> None:
+    qmp = await talk(HELLO, DONE)
+    with pytest.raises(EngineError, match=r"did not answer within 0\.1 s"):
+        await qmp.run("stop", timeout_s=0.1)
+    qmp.close()
+    await asyncio.sleep(0)
