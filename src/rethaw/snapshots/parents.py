@@ -24,8 +24,13 @@ class Parents:
         self._pool = pool
         self._known: OrderedDict[str, dict[str, Known]] = OrderedDict()
 
-    def remember(self, snapshot: str, known: dict[str, Known]) -> None:
-        self._known[snapshot] = known
+    def knows(self, snapshot: str) -> bool:
+        return snapshot in self._known
+
+    def remember(self, snapshot: str, known: dict[str, Known], *, thin: bool = False) -> None:
+        """`thin`: without the pages."""
+        self._known[snapshot] = {name: section.thin() for name, section in known.items()} if thin else known
+        self._known.move_to_end(snapshot)
         while len(self._known) > _KNOWN:
             self._known.popitem(last=False)
 

@@ -186,7 +186,10 @@ class SnapshotStore:
         if raw is not None:
             self.staging.use(wanted)
         try:
-            return await asyncio.to_thread(self._parents.get, wanted, lambda: self._manifest(wanted), raw)
+            found = await asyncio.to_thread(self._parents.get, wanted, lambda: self._manifest(wanted), raw)
+            if not self._parents.knows(wanted):  # the next session of this image wants it too
+                self._parents.remember(wanted, found, thin=True)
+            return found
         except (RethawError, PackDamaged, OSError) as error:
             log.warning("the next snapshot is not compared with %s: %s", wanted, error)
             return {}
