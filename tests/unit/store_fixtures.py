@@ -7,12 +7,13 @@ import itertools
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Coroutine, Generator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from rethaw.model.types import SnapshotInfo
@@ -26,6 +27,7 @@ KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
 Content = dict[str, bytes]
 T = TypeVar("T")
 _ids = itertools.count(1)
+_opened: list[Path] = []
 
 
 def new_snapshot() -> str:
@@ -34,8 +36,17 @@ def new_snapshot() -> str:
 
 def store_in(directory: Path, **options: Any) -> SnapshotStore:
     store = SnapshotStore(directory, **options)
+    _opened.append(directory)
     store.open()
     return store
+
+
+@pytest.fixture(autouse=True)
+def swept() -> Iterator[None]:
+    """Nothing stays in memory of stores that a test did not close (it killed them, or they did not open)."""
+    yield
+    while _opened:
+        shutil.rmtree(staging_for(_opened.pop()), ignore_errors=True)
 
 
 @contextmanager
