@@ -128,19 +128,29 @@ def _make_kernel(place: Path) -> None:
     work.mkdir()
     if shutil.which("apt-get") is None:
         raise EngineUnusable("the kernel of microVMs comes from Debian's packages, and this is no Debian")
-    shown = _run(["apt-cache", "depends", "--no-recommends", "--no-suggests", KERNEL])
-    packages = [line.split()[-1] for line in shown.splitlines() if "Depends: linux-image-" in line]
-    if not packages:
-        raise EngineUnusable(f"no package {KERNEL} is known here", remedy="apt-get update")
-    _run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", packages[0], BUSYBOX], cwd=work)
+    try:
+        package = _download(work)
+    except EngineError:  # the package lists are missing or of yesterday
+        _run(["apt-get", "-q", "update"])
+        package = _download(work)
     for archive in work.glob("*.deb"):
         _run(["dpkg-deb", "-x", str(archive), str(work / archive.name.partition("_")[0])])
-    tree = work / packages[0]
+    tree = work / package
     (found,) = (tree / "boot").glob("vmlinuz-*")
     shutil.copyfile(found, place / "vmlinuz")
     busybox = next(path for path in (work / BUSYBOX).rglob("busybox") if path.is_file() and path.parent.name == "bin")
     (place / "initramfs").write_bytes(initramfs.base(tree, busybox.read_bytes()))
     shutil.rmtree(work)
+
+
+def _download(work: Path) -> str:
+    """Fetch kernel and busybox; the name of the kernel's package. Raises EngineError."""
+    shown = _run(["apt-cache", "depends", "--no-recommends", "--no-suggests", KERNEL])
+    package = next((line.split()[-1] for line in shown.splitlines() if "Depends: linux-image-" in line), None)
+    if package is None:
+        raise EngineError(f"apt knows no package {KERNEL}", remedy="apt-get update")
+    _run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package, BUSYBOX], cwd=work)
+    return package
 
 
 def _make_image(path: Path, rootfs: Path) -> None:
