@@ -370,7 +370,8 @@ async def test_saving_a_guest_that_uses_most_of_its_memory(
     other = await boot(await restored(engine, spec, second))
     assert await ask(other, "len(held)") == 190 << 20
     assert await ask(box, "len(held)") == 190 << 20
-    assert 190 * MIB < await box.memory() < 330 * MIB or engine.name == "qemu"  # all of a machine, and QEMU itself
+    most = {"gvisor": 330, "qemu": 530}[engine.name]  # all of a machine, and QEMU itself
+    assert 190 * MIB < await box.memory() < most * MIB
     # The room is taken back once the files are gone.
     shutil.rmtree(staging / "two")
     await asyncio.sleep(1.0)

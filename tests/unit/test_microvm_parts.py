@@ -6,10 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,25 +19,26 @@ from rethaw.engines.microvm.qmp import MAX_LINE, Qmp
 from rethaw.model.errors import EngineError
 
 
-@pytest.mark.skipif(shutil.which("cpio") is None, reason="needs cpio to read what we wrote")
-def test_an_archive_is_what_cpio_reads(tmp_path: Path) -> None:
-    files = {"d": (0o040755, b""), "d/one": (0o100644, b"x" * 1001), "two": (0o100755, b"")}
-    done = subprocess.run(
-        ["cpio", "-idm", "--quiet"], input=initramfs.cpio(files), cwd=tmp_path, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "d" / "one").read_bytes() == b"x" * 1001
-    assert (tmp_path / "two").stat().st_mode & 0o777 == 0o755
-
-
 def test_an_archive_is_aligned() -> None:
     for size in range(9):
         assert len(initramfs.cpio({"n" * (size + 1): (0o100644, bytes(size))})) % 4 == 0
 
 
-def test_what_we_add_to_the_guest_has_a_digest() -> None:
-    assert initramfs.digest() == initramfs.digest()
-    assert len(initramfs.digest()) == 16
+def test_another_init_makes_another_kernel_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = initramfs.digest()
+    monkeypatch.setattr(initramfs, "INIT", initramfs.INIT + "# changed")
+    assert initramfs.digest() != before
+
+
+def test_a_part_that_was_written_is_not_taken_for_the_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file system that is nearly full takes a part of a write."""
+    honest = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: honest(fd, bytes(data)[:1000], at))
+    (tmp_path / "source").write_bytes(os.urandom(3 * memory.PAGE))
+    with (tmp_path / "target").open("w+b") as f:
+        f.truncate(3 * memory.PAGE)
+        memory.copy_data(tmp_path / "source", f.fileno())
+    assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
 
 
 def test_the_time_stamp_counter_is_measured() -> None:
@@ -124,10 +122,8 @@ async def test_events_between_answers_are_passed_over() -> None:
 )
 @pytest.mark.parametrize("close", [True, False])
 async def test_a_qemu_that_says_nothing_sensible(said: bytes, close: bool) -> None:
-    begun = time.monotonic()
     with pytest.raises(EngineError, match="QEMU"):
         await talk(said, close=close)
-    assert time.monotonic() - begun < 30
 
 
 async def test_a_command_that_is_refused_is_told_in_qemus_words() -> None:
@@ -142,4 +138,3 @@ async def test_a_qemu_that_falls_silent() -> None:
     with pytest.raises(EngineError, match=r"did not answer within 0\.1 s"):
         await qmp.run("stop", timeout_s=0.1)
     qmp.close()
-    await asyncio.sleep(0)

@@ -12,6 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+# Of a guest's programs. Capabilities: what apt, dpkg, pip and git need as root, and what a dev server on port 80 needs, with
+# Linux' numbers. All of it is about the guest's own kernel; none of it reaches the host.
+CAPABILITIES = {
+    "CAP_CHOWN": 0,
+    "CAP_DAC_OVERRIDE": 1,
+    "CAP_FOWNER": 3,
+    "CAP_FSETID": 4,
+    "CAP_KILL": 5,
+    "CAP_NET_BIND_SERVICE": 10,
+    "CAP_SETGID": 6,
+    "CAP_SETUID": 7,
+}
+OPEN_FILES = 65536
+
 
 @dataclass(frozen=True)
 class SandboxSpec:
@@ -27,6 +41,14 @@ class SandboxSpec:
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...] = ()
     hostname: str = "agent"
+
+    def environment(self) -> dict[str, str]:
+        """`env`, and what every program expects."""
+        return {
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": "/root",
+            **dict(self.env),
+        }
 
 
 @dataclass(frozen=True)

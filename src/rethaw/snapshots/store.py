@@ -169,7 +169,11 @@ class SnapshotStore:
         with self._books.pinned(meta.get("parent") or self._first.get(str(meta.get("image")))) as wanted:
             former = await self._former(wanted)
             try:
-                written, encoded = await self._compared(snapshot, sections, paged, meta, former)
+                try:
+                    written, encoded = await to_the_end(self._write, snapshot, sections, paged, meta, former)
+                except PackDamaged as error:  # in a page of the former one that was wanted
+                    log.warning("snapshot %s is not compared with %s: %s", snapshot, wanted, error)
+                    written, encoded = await to_the_end(self._write, snapshot, sections, paged, meta, {})
             except asyncio.CancelledError:  # which may have come after the last step
                 self._delete(snapshot)
                 raise
@@ -196,21 +200,6 @@ class SnapshotStore:
         finally:
             if raw is not None:
                 self.done(wanted)
-
-    async def _compared(
-        self,
-        snapshot: str,
-        sections: dict[str, Path],
-        paged: Collection[str],
-        meta: dict[str, Any],
-        former: dict[str, Known],
-    ) -> tuple[Written, Encoded]:
-        """`_write`, and once more without `former` when something of that cannot be read."""
-        try:
-            return await to_the_end(self._write, snapshot, sections, paged, meta, former)
-        except PackDamaged as error:
-            log.warning("snapshot %s is not compared with its parent: %s", snapshot, error)
-            return await to_the_end(self._write, snapshot, sections, paged, meta, {})
 
     def _write(
         self,

@@ -6,21 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rethaw.engines.base import SandboxSpec
+from rethaw.engines.base import CAPABILITIES, OPEN_FILES, SandboxSpec
 
-# What apt, dpkg, pip and git need as root, and what a dev server on port 80 needs. All of it is about the guest's own
-# kernel; none of it reaches the host.
-CAPABILITIES = (
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_KILL",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_SETGID",
-    "CAP_SETUID",
-)
-OPEN_FILES = 65536
 MIB = 1 << 20
 
 
@@ -46,9 +33,6 @@ def config(spec: SandboxSpec, cgroup: str | None) -> dict[str, Any]:
     """config.json as a dictionary. `cgroup` is the sandbox's own, below the root of each hierarchy; a save and its
     restores differ in nothing else."""
     capabilities = list(CAPABILITIES)
-    env = dict(spec.env)
-    env.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-    env.setdefault("HOME", "/root")
 
     def tmpfs(where: str, mode: str) -> dict[str, Any]:
         return {
@@ -65,7 +49,7 @@ def config(spec: SandboxSpec, cgroup: str | None) -> dict[str, Any]:
             "noNewPrivileges": True,
             "user": {"uid": 0, "gid": 0},
             "args": list(spec.argv),
-            "env": [f"{key}={value}" for key, value in env.items()],
+            "env": [f"{key}={value}" for key, value in spec.environment().items()],
             "cwd": "/",
             # No inheritable or ambient set: a program that drops to another user has none left.
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),

@@ -138,6 +138,7 @@ def _make_kernel(place: Path) -> None:
     tree = work / package
     (found,) = (tree / "boot").glob("vmlinuz-*")
     shutil.copyfile(found, place / "vmlinuz")
+    (place / "vmlinuz").chmod(0o444)  # QEMU's user reads it by a descriptor
     busybox = next(path for path in (work / BUSYBOX).rglob("busybox") if path.is_file() and path.parent.name == "bin")
     (place / "initramfs").write_bytes(initramfs.base(tree, busybox.read_bytes()))
     shutil.rmtree(work)

@@ -1,11 +1,10 @@
-"""The QEMU engine: boots and restores microVMs, by KVM where a probe guest ran on it, else by TCG."""
+"""The QEMU engine: boots and restores microVMs, by TCG (KVM is still to come)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hashlib
-import logging
 import os
 import shutil
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rethaw.engines import cgroups as cgroup_layout
-from rethaw.engines.base import ProbeReport, SandboxSpec
+from rethaw.engines.base import CAPABILITIES, OPEN_FILES, ProbeReport, SandboxSpec
 from rethaw.engines.home import Home
 from rethaw.engines.microvm import initramfs, machine, memory, tsc
 from rethaw.engines.microvm.assets import REMEDY, Assets, Kernel
@@ -24,16 +23,11 @@ from rethaw.model import faults
 from rethaw.model.errors import EngineError, EngineMismatch, EngineUnusable
 from rethaw.model.ids import new_id
 
-log = logging.getLogger("rethaw.engines")
-
 MIB = 1 << 20
 DISK_BYTES = 8 << 30  # sparse
 GUEST_SLACK = 64 * MIB  # kernel and starter of a guest
 HOST_SLACK = 192 * MIB  # QEMU itself, 64 MiB of translated code among it
 START_TIMEOUT_S = 120.0
-# What Debian's kernel and QEMU number the capabilities that gVisor's guests have.
-CAPABILITIES = (0, 1, 3, 4, 5, 6, 7, 10)
-OPEN_FILES = 65536
 
 
 class QemuEngine:
@@ -165,6 +159,7 @@ class QemuEngine:
                 memory.copy_data(disk, own)
                 held = None if sections is None else kept(memory.sealed(sections[MEMORY], size), ours)
                 saved = kept(os.memfd_create("state", os.MFD_CLOEXEC), ours)
+                image_fd = kept(os.open(kernel.image, os.O_RDONLY | os.O_CLOEXEC), theirs)
                 initrd = kept(os.memfd_create("initrd", os.MFD_CLOEXEC), theirs)
                 with os.fdopen(os.dup(initrd), "wb") as f:
                     f.write(kernel.initramfs.read_bytes())
@@ -177,10 +172,10 @@ class QemuEngine:
                     ours.callback(here.close)
                     here.setblocking(False)
                 fds = {name: there.fileno() for name, (_, there) in pairs.items()}
-                files = machine.Files(initrd, held, base, own, saved, state, fds)
-                argv = machine.command(directory, kernel.image, size, files, kvm=False)
+                files = machine.Files(image_fd, initrd, held, base, own, saved, state, fds)
+                argv = machine.command(directory, size, files)
                 groups = [path for path in group.directories if path.is_dir()]
-                pid = machine.start(argv, machine.new_user(), files.all(), directory / "stderr", None, groups)
+                pid = machine.start(argv, machine.new_user(), files.all(), directory / "stderr", groups)
                 ours.pop_all()
                 sockets = {name: here for name, (here, _) in pairs.items()}
                 return Made(directory, pid, group, sockets, held, size, own, saved)
@@ -268,15 +263,12 @@ def _size(spec: SandboxSpec) -> int:
 
 
 def _config(spec: SandboxSpec) -> dict[str, object]:
-    env = dict(spec.env)
-    env.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-    env.setdefault("HOME", "/root")
     limits = {"RLIMIT_NOFILE": OPEN_FILES, "RLIMIT_NPROC": spec.pids, "RLIMIT_CORE": 0}
     return {
         "argv": list(spec.argv),
-        "env": env,
+        "env": spec.environment(),
         "limits": limits,
-        "capabilities": list(CAPABILITIES),
+        "capabilities": list(CAPABILITIES.values()),
         "memory_bytes": spec.memory_bytes,
         "pids": spec.pids,
     }

@@ -1,4 +1,4 @@
-"""The QEMU process of one sandbox: its command line, its ports, its death.
+"""The QEMU process of one sandbox: its command line and its ports.
 
 It runs as a user of its own without any privilege, in an empty network namespace, under QEMU's own seccomp filter, and
 has four devices: two disks, a console and a serial controller with three ports. All files and sockets are given to it as
@@ -21,7 +21,6 @@ from rethaw.model.errors import EngineError, EngineUnusable
 QEMU = "qemu-system-x86_64"
 PORTS = ("control", "channel", "errors")
 SOCKETS = (*PORTS, "console", "qmp")
-MIB = 1 << 20
 _JOIN = 'n=$0; while [ "$n" -gt 0 ]; do echo $$ > "$1/cgroup.procs" || exit 1; shift; n=$((n - 1)); done; exec "$@"'
 _FIRST_USER = 0x70000000  # host users that nobody has; one for each sandbox
 _CMDLINE = "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t rdinit=/init random.trust_cpu=on mitigations=off"
@@ -32,6 +31,7 @@ class Files:
     """Descriptors for QEMU. `state`: with one the guest goes on from there, and from what is in `memory`, and waits to be let
     run; `saved`: where states are saved to."""
 
+    kernel: int
     initrd: int
     memory: int | None
     base: int
@@ -41,23 +41,23 @@ class Files:
     sockets: dict[str, int]
 
     def all(self) -> list[int]:
-        found = [self.initrd, self.base, self.own, self.saved, *self.sockets.values()]
+        found = [self.kernel, self.initrd, self.base, self.own, self.saved, *self.sockets.values()]
         return found + [fd for fd in (self.memory, self.state) if fd is not None]
 
 
-def command(directory: Path, kernel: Path, size: int, files: Files, *, kvm: bool) -> list[str]:
+def command(directory: Path, size: int, files: Files) -> list[str]:
     """QEMU's command line. `size`: bytes of memory; `directory` is only a name, by which orphans are found."""
     argv = [
         QEMU, "-name", f"guest={directory}",
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-M", "microvm,acpi=on,pic=on,pit=on,rtc=on,isa-serial=on,usb=off,pcie=off,memory-backend=ram",
-        "-accel", "kvm" if kvm else "tcg,tb-size=64",
-        "-cpu", "host,migratable=on" if kvm else "max",
+        "-accel", "tcg,tb-size=64",
+        "-cpu", "max",
         "-smp", "1", "-m", f"size={size}b",
         "-object", _memory(size, files.memory),
-        "-kernel", str(kernel), "-initrd", _path(files.initrd),
-        "-append", _CMDLINE if kvm else f"{_CMDLINE} tsc_early_khz={tsc.khz()}",
+        "-kernel", _path(files.kernel), "-initrd", _path(files.initrd),
+        "-append", f"{_CMDLINE} tsc_early_khz={tsc.khz()}",
     ]  # fmt: skip
     for name, fd in files.sockets.items():
         argv += ["-chardev", f"socket,id={name},fd={fd}"]
@@ -95,7 +95,6 @@ def start(
     user: int,
     descriptors: Sequence[int],
     errors: Path,
-    kvm_group: int | None,
     groups: Sequence[Path],
 ) -> int:
     """The pid of the process, which is our child and in the cgroups `groups`. Blocking, some milliseconds.
@@ -117,8 +116,7 @@ def start(
         f"--regid={user}",
         "--no-new-privs",
     ]
-    wrapped += ["--clear-groups"] if kvm_group is None else [f"--groups={kvm_group}"]
-    wrapped += ["--inh-caps=-all", "--bounding-set=-all", "--pdeathsig=keep", "--", *argv]
+    wrapped += ["--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--pdeathsig=keep", "--", *argv]
     try:
         with errors.open("ab") as err:
             process = subprocess.Popen(

@@ -54,10 +54,18 @@ def copy_data(source: Path | int, target: int) -> int:
                 data = os.pread(source, min(_COPY, stop - at), at)
                 if not data:
                     break
-                os.pwrite(target, data, at)
+                _write(target, data, at)
                 at += len(data)
                 copied += len(data)
     return copied
+
+
+def _write(target: int, data: bytes, at: int) -> None:
+    """All of it: a file system that is nearly full takes a part and says so only at the next call."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(target, view, at)
+        view, at = view[done:], at + done
 
 
 def written(pid: int, start: int, size: int) -> NDArray[np.intp]:
@@ -85,5 +93,5 @@ def copy_pages(pid: int, start: int, pages: NDArray[np.intp], target: int) -> No
                 data = os.pread(source, min(_AT_ONCE, end - at), start + at)
                 if not data:
                     raise EngineError(f"the memory of QEMU process {pid} cannot be read")
-                os.pwrite(target, data, at)
+                _write(target, data, at)
                 at += len(data)

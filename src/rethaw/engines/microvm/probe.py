@@ -54,7 +54,7 @@ def _rootfs(where: Path) -> None:
     shutil.copy(program, where / "usr/bin/python3")
     library = Path("/usr/lib") / program.name
     shutil.copytree(library, where / library.relative_to("/"), ignore=shutil.ignore_patterns(*_LEFT_OUT), symlinks=True)
-    objects = [str(program), *map(str, (library / "lib-dynload").glob("_struct*.so")), *_extensions(library)]
+    objects = [str(program), *_extensions(library)]
     listing = subprocess.run(["ldd", *objects], capture_output=True, text=True, check=False).stdout
     for found in set(re.findall(r"(/[^\s():]+\.so[^\s():]*)", listing)):
         target = where / found.lstrip("/")

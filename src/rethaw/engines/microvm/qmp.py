@@ -24,9 +24,13 @@ class Qmp:
     async def connect(cls, ours: socket.socket, timeout_s: float) -> Qmp:
         """Once QEMU has said hello. Raises EngineError after `timeout_s`."""
         session = cls(*await asyncio.open_connection(sock=ours, limit=MAX_LINE))
-        if "QMP" not in await session._line(timeout_s):
-            raise EngineError("QEMU's control socket does not speak QMP")
-        await session.run("qmp_capabilities", timeout_s=timeout_s)
+        try:
+            if "QMP" not in await session._line(timeout_s):
+                raise EngineError("QEMU's control socket does not speak QMP")
+            await session.run("qmp_capabilities", timeout_s=timeout_s)
+        except BaseException:
+            session.close()
+            raise
         return session
 
     async def _line(self, timeout_s: float) -> dict[str, Any]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MEMORY, DISK, STATE = "memory.img", "disk.img", "machine.img"
 SECTIONS = (MEMORY, DISK, STATE)
 PAGED = frozenset({MEMORY, DISK})
-STATE_MOST = 16 << 20  # bytes; 4-60 KB were seen
+STATE_MOST = 16 << 20  # bytes
 ANSWER_S = 20.0
 _ENTROPY = 64
 _ADDRESS = re.compile(r"\bis (0x[0-9a-f]{1,16})\b")
@@ -83,6 +83,7 @@ class QemuSandbox:
         self._saving = asyncio.Lock()
         self._cleaning: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._answers: asyncio.Queue[str] = asyncio.Queue()
         self._qmp: Qmp | None = None
         self._start: int | None = None  # of the guest's memory, in QEMU's
@@ -262,12 +263,12 @@ class QemuSandbox:
         os.close(self._pidfd)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
-        self._loop.create_task(self._take_leave())
+        self._leaving = self._loop.create_task(self._take_leave())
 
     async def _take_leave(self) -> None:
-        """What the guest said last may still lie in the pipe."""
-        if self._ended is None and not self._killed:
-            await asyncio.sleep(0.02)
+        """What the guest said last may still lie in the socket, which has its end now."""
+        if self._listening is not None:
+            await asyncio.wait([self._listening], timeout=1.0)
         self.log.drain()
         self._console.drain()
         code, oom = self._ended or (None, self.group.oom_kills() > 0)
