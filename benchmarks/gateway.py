@@ -231,10 +231,14 @@ class Stream:
         assert status == 200
 
     async def write(self, data: bytes) -> None:
+        self.offer(data)
+
+    def offer(self, data: bytes) -> bool:
         self._seen.take(data)
         if self._first:
             self._seen.first.append(time.perf_counter() - self._started)
             self._first = False
+        return True
 
     async def end(self) -> None: ...
 

@@ -373,6 +373,13 @@ class FakeStream:
         assert self.call.head is not None and not self.call.ended
         self.call.data += data
 
+    def offer(self, data: bytes) -> bool:
+        if self.dead or not self.credit.is_set():
+            return False
+        assert self.call.head is not None and not self.call.ended
+        self.call.data += data
+        return True
+
     async def end(self) -> None:
         self._alive()
         self.call.ended = True

@@ -15,7 +15,7 @@ from rethaw.gateway.intake import Intake
 from rethaw.gateway.local import refusal
 from rethaw.gateway.notes import Notes
 from rethaw.gateway.request import Request, parse
-from rethaw.gateway.run import Broken, Client, Run
+from rethaw.gateway.run import Broken, Client, Reader, Run
 from rethaw.gateway.shared import Shared
 from rethaw.gateway.tail import Tail
 from rethaw.model import faults
@@ -355,12 +355,12 @@ class SessionGateway:
             raise Broken(run.error or "no answer")
         if run.meta.model_call and not stream.head_received:
             self.note(life, EventType.EXCHANGE_RELEASED, {"exchange": run.id}, key=f"released:{run.id}")
-        start = offset = stream.received
+        start, reader = stream.received, Reader(stream.received, stream.offer)
         if not stream.head_received:
             await stream.head(run.head.status, run.head.reason, run.head.headers)
-        while data := await run.read(offset):
+        while data := await run.read(reader):
             await stream.write(data)
-            offset += len(data)
+            reader.offset += len(data)
         await self._note_served(life, run, start)
         await stream.end()
         if run.live and run.state is ExchangeState.COMPLETE and run.meta.model_call:

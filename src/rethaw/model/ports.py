@@ -255,6 +255,10 @@ class GuestStream(Protocol):
         """Response bytes that follow `received`, waiting for credit."""
         ...
 
+    def offer(self, data: bytes) -> bool:
+        """Like `write`, at once; False, and nothing is taken, when that would have to wait or raise."""
+        ...
+
     async def end(self) -> None: ...
 
     async def reset(self, why: str) -> None:

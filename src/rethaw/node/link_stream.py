@@ -174,6 +174,15 @@ class Stream:
             self._mux.wake(self._out)
             self._flush()
 
+    def offer(self, data: bytes) -> bool:
+        if self._why is not None or self.over or self._out.room < len(data):
+            return False
+        self._out.write(data)
+        self.received += len(data)
+        self._mux.wake(self._out)
+        self._flush()
+        return True
+
     async def end(self) -> None:
         self._writable()
         self._out.finish()
