@@ -1,8 +1,9 @@
 """How long until a killed agent goes on, after 10, 100 and 1,000 turns? `python -m benchmarks.recovery --json`, as root.
 
-An agent with an ever longer conversation; at each milestone its sandbox is killed with SIGKILL five times, a turn
-apart, while it waits for a signal. `recover_ms`: from the kill to the first byte the agent writes in its next life
-(median of five, by turns). `repeated_calls`: calls that reached the provider beyond one for each turn. `flatness`:
+An agent with an ever longer conversation; at each milestone its sandbox is killed with SIGKILL nine times, a turn
+apart, while it waits for a signal and the node has a sandbox created ahead, as it has from a quarter of a second after
+the last restore on (kills in quicker succession take the 100 ms more of making one). `recover_ms`: from the kill to the first byte the agent writes in its next life
+(median of nine, by turns). `repeated_calls`: calls that reached the provider beyond one for each turn. `flatness`:
 `recover_ms` at the last milestone by that at the first. Recovery reads one snapshot and the log's tail, whose lengths
 do not grow with the turns, except for the conversation in the agent's own memory.
 """
@@ -45,7 +46,7 @@ def bench(ctx, turns, stops):
             ctx.wait(f"go-{turn}")
     return len(messages)
 """
-KILLS = 5
+KILLS = 9
 
 
 def answer(request: ProviderRequest) -> Reply:
@@ -73,9 +74,13 @@ class Bench:
         found: int = self.server.request("GET", f"/v1/sessions/{self.session}")["last_seq"]
         return found
 
+    def ahead(self) -> bool:
+        return any(processes.state_of(b.pid) == "T" for b in processes.gvisor(self.server.data_dir / "run"))
+
     def kill(self, turn: int) -> float:
         """Milliseconds from the kill to the agent's first output after it."""
         processes.wait_until(lambda: self.waits(turn), 1200, f"turn {turn}")
+        processes.wait_until(self.ahead, 30, "a sandbox created ahead")
         (box,) = self.server.sandboxes()
         after = self.last_seq()
         start = time.monotonic()
