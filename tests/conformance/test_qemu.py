@@ -50,7 +50,7 @@ async def test_the_disk_goes_with_the_snapshot(boot: Boot, engine: Engine, spec:
         box, "import os; gone = open('/srv/gone', 'w+'); gone.write('still here'); gone.flush(); os.unlink('/srv/gone')"
     )
     saved = await box.capture(staging / "one")
-    assert saved.sections["disk.img"].stat().st_blocks * 512 < 64 << 20, "sparse"
+    assert saved.sections["disk.img"].stat().st_size < 64 << 20, "without holes"
     one, two = [await boot(await restored(engine, spec, saved)) for _ in range(2)]
     await ask(one, "open('/srv/file', 'a').write('one')")
     assert await ask(two, "len(open('/srv/file').read())") == 300_000

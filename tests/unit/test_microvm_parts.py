@@ -7,14 +7,16 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rethaw.engines.microvm import initramfs, memory, tsc
+from rethaw.engines.microvm import initramfs, layout, memory, tsc
+from rethaw.engines.microvm.layout import PAGE
 from rethaw.engines.microvm.qmp import MAX_LINE, Qmp
 from rethaw.model.errors import EngineError
 
@@ -34,10 +36,10 @@ def test_a_part_that_was_written_is_not_taken_for_the_whole(monkeypatch: pytest.
     """A file system that is nearly full takes a part of a write."""
     honest = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: honest(fd, bytes(data)[:1000], at))
-    (tmp_path / "source").write_bytes(os.urandom(3 * memory.PAGE))
+    (tmp_path / "source").write_bytes(os.urandom(3 * PAGE))
     with (tmp_path / "target").open("w+b") as f:
-        f.truncate(3 * memory.PAGE)
-        memory.copy_data(tmp_path / "source", f.fileno())
+        f.truncate(3 * PAGE)
+        layout.scatter(tmp_path / "source", np.arange(3, dtype=np.int32), f.fileno())
     assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
 
 
@@ -46,27 +48,57 @@ def test_the_time_stamp_counter_is_measured() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 4)), max_size=6))
-def test_holes_stay_holes(parts: list[tuple[int, int]]) -> None:
-    source = os.memfd_create("source")
-    target = os.memfd_create("target")
+def test_holes_cost_nothing_and_everything_comes_back(parts: list[tuple[int, int]]) -> None:
+    source, packed, target = (os.memfd_create(name) for name in ("source", "packed", "target"))
     try:
         for fd in (source, target):
-            os.ftruncate(fd, 64 * memory.PAGE)
+            os.ftruncate(fd, 64 * PAGE)
         for at, count in parts:
-            os.pwrite(source, os.urandom(count * memory.PAGE), at * memory.PAGE)
-        copied = memory.copy_data(source, target)
-        assert os.pread(source, 64 * memory.PAGE, 0) == os.pread(target, 64 * memory.PAGE, 0)
-        assert copied == os.fstat(source).st_blocks * 512
+            os.pwrite(source, os.urandom(count * PAGE), at * PAGE)
+        pages = layout.written(source)
+        layout.gather(source, 0, pages, np.arange(len(pages)), packed)
+        assert os.fstat(packed).st_size == os.fstat(source).st_blocks * 512 == len(pages) * PAGE
+        layout.scatter(Path(f"/proc/self/fd/{packed}"), pages, target)
+        assert os.pread(source, 64 * PAGE, 0) == os.pread(target, 64 * PAGE, 0)
     finally:
-        os.close(source)
-        os.close(target)
+        for fd in (source, packed, target):
+            os.close(fd)
+
+
+DAMAGES: list[tuple[Callable[[Path, Path, Path], object], str]] = [
+    (lambda m, d, t: t.write_bytes(b"RTPAGES9" + t.read_bytes()[8:]), "no map"),
+    (lambda m, d, t: t.write_bytes(t.read_bytes()[:-1]), "no map"),
+    (lambda m, d, t: t.write_bytes(t.read_bytes()[:10]), "pages.map"),
+    (lambda m, d, t: t.write_bytes(t.read_bytes()[:-4] + b"\xff\xff\xff\xff"), "cannot be"),
+    (lambda m, d, t: t.write_bytes(t.read_bytes()[:-4] + (9).to_bytes(4, "little")), "cannot be"),
+    (lambda m, d, t: t.write_bytes(t.read_bytes()[:-4] + bytes(4)), "cannot be"),
+    (lambda m, d, t: m.write_bytes(b"x"), "memory.img has 1 bytes"),
+    (lambda m, d, t: d.unlink(), "pages.map"),
+    (lambda m, d, t: t.unlink(), "pages.map"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGES)
+def test_a_map_that_does_not_fit_is_refused(
+    change: Callable[[Path, Path, Path], object], said: str, tmp_path: Path
+) -> None:
+    memory_file, disk_file, map_file = tmp_path / "memory.img", tmp_path / "disk.img", tmp_path / "pages.map"
+    whole = layout.Layout(8 * PAGE, 9 * PAGE, np.array([3, 1], np.int32), np.array([0, 7], np.int32))
+    memory_file.write_bytes(bytes(2 * PAGE))
+    disk_file.write_bytes(bytes(2 * PAGE))
+    map_file.write_bytes(whole.encode())
+    found = layout.read(map_file, memory_file, disk_file)
+    assert (found.memory.tolist(), found.disk.tolist()) == ([3, 1], [0, 7])
+    change(memory_file, disk_file, map_file)
+    with pytest.raises(EngineError, match=said):
+        layout.read(map_file, memory_file, disk_file)
 
 
 def test_what_is_sealed_cannot_be_changed(tmp_path: Path) -> None:
-    (tmp_path / "source").write_bytes(b"abc" * 5000)
-    fd = memory.sealed(tmp_path / "source", 5 * memory.PAGE)
+    (tmp_path / "source").write_bytes(b"abcd" * 1024)
+    fd = memory.sealed(tmp_path / "source", np.array([2], np.int32), 5 * PAGE)
     try:
-        assert os.pread(fd, 15000, 0) == b"abc" * 5000
+        assert os.pread(fd, 5 * PAGE, 0) == bytes(2 * PAGE) + b"abcd" * 1024 + bytes(2 * PAGE)
         for change in (lambda: os.pwrite(fd, b"x", 0), lambda: os.ftruncate(fd, 0), lambda: os.ftruncate(fd, 1 << 20)):
             with pytest.raises(PermissionError):
                 change()

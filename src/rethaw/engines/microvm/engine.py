@@ -15,10 +15,10 @@ from typing import Any, cast
 from rethaw.engines import cgroups as cgroup_layout
 from rethaw.engines.base import CAPABILITIES, OPEN_FILES, ProbeReport, SandboxSpec
 from rethaw.engines.home import Home
-from rethaw.engines.microvm import initramfs, machine, memory, tsc
+from rethaw.engines.microvm import initramfs, layout, machine, memory, tsc
 from rethaw.engines.microvm.assets import REMEDY, Assets, Kernel
 from rethaw.engines.microvm.qmp import Qmp
-from rethaw.engines.microvm.sandbox import DISK, MEMORY, SECTIONS, STATE, Made, QemuSandbox
+from rethaw.engines.microvm.sandbox import DISK, MAP, MEMORY, SECTIONS, STATE, Made, QemuSandbox
 from rethaw.model import faults
 from rethaw.model.errors import EngineError, EngineMismatch, EngineUnusable
 from rethaw.model.ids import new_id
@@ -97,7 +97,7 @@ class QemuEngine:
         kernel = await self._open()
         faults.point("engine.boot.before")
         blank = await self.assets.blank(DISK_BYTES)
-        sandbox = await self._start(spec, kernel, None, blank)
+        sandbox = await self._start(spec, kernel, blank, None, None)
         try:
             await sandbox.connect(START_TIMEOUT_S)
             try:
@@ -120,7 +120,10 @@ class QemuEngine:
             if name not in sections or not sections[name].is_file():
                 raise EngineError(f"section {name} is missing", remedy="restore an older snapshot")
         faults.point("engine.restore.before")
-        sandbox = await self._start(spec, kernel, sections, sections[DISK])
+        pages = layout.read(sections[MAP], sections[MEMORY], sections[DISK])
+        if pages.memory_bytes != _size(spec):
+            raise EngineError(f"section {MEMORY} is not the memory of a guest of {spec.memory_bytes // MIB} MiB")
+        sandbox = await self._start(spec, kernel, sections[DISK], pages, sections)
         try:
             qmp = await sandbox.connect(START_TIMEOUT_S)
             await _loaded(qmp)
@@ -133,12 +136,16 @@ class QemuEngine:
         return sandbox
 
     async def _start(
-        self, spec: SandboxSpec, kernel: Kernel, sections: dict[str, Path] | None, disk: Path
+        self,
+        spec: SandboxSpec,
+        kernel: Kernel,
+        disk: Path,
+        pages: layout.Layout | None,
+        sections: dict[str, Path] | None,
     ) -> QemuSandbox:
+        """`disk`: a whole one, or with `pages` what is on it."""
         id = new_id("sb")
         size = _size(spec)
-        if sections is not None and sections[MEMORY].stat().st_size != size:
-            raise EngineError(f"section {MEMORY} is not the memory of a guest of {spec.memory_bytes // MIB} MiB")
         image = await self.assets.image(spec.image_digest, spec.rootfs)
         directory = self._home.path / id
         try:
@@ -155,9 +162,15 @@ class QemuEngine:
 
                 directory.mkdir(parents=True, mode=0o700)
                 own = kept(os.open(directory / "disk", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), ours)
-                os.ftruncate(own, disk.stat().st_size)
-                memory.copy_data(disk, own)
-                held = None if sections is None else kept(memory.sealed(sections[MEMORY], size), ours)
+                held, state = None, None
+                if pages is None or sections is None:
+                    os.ftruncate(own, disk.stat().st_size)
+                    memory.copy_disk(disk, own)
+                else:
+                    os.ftruncate(own, pages.disk_bytes)
+                    layout.scatter(disk, pages.disk, own)
+                    held = kept(memory.sealed(sections[MEMORY], pages.memory, size), ours)
+                    state = kept(os.open(sections[STATE], os.O_RDONLY | os.O_CLOEXEC), theirs)
                 saved = kept(os.memfd_create("state", os.MFD_CLOEXEC), ours)
                 image_fd = kept(os.open(kernel.image, os.O_RDONLY | os.O_CLOEXEC), theirs)
                 initrd = kept(os.memfd_create("initrd", os.MFD_CLOEXEC), theirs)
@@ -165,7 +178,6 @@ class QemuEngine:
                     f.write(kernel.initramfs.read_bytes())
                     f.write(initramfs.of_one(_config(spec), spec.hostname))
                 base = kept(os.open(image, os.O_RDONLY | os.O_CLOEXEC), theirs)
-                state = None if sections is None else kept(os.open(sections[STATE], os.O_RDONLY | os.O_CLOEXEC), theirs)
                 pairs = {name: socket.socketpair() for name in machine.SOCKETS}
                 for here, there in pairs.values():
                     theirs.callback(there.close)
@@ -178,7 +190,8 @@ class QemuEngine:
                 pid = machine.start(argv, machine.new_user(), files.all(), directory / "stderr", groups)
                 ours.pop_all()
                 sockets = {name: here for name, (here, _) in pairs.items()}
-                return Made(directory, pid, group, sockets, held, size, own, saved)
+                known = layout.NONE if pages is None else pages.memory
+                return Made(directory, pid, group, sockets, held, known, size, own, saved)
 
         try:
             made = await asyncio.to_thread(start)

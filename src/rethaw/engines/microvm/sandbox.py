@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from rethaw.engines import processes
 from rethaw.engines.base import Capture, Exit
 from rethaw.engines.cgroups import Group
 from rethaw.engines.guestlog import GuestLog
-from rethaw.engines.microvm import machine, memory
+from rethaw.engines.microvm import layout, machine, memory
+from rethaw.engines.microvm.layout import PAGE, Layout, Pages
 from rethaw.engines.microvm.qmp import Qmp
 from rethaw.model import faults
 from rethaw.model.errors import EngineError, StorageFull
@@ -28,8 +31,8 @@ from rethaw.model.errors import EngineError, StorageFull
 if TYPE_CHECKING:
     from rethaw.engines.base import Exec, SandboxSpec, Terminal
 
-MEMORY, DISK, STATE = "memory.img", "disk.img", "machine.img"
-SECTIONS = (MEMORY, DISK, STATE)
+MEMORY, DISK, MAP, STATE = "memory.img", "disk.img", "pages.map", "machine.img"
+SECTIONS = (MEMORY, DISK, MAP, STATE)
 PAGED = frozenset({MEMORY, DISK})
 STATE_MOST = 16 << 20  # bytes
 ANSWER_S = 20.0
@@ -41,13 +44,15 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Made:
     """What the engine made for a sandbox. Descriptors: `memory`, the file that its memory was mapped from, if it was
-    restored; `own`, its disk; `saved`, where QEMU writes its state. `sockets`: our ends, by name."""
+    restored (`known`: the pages that it has); `own`, its disk; `saved`, where QEMU writes its state. `sockets`: our ends,
+    by name."""
 
     directory: Path
     pid: int
     group: Group
     sockets: dict[str, socket.socket]
     memory: int | None
+    known: Pages
     size: int
     own: int
     saved: int
@@ -180,7 +185,7 @@ class QemuSandbox:
                     qmp.run("xen-save-devices-state", filename=f"/proc/self/fd/{self._made.saved}", live=False)
                 )
                 start = await self._or_death(self._memory_start(qmp))
-                await asyncio.to_thread(self._copy_written, directory, start)
+                pages = await asyncio.to_thread(self._copy_written, directory, start)
             finally:
                 await self._or_death(qmp.run("cont"))
         finally:
@@ -193,6 +198,7 @@ class QemuSandbox:
         if not 0 < size <= STATE_MOST:
             raise EngineError(f"the state of sandbox {self.id} has {size} bytes, at most {STATE_MOST} are allowed")
         (directory / STATE).write_bytes(os.pread(self._made.saved, size, 0))
+        (directory / MAP).write_bytes(pages.encode())
         faults.point("engine.capture.after")
         sections = {name: directory / name for name in SECTIONS}
         raw_bytes = sum(path.stat().st_size for path in sections.values())
@@ -201,9 +207,9 @@ class QemuSandbox:
     def _copy_former(self, target: Path) -> None:
         """What cannot change any more, before the guest has to wait."""
         with target.open("wb", buffering=0) as f:
-            f.truncate(self._made.size)
             if self._made.memory is not None:
-                memory.copy_data(self._made.memory, f.fileno())
+                known = self._made.known
+                layout.gather(self._made.memory, 0, known, np.arange(len(known)), f.fileno())
 
     async def _memory_start(self, qmp: Qmp) -> int:
         """Where QEMU has the guest's memory."""
@@ -215,13 +221,20 @@ class QemuSandbox:
             self._start = int(found.group(1), 16)
         return self._start
 
-    def _copy_written(self, directory: Path, start: int) -> None:
-        pages = memory.written(self.pid, start, self._made.size)
+    def _copy_written(self, directory: Path, start: int) -> Layout:
+        known, size = self._made.known, self._made.size
+        pages = memory.written(self.pid, start, size)
+        place = np.full(size // PAGE, -1, dtype=np.intp)
+        place[known] = np.arange(len(known))
+        new = pages[place[pages] < 0]
+        place[new] = len(known) + np.arange(len(new))
         with (directory / MEMORY).open("r+b", buffering=0) as f:
-            memory.copy_pages(self.pid, start, pages, f.fileno())
+            memory.copy_written(self.pid, start, pages, place[pages], f.fileno())
         with (directory / DISK).open("wb", buffering=0) as f:
-            f.truncate(os.fstat(self._made.own).st_size)
-            memory.copy_data(self._made.own, f.fileno())
+            disk = layout.written(self._made.own)
+            layout.gather(self._made.own, 0, disk, np.arange(len(disk)), f.fileno())
+        whole = np.concatenate([known, new.astype(np.int32)])
+        return Layout(size, os.fstat(self._made.own).st_size, whole, disk)
 
     # ------------------------------------------------------------------ programs beside the guest's own
 
