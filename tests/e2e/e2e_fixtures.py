@@ -118,7 +118,7 @@ class Session:
         assert found["state"] == "completed", (found, self.view, self.output("stderr"))
         return found["result"]
 
-    def sandbox(self) -> processes.GvisorProcess:
+    def sandbox(self) -> processes.Box:
         (box,) = [b for b in self.house.server.sandboxes() if processes.alive(b.pid)]
         return box
 

@@ -297,7 +297,12 @@ def main(ctx):
     ask("secrets")
     links = open("/proc/net/dev").read()
     # Backwards, so that looking for it does not put it into memory.
-    found = [p for p in os.listdir("/proc") if p.isdigit() and b"yek-redivorp-terces" in open("/proc/%s/environ" % p, "rb").read()[::-1]]
+    def environ(p):
+        try:
+            return open("/proc/%s/environ" % p, "rb").read()
+        except OSError:  # of a kernel's thread, or of one with more rights
+            return b""
+    found = [p for p in os.listdir("/proc") if p.isdigit() and b"yek-redivorp-terces" in environ(p)[::-1]]
     return {"links": [l.split(":")[0].strip() for l in links.splitlines()[2:]], "found": found, "key": os.environ["OPENAI_API_KEY"]}
 """
     session = home.agent(code)

@@ -84,6 +84,7 @@ def _spawn(settings: Config) -> dict[str, Any]:
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / "server.log"
     command = [sys.executable, "-m", "rethaw.cli.main", "up", "--data-dir", str(settings.data_dir)]
+    command += ["--engine", settings.engine]
     command += ["--listen", f"[{settings.host}]:{settings.port}" if ":" in settings.host else _listen(settings)]
     if settings.source is not None:
         command += ["--config", str(settings.source)]

@@ -28,10 +28,19 @@ OPEN_FILES = 65536
 
 
 @dataclass(frozen=True)
+class Base:
+    """A tree, by digest."""
+
+    digest: str
+    rootfs: Path
+
+
+@dataclass(frozen=True)
 class SandboxSpec:
     """All that a sandbox is made of. Equal specs can share sandboxes created ahead, so nothing about a session is here.
 
-    `memory_bytes` is what the guest may use; the engine adds its own overhead to the limit it sets on the host.
+    `memory_bytes` is what the guest may use; the engine adds its own overhead to the limit it sets on the host. `base`: the
+    tree that `rootfs` was made from by adding to it, whose files it links to.
     """
 
     image_digest: str
@@ -41,6 +50,7 @@ class SandboxSpec:
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...] = ()
     hostname: str = "agent"
+    base: Base | None = None
 
     def environment(self) -> dict[str, str]:
         """`env`, and what every program expects."""
@@ -240,6 +250,10 @@ class Engine(Protocol):
 
     async def prune_builds(self, keep: set[str]) -> list[str]:
         """Remove kept binaries that no snapshot needs any more (`keep`: digests that some does); their digests."""
+        ...
+
+    async def prune_images(self, keep: set[str]) -> None:
+        """Remove what was made of images that nobody needs any more (`keep`: digests of those that somebody does)."""
         ...
 
     async def sweep_orphans(self) -> int:

@@ -137,6 +137,20 @@ class ImageStore:
 
         return await asyncio.to_thread(look)
 
+    async def base(self, digest: str) -> tuple[str, Path] | None:
+        """Digest and tree of the image that the tree `digest` was composed from; None when there is none any more."""
+
+        def look() -> tuple[str, Path] | None:
+            try:
+                about = json.loads((self._home / digest / "manifest.json").read_text())
+                image = str(about["image"])
+            except (OSError, ValueError, KeyError, TypeError):
+                return None
+            whole = (self._home / image / "manifest.json").exists()
+            return (image, self._home / image / "rootfs") if whole else None
+
+        return await asyncio.to_thread(look)
+
     # ------------------------------------------------------------------ building
 
     async def _build(

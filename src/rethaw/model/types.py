@@ -32,6 +32,9 @@ class ImageSpec(Wire):
     env: dict[str, str] = Field(default_factory=dict[str, str])
 
 
+EngineName = Literal["gvisor", "qemu"]
+
+
 class AgentSpec(Wire):
     """An agent's definition. `code` is the digest of a tar.gz of files that appear under /app."""
 
@@ -52,6 +55,7 @@ class AgentSpec(Wire):
     grace_s: float = 10.0  # between SIGTERM and SIGKILL on cancel
     keep_all_s: float = 86_400.0  # every snapshot this young is kept, older ones one an hour ...
     keep_bytes: int = 5 * 1024 * MIB  # ... as long as they add up to no more than this; needed and pinned ones always
+    engine: EngineName | None = None  # None: the node's default
     template: Literal["none", "auto"] = "none"  # auto: the first start of it makes a template, later ones begin there
 
 

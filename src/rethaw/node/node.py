@@ -44,7 +44,7 @@ class Node:
         """Remove what a dead process of this data directory left, then register: from here on sessions may come."""
         parts = self._parts
         await asyncio.to_thread(parts.store.open)
-        swept = await parts.engine.sweep_orphans()
+        swept = await parts.engines.sweep_orphans()
         if swept:
             log.info("removed %d sandboxes of an earlier process", swept)
         if parts.store.remote is not None:
@@ -56,7 +56,7 @@ class Node:
                 id=parts.node,
                 incarnation=parts.incarnation,
                 data_dir=str(parts.data_dir),
-                engines=(parts.engine.name,),
+                engines=parts.engines.names,
                 memory_bytes=memory,
             )
         )
@@ -73,7 +73,7 @@ class Node:
         """In order: each session is saved and told `node_stopped`, so that it resumes when the node is back."""
         await asyncio.gather(*(self._put_down(s) for s in self._supervisors.values()), return_exceptions=True)
         await self._parts.gateway.close()
-        await self._parts.engine.close()
+        await self._parts.engines.close()
         if self._parts.store.remote is not None:
             await self._parts.store.remote.close()
         self._parts.store.close()
@@ -170,10 +170,11 @@ class Node:
                     await parts.store.delete(info.id)
                     await parts.catalog.forget(info.id)
                 builds, images = await parts.catalog.needed(parts.node)
-                await parts.engine.prune_builds(builds | {await parts.engine.build()})
                 lives = {s.life.image for s in self._supervisors.values() if s.life is not None}
-                if "RETHAW_IMAGES" not in os.environ:  # else others use that directory too
+                shared = "RETHAW_IMAGES" in os.environ  # then others use that directory too
+                if not shared:
                     await parts.images.prune(images | lives, spare=_SPARE_IMAGES)
+                await parts.engines.prune(builds, None if shared else images | lives)
                 await parts.store.collect(await parts.catalog.ids(parts.node), _PARTIAL_AGE)
             except RethawError as error:
                 log.info("nothing collected: %s", error)

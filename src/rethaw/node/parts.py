@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rethaw.engines.base import Engine, SandboxSpec
+from rethaw.engines.base import Base, SandboxSpec
+from rethaw.engines.several import Engines
 from rethaw.gateway.gateway import Gateway
 from rethaw.images.builder import ImageStore
 from rethaw.model.ports import ControlPlane, LogSink, SnapshotCatalog
@@ -35,7 +36,7 @@ class Parts:
     node: str
     incarnation: str
     data_dir: Path
-    engine: Engine
+    engines: Engines
     images: ImageStore
     store: SnapshotStore
     gateway: Gateway
@@ -46,7 +47,8 @@ class Parts:
     timing: Timing = field(default_factory=Timing)
     ahead: int = 1  # sandboxes created ahead for each spec in use
 
-    def sandbox_spec(self, image_digest: str, rootfs: Path, memory_bytes: int, pids: int) -> SandboxSpec:
+    async def sandbox_spec(self, image_digest: str, rootfs: Path, memory_bytes: int, pids: int) -> SandboxSpec:
+        base = await self.images.base(image_digest)
         return SandboxSpec(
             image_digest=image_digest,
             rootfs=rootfs,
@@ -54,4 +56,5 @@ class Parts:
             pids=pids,
             argv=GUEST_ARGV,
             env=(("PATH", GUEST_PATH), ("LANG", "C.UTF-8"), ("HOME", "/root")),
+            base=None if base is None else Base(*base),
         )

@@ -237,7 +237,7 @@ class Saver:
 
     async def _commit(self, c: _Captured, why: str) -> SnapshotInfo:
         parts = self._parts
-        await parts.engine.keep_build()
+        await parts.engines.of(c.capture.engine).keep_build()
         info = SnapshotInfo(
             id=c.snapshot,
             session=self._fence.session,

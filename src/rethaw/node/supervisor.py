@@ -143,7 +143,7 @@ class Supervisor:
                     data={
                         "attempt": a.attempt,
                         "fresh": bool(a.boot and a.boot.fresh),
-                        "engine": self._parts.engine.name,
+                        "engine": self._parts.engines.of(a.agent.engine).name,
                     },
                     key=f"attempt:{a.generation}",
                 )
@@ -210,7 +210,7 @@ class Supervisor:
                 f"snapshot {snapshot.id} needs image {snapshot.image[:12]}, this node can only make {digest[:12]}",
                 remedy="boot the session fresh",
             )
-        return self._parts.sandbox_spec(digest, rootfs, agent.memory_bytes, agent.pids)
+        return await self._parts.sandbox_spec(digest, rootfs, agent.memory_bytes, agent.pids)
 
     def _session_gateway(self, agent: AgentSpec) -> SessionGateway:
         if self._gateway is None:
@@ -220,7 +220,8 @@ class Supervisor:
     async def _boot(self, a: Assignment) -> Life:
         faults.point("supervisor.boot")
         spec = await self._sandbox_spec(a.agent, None)
-        sandbox = await self._parts.engine.boot(spec)
+        engine = self._parts.engines.of(a.agent.engine)
+        sandbox = await engine.boot(spec)
         life = self._new_life(a, sandbox, spec)
         try:
             life.gateway.attach(life.fence, a.attempt, life.saver, self, branch=a.branch)
@@ -230,17 +231,18 @@ class Supervisor:
             await life.close()
             raise
         self._adopt(life)
-        await self._parts.engine.prepare(spec, self._parts.ahead)
+        await engine.prepare(spec, self._parts.ahead)
         return life
 
     async def _restore(self, a: Assignment) -> Life:
         assert a.snapshot is not None
         faults.point("supervisor.restore")
         spec = await self._sandbox_spec(a.agent, a.snapshot)
+        engine = self._parts.engines.of(a.snapshot.engine)
         sections = await loading.sections(self._parts.store, a.snapshot, lambda: not self._queue.empty())
         try:
             faults.point("supervisor.loaded")
-            sandbox = await self._parts.engine.restore(
+            sandbox = await engine.restore(
                 spec, sections, build=a.snapshot.engine_build, cpu=a.snapshot.cpu, clock=a.snapshot.clock
             )
         finally:
@@ -255,7 +257,7 @@ class Supervisor:
             await life.close()
             raise
         self._adopt(life)
-        await self._parts.engine.prepare(spec, self._parts.ahead)
+        await engine.prepare(spec, self._parts.ahead)
         return life
 
     def _new_life(self, a: Assignment, sandbox: Sandbox, spec: SandboxSpec) -> Life:

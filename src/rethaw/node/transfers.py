@@ -51,10 +51,11 @@ class Transfers:
             }  # fmt: skip
             if agent.code is not None:
                 self._keep_code(agent.code, found.extra.get("code"))
-            if not await parts.engine.fits(info.engine_build, info.cpu):
+            engine = parts.engines.of(info.engine)
+            if not await engine.fits(info.engine_build, info.cpu):
                 raise EngineMismatch(
                     f"this snapshot needs the {info.engine} build {info.engine_build[:12]}, this node has "
-                    f"{(await parts.engine.build())[:12]}",
+                    f"{(await engine.build())[:12]}",
                     remedy=f"put that build as {parts.data_dir}/engines/{info.engine_build}/runsc",
                     build=info.engine_build,
                 )

@@ -27,6 +27,7 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 TEMPLATES = ("none", "auto")
+ENGINES = ("gvisor", "qemu")
 DURABILITIES = ("local", "replicated", "relaxed")
 
 
@@ -49,6 +50,7 @@ class Options:
     keep_snapshots: float = 86_400.0
     keep_size: int = 5 << 30
     template: str = "none"
+    engine: str | None = None
 
     def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
         """The wire form, for a Python function (`entry` in `code`) or for a command."""
@@ -74,6 +76,7 @@ class Options:
             keep_all_s=self.keep_snapshots,
             keep_bytes=self.keep_size,
             template=cast("Any", self.template),
+            engine=cast("Any", self.engine),
         )
 
 
@@ -94,12 +97,15 @@ def options(
     keep_snapshots: Duration = "24h",
     keep_size: str | int = "5GiB",
     template: str = "none",
+    engine: str | None = None,
 ) -> Options:
     """Check what a person wrote. Raises InvalidInput naming the value and the remedy."""
     if not name or len(name) > 128 or not all(c.isalnum() or c in "._-" for c in name) or not name[0].isalnum():
         raise InvalidInput(f"{name!r} is not an agent's name", remedy="use letters, digits, '.', '_' and '-'")
     if durability not in DURABILITIES:
         raise InvalidInput(f"durability {durability!r} is unknown", remedy=f"use one of {', '.join(DURABILITIES)}")
+    if engine is not None and engine not in ENGINES:
+        raise InvalidInput(f"engine {engine!r} is unknown", remedy=f"use one of {', '.join(ENGINES)}")
     if template not in TEMPLATES:
         raise InvalidInput(f"template {template!r} is unknown", remedy=f"use one of {', '.join(TEMPLATES)}")
     if isinstance(pids, bool) or not isinstance(pids, int) or pids < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -122,6 +128,7 @@ def options(
         keep_snapshots=seconds(keep_snapshots),
         keep_size=size_bytes(keep_size),
         template=template,
+        engine=engine,
     )
 
 
@@ -264,6 +271,7 @@ def agent(
     keep_snapshots: Duration = "24h",
     keep_size: str | int = "5GiB",
     template: str = "none",
+    engine: str | None = None,
 ) -> _Decorator: ...
 def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
     """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments.
@@ -274,6 +282,7 @@ def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = N
     a provider's "later" is waited for. `max_duration`: of the session. `grace`: from SIGTERM to SIGKILL on cancel.
     `keep_snapshots`: every snapshot this young is kept, of older ones one an hour, within `keep_size` in all.
     `template="auto"`: the first start makes a template of the agent, with its file imported; later ones begin there.
+    `engine`: "gvisor", or "qemu" for a microVM with a kernel of its own; None takes the server's default.
     """
 
     def make(f: Callable[..., Any]) -> Agent[..., Any]:

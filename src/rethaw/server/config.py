@@ -31,7 +31,9 @@ SETTINGS: dict[str, str] = {
     "public_url": "RETHAW_PUBLIC_URL",
     "database_url": "DATABASE_URL",
     "log_level": "RETHAW_LOG_LEVEL",
+    "engine": "RETHAW_ENGINE",
 }
+ENGINES = ("gvisor", "qemu")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Config:
     database_url: str | None
     log_level: int
     providers: Providers
+    engine: str = ENGINES[0]  # of agents that do not say which
     source: Path | None = None
     snapshots: SnapshotSettings = field(default_factory=SnapshotSettings)
 
@@ -97,6 +100,7 @@ def load(
         public_url=_public_url(*value("public_url", None)),
         database_url=_database_url(*value("database_url", None)),
         log_level=_log_level(*value("log_level", "info")),
+        engine=_engine(*value("engine", ENGINES[0])),
         providers=_providers(table.get("providers", {}), where, env),
         source=source,
         snapshots=snapshot_settings(table.get("snapshots", {}), where, env),
@@ -160,6 +164,12 @@ def _database_url(text: str | None, where: str) -> str | None:
         raise InvalidInput(
             f"{where} is not a PostgreSQL URL", remedy='write it like "postgresql://user:password@host:5432/database"'
         )
+    return text
+
+
+def _engine(text: str | None, where: str) -> str:
+    if text not in ENGINES:
+        raise InvalidInput(f"{where} = {text!r} is not an engine", remedy=f"use one of {', '.join(ENGINES)}")
     return text
 
 

@@ -10,17 +10,17 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rethaw.db import binaries
-from rethaw.engines.base import Engine, ProbeReport
+from rethaw.engines.base import ProbeReport
 from rethaw.engines.cgroups import detect
-from rethaw.engines.gvisor.engine import GvisorEngine
 from rethaw.model.errors import RethawError
 from rethaw.sdk.sizes import human_bytes
 from rethaw.server.config import Config
+from rethaw.server.engines import engines_of, microvm_assets
 from rethaw.snapshots.tiers.s3 import S3Tier
 from rethaw.snapshots.tiers.settings import S3Settings
 
@@ -41,16 +41,30 @@ class Finding:
     needed: bool = True
 
 
-def of_report(report: ProbeReport) -> Finding:
-    """An engine's probe as a finding."""
+def of_report(report: ProbeReport, *, needed: bool = True) -> Finding:
+    """An engine's probe as a finding. `needed`: it is the default."""
     times = ((report.boot_ms, "boot"), (report.save_ms, "save"), (report.restore_ms, "restore"))
     took = ", ".join(f"{name} {ms:.0f} ms" for ms, name in times if ms is not None)
     said = f"{report.version}: {report.detail}" + (f" ({took})" if took else "")
-    return Finding(report.engine, report.ok, said, report.remedy)
+    return Finding(report.engine, report.ok, said, report.remedy, needed)
+
+
+def recommended(reports: Sequence[ProbeReport]) -> Finding:
+    """Which engine to use here, the default coming first. gVisor where it works: without KVM a microVM's CPU is about ten
+    times slower, and it takes more memory; a microVM is for agents that want a kernel of their own."""
+    works = {report.engine for report in reports if report.ok}
+    best = next((name for name in ("gvisor", "qemu") if name in works), None)
+    if best is None:
+        return Finding("engine", False, "none works", "see what each of them says above")
+    default = reports[0].engine
+    said = f"recommended: {best}" + ("" if best == default else f" (the default here is {default})")
+    if best == "gvisor" and "qemu" in works:
+        said += "; qemu for agents that need a kernel of their own"
+    return Finding("engine", default in works, said, f'set engine = "{best}"', needed=False)
 
 
 async def examine(config: Config, timeout_s: float = 60.0) -> AsyncIterator[Finding]:
-    """Each check as soon as it is done; the probe of the engine, the longest, at the end. Needs root."""
+    """Each check as soon as it is done; the probes of the engines, the longest, at the end. Needs root."""
     yield _python()
     yield await asyncio.to_thread(_postgres, config)
     yield _disk(config.data_dir)
@@ -64,13 +78,17 @@ async def examine(config: Config, timeout_s: float = 60.0) -> AsyncIterator[Find
     if config.snapshots.s3 is not None:
         yield await probe_bucket(config.snapshots.s3)
     with tempfile.TemporaryDirectory(prefix="rethaw-doctor-") as scratch:
-        engine: Engine = GvisorEngine(Path(scratch))
+        engines = engines_of(Path(scratch), config.engine, assets=microvm_assets(config.data_dir))
         # Its warnings repeat what the findings say.
         logging.getLogger("rethaw.engines").setLevel(logging.ERROR)
         try:
-            yield of_report(await engine.probe(timeout_s))
+            reports: list[ProbeReport] = []
+            for engine in engines:
+                reports.append(await engine.probe(timeout_s))
+                yield of_report(reports[-1], needed=engine is engines.default)
+            yield recommended(reports)
         finally:
-            await engine.close()
+            await engines.close()
 
 
 def _python() -> Finding:

@@ -7,10 +7,11 @@ import os
 import signal
 
 from rethaw.db.embedded import EmbeddedPostgres
-from rethaw.engines.base import Engine, ProbeReport
+from rethaw.engines.base import ProbeReport
+from rethaw.engines.several import Engines
 from rethaw.model.errors import Conflict
 from rethaw.node.node import Node
-from rethaw.server.doctor import Finding, probe_bucket
+from rethaw.server.doctor import Finding, of_report, probe_bucket, recommended
 from rethaw.snapshots.tiers.settings import S3Settings
 
 _AFTER_ANSWER_S = 0.2
@@ -38,10 +39,12 @@ class Crash:
 class Doctor:
     """Probes the engines of a running server by taking a guest through boot, save and restore, and its bucket."""
 
-    def __init__(self, *engines: Engine, s3: S3Settings | None = None) -> None:
+    def __init__(self, engines: Engines, *, s3: S3Settings | None = None) -> None:
         self._engines = engines
         self._s3 = s3
 
     async def report(self) -> list[ProbeReport | Finding]:
-        reports: list[ProbeReport | Finding] = [await engine.probe() for engine in self._engines]
-        return reports if self._s3 is None else [*reports, await probe_bucket(self._s3)]
+        reports = [await engine.probe() for engine in self._engines]
+        found: list[ProbeReport | Finding] = [of_report(reports[0]), *(of_report(r, needed=False) for r in reports[1:])]
+        found.append(recommended(reports))
+        return found if self._s3 is None else [*found, await probe_bucket(self._s3)]

@@ -33,7 +33,6 @@ from rethaw.db.embedded import EmbeddedPostgres
 from rethaw.db.migrate import migrate
 from rethaw.db.notify import NotifyHub
 from rethaw.db.pool import Database
-from rethaw.engines.gvisor.engine import GvisorEngine
 from rethaw.gateway.gateway import Gateway
 from rethaw.images.builder import ImageStore
 from rethaw.log.store import Log
@@ -46,6 +45,7 @@ from rethaw.node.peek import Throwaways
 from rethaw.node.transfers import Transfers
 from rethaw.server import hooks
 from rethaw.server.config import Config
+from rethaw.server.engines import engines_of
 from rethaw.snapshots.remote import Remote
 from rethaw.snapshots.store import SnapshotStore
 from rethaw.snapshots.uploads import Uploader
@@ -181,13 +181,13 @@ async def _run(
         context_log = Log(db, hub)
         catalog = Catalog(db, hub, policy)
         control = Control(db, context_log, hub, public_url=public_url, secret=token.encode(), policy=policy)
-        engine = GvisorEngine(data)
-        await engine.build()
+        engines = engines_of(data, config.engine)
+        await engines.default.build()
         parts = Parts(
             node=node_id(data),
             incarnation=incarnation,
             data_dir=data,
-            engine=engine,
+            engines=engines,
             images=ImageStore(data),
             store=_store(config, catalog),
             gateway=Gateway(context_log, config.providers, incarnation),
@@ -198,7 +198,7 @@ async def _run(
         )
         node = Node(parts)
         await node.start()
-        say(f"node {parts.node[:8]} with engine {engine.name}")
+        say(f"node {parts.node[:8]} with engine {engines.default.name}")
         throwaways = Throwaways(parts)
         app = create_app(
             control,
@@ -206,7 +206,7 @@ async def _run(
             catalog,
             token=token,
             crash_hook=hooks.Crash(node, postgres).crash,
-            doctor_hook=hooks.Doctor(engine, s3=config.snapshots.s3).report,
+            doctor_hook=hooks.Doctor(engines, s3=config.snapshots.s3).report,
             blobs_dir=data / "code",
             public_url=public_url,
             looking=NodeLook(parts, throwaways),

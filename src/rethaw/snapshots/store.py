@@ -86,7 +86,9 @@ class SnapshotStore:
         )
         self._books = Books(self._remove_packs)
         self._writing: set[str] = set()  # names of partial files
-        self._first: dict[str, str] = {}  # image -> snapshot that new sessions of it are compared with
+        self._first: dict[
+            tuple[str, str], str
+        ] = {}  # engine and image -> snapshot that new sessions of it are compared with
         self._loading: dict[str, tuple[asyncio.Lock, int]] = {}  # and how many want it
         self._collected = time.monotonic()
 
@@ -128,8 +130,8 @@ class SnapshotStore:
         if key is not None:
             self.keys.require(key, path.stem)
         self._books.add(path.stem, found.packs)
-        if found.meta.get("parent") is None and isinstance(image := found.meta.get("image"), str):
-            self._first.setdefault(image, path.stem)
+        if found.meta.get("parent") is None:
+            self._first.setdefault(_kind(found.meta), path.stem)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
@@ -166,7 +168,7 @@ class SnapshotStore:
 
         Raises StorageFull, SnapshotUnusable (what was read back differs) or OSError; then nothing is left on disk.
         """
-        with self._books.pinned(meta.get("parent") or self._first.get(str(meta.get("image")))) as wanted:
+        with self._books.pinned(meta.get("parent") or self._first.get(_kind(meta))) as wanted:
             former = await self._former(wanted)
             try:
                 try:
@@ -179,7 +181,7 @@ class SnapshotStore:
                 raise
         self._parents.remember(snapshot, encoded.known)
         if meta.get("parent") is None:
-            self._first.setdefault(str(meta.get("image")), snapshot)
+            self._first.setdefault(_kind(meta), snapshot)
         return written
 
     async def _former(self, wanted: str | None) -> dict[str, Known]:
@@ -462,9 +464,9 @@ class SnapshotStore:
         await asyncio.to_thread(self._delete, snapshot)
 
     def _delete(self, snapshot: str) -> None:
-        for image, first in list(self._first.items()):
+        for kind, first in list(self._first.items()):
             if first == snapshot:
-                del self._first[image]
+                del self._first[kind]
         with contextlib.suppress(OSError):
             self.manifest_path(snapshot).unlink()
         faults.point("store.unlinked")
@@ -503,3 +505,8 @@ class SnapshotStore:
     def stored_bytes(self) -> int:
         """What the store takes on disk."""
         return sum(p.stat().st_size for p in self._home.iterdir())
+
+
+def _kind(meta: dict[str, Any]) -> tuple[str, str]:
+    """Snapshots whose pages are worth comparing."""
+    return str(meta.get("engine")), str(meta.get("image"))

@@ -117,6 +117,37 @@ class GvisorProcess:
         return False
 
 
+@dataclass(frozen=True)
+class QemuProcess:
+    """One microVM as the host sees it."""
+
+    id: str
+    pid: int
+
+    def status(self) -> str:
+        """running, or empty when it is gone."""
+        return "running" if alive(self.pid) else ""
+
+    def kill_guest(self) -> bool:
+        """Nothing of the host's reaches a process in it: always False."""
+        return False
+
+
+Box = GvisorProcess | QemuProcess
+
+
+def qemu(root: Path) -> list[QemuProcess]:
+    """The microVMs whose directory is below `root`."""
+    out: list[QemuProcess] = []
+    for pid in pids():
+        argv = command_line(pid)
+        if argv and argv[0] == "qemu-system-x86_64" and alive(pid):
+            name = argv[argv.index("-name") + 1].removeprefix("guest=") if "-name" in argv else ""
+            if Path(name).is_relative_to(root):
+                out.append(QemuProcess(Path(name).name, pid))
+    return out
+
+
 def gvisor(root: Path) -> list[GvisorProcess]:
     """The sandboxes whose runsc --root is below `root`."""
     out: list[GvisorProcess] = []

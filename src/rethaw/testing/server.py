@@ -27,7 +27,7 @@ from typing import Any, Self, cast
 from rethaw.model import errors
 from rethaw.snapshots.staging import staging_for
 from rethaw.testing import processes
-from rethaw.testing.processes import GvisorProcess
+from rethaw.testing.processes import Box
 
 _log = logging.getLogger("rethaw.testing")
 
@@ -233,9 +233,10 @@ class RunningServer:
         """Every process that belongs to the data directory: the server, PostgreSQL, sandboxes."""
         return processes.mentioning(str(self.data_dir))
 
-    def sandboxes(self) -> list[GvisorProcess]:
-        """Running sandboxes, those that were only created ahead left out."""
-        return [box for box in processes.gvisor(self.data_dir / "run") if box.status() == "running"]
+    def sandboxes(self) -> list[Box]:
+        """Running sandboxes of any engine, those that were only created ahead left out."""
+        boxes: list[Box] = [*processes.gvisor(self.data_dir / "run"), *processes.qemu(self.data_dir / "vm")]
+        return [box for box in boxes if box.status() == "running"]
 
     # ------------------------------------------------------------ talking to it
 

@@ -36,6 +36,7 @@ def run(
     max_duration: str | None = None,
     workdir: str | None = None,
     template: str | None = None,
+    engine: str | None = None,
     json: Json = False,
 ) -> int:
     """Start a session and watch its output. Ctrl-C detaches; the session goes on.
@@ -76,6 +77,8 @@ def run(
         Directory that it starts in.
     template:
         "auto": the first start makes a template of the agent, later ones begin there, with its file imported.
+    engine:
+        gvisor, or qemu for a microVM with a kernel of its own; else the server's default.
     """
     given: dict[str, Any] = {
         "name": name,
@@ -86,6 +89,7 @@ def run(
         "max_duration": max_duration,
         "workdir": workdir,
         "template": template,
+        "engine": engine,
     }
     given = {option: value for option, value in given.items() if value is not None}
     with client(patient=not detach) as connection:

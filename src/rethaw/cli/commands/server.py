@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from rethaw.server.config import Config
 
 
-def _config(config: str | None, data_dir: str | None, listen: str | None) -> Config:
+def _config(
+    config: str | None, data_dir: str | None = None, listen: str | None = None, engine: str | None = None
+) -> Config:
     from rethaw.server.config import load
 
-    given = {"data_dir": data_dir, "listen": listen}
+    given = {"data_dir": data_dir, "listen": listen, "engine": engine}
     return load(config, overrides={k: v for k, v in given.items() if v is not None})
 
 
@@ -29,6 +31,7 @@ def up(
     config: str | None = None,
     data_dir: str | None = None,
     listen: str | None = None,
+    engine: str | None = None,
     json: Json = False,
 ) -> int:
     """Start everything on this machine: API, control plane, a node, PostgreSQL.
@@ -52,11 +55,13 @@ def up(
         Where everything is kept.
     listen:
         HOST:PORT of the API.
+    engine:
+        What runs agents that do not say which: gvisor, or qemu for microVMs.
     """
     from rethaw.cli import daemon
     from rethaw.model.errors import InvalidInput
 
-    settings = _config(config, data_dir, listen)
+    settings = _config(config, data_dir, listen, engine)
     if os.geteuid() != 0:
         raise InvalidInput("the server runs sandboxes and has to be root", remedy=f"run: sudo {' '.join(_again())}")
     return daemon.start_detached(settings, json) if detach else daemon.serve(settings, json)
@@ -103,7 +108,7 @@ def doctor(*, config: str | None = None, json: Json = False) -> int:
                 "no server answers, and looking at this machine itself needs root", remedy="run: sudo rethaw doctor"
             ) from None
         output.note("no server answers; looking at this machine itself")
-        settings = _config(config, None, None)
+        settings = _config(config)
 
         async def look() -> None:
             from rethaw.server.doctor import examine

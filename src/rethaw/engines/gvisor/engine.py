@@ -108,7 +108,7 @@ class GvisorEngine:
 
     async def prune_builds(self, keep: set[str]) -> list[str]:
         """Remove kept builds that no snapshot needs any more (`keep`: those that some does); their digests."""
-        return await self._builds.prune(keep)
+        return await self._builds.prune(keep if self._runsc is None else keep | {self._runsc.sha256})
 
     def prove_clock(self) -> None:
         """The probe saw the clock of this build stand still."""
@@ -381,6 +381,9 @@ class GvisorEngine:
     def limits(self) -> str:
         """What is limited by cgroups here, for a reader."""
         return self._cgroups.notes or f"cgroup v{self._cgroups.version}"
+
+    async def prune_images(self, keep: set[str]) -> None:
+        """It makes nothing of images."""
 
     async def sweep_orphans(self) -> int:
         return await self._home.sweep(self._cgroups)

@@ -2,7 +2,8 @@
 
 DIRECTORY/kernel-PACKAGE/vmlinuz, initramfs      from Debian's cloud kernel and busybox
 DIRECTORY/blank-MIB.ext4                         an empty disk, sparse
-DIRECTORY/image-DIGEST.ext4                      an image's root filesystem, sparse
+DIRECTORY/image-DIGEST-PLACE.ext4                an image's root filesystem, sparse
+DIRECTORY/layer-DIGEST-PLACE.ext4                what a tree has beyond the image it was made from: guestd, the agent's code
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rethaw.engines.base import Base, SandboxSpec
 from rethaw.engines.microvm import initramfs
 from rethaw.model.errors import EngineError, EngineUnusable
 
@@ -96,10 +98,41 @@ class Assets:
             digest.update((target / name).read_bytes())
         return Kernel(target / "vmlinuz", target / "initramfs", digest.hexdigest())
 
-    async def image(self, digest: str, rootfs: Path) -> Path:
-        """The disk of an image whose files are in `rootfs`."""
-        name = hashlib.sha256(f"{digest} {rootfs}".encode()).hexdigest()[:32]
-        return await asyncio.to_thread(self._disk, f"image-{name}.ext4", lambda path: _make_image(path, rootfs))
+    async def image(self, spec: SandboxSpec) -> tuple[Path, Path]:
+        """Two disks of the image of `spec`: its base, and what comes on top."""
+        base = spec.base or Base(spec.image_digest, spec.rootfs)
+        below = self._disk_name("image", base.digest, base.rootfs)
+        above = self._disk_name("layer", spec.image_digest, spec.rootfs)
+
+        def make() -> tuple[Path, Path]:
+            lower = self._disk(below, lambda path: _make_image(path, base.rootfs))
+            upper = self._disk(above, lambda path: _make_layer(path, spec.rootfs, base.rootfs))
+            for path in (lower, upper):  # it is in use
+                os.utime(path)
+            return lower, upper
+
+        return await asyncio.to_thread(make)
+
+    @staticmethod
+    def _disk_name(kind: str, digest: str, rootfs: Path) -> str:
+        """Bound to the place as well, since only tests have two trees of one digest."""
+        place = hashlib.sha256(str(rootfs).encode()).hexdigest()[:8]
+        return f"{kind}-{digest}-{place}.ext4"
+
+    async def prune(self, keep: set[str], spare: int = 4) -> None:
+        """Remove disks of images not in `keep` (digests of whole trees), but the `spare` most recently used ones of each
+        kind; bases only once there is no disk on top of any."""
+
+        def look() -> None:
+            found = {kind: sorted(self._directory.glob(f"{kind}-*.ext4"), key=_age) for kind in ("image", "layer")}
+            dead = [path for path in found["layer"] if path.name.split("-")[1] not in keep][spare:]
+            for path in dead:
+                path.unlink(missing_ok=True)
+            if not set(found["layer"]) - set(dead):
+                for path in found["image"][spare:]:
+                    path.unlink(missing_ok=True)
+
+        await asyncio.to_thread(look)
 
     async def blank(self, size: int) -> Path:
         """An empty disk of `size` bytes."""
@@ -164,6 +197,50 @@ def _make_image(path: Path, rootfs: Path) -> None:
     options = ["-O", "^has_journal,^resize_inode", "-E", "lazy_itable_init=1,nodiscard", "-m", "0", "-N", "200000"]
     _run(["mke2fs", "-q", "-t", "ext4", *options, "-d", str(rootfs), str(path)])
     path.chmod(0o444)
+
+
+def _make_layer(path: Path, rootfs: Path, base: Path) -> None:
+    """A disk with what `rootfs` has beyond `base`: every file that is not the same one as there."""
+    with tempfile.TemporaryDirectory(prefix=".layer-", dir=path.parent) as place:
+        tree = Path(place) / "tree"
+        tree.mkdir()
+        if rootfs != base:
+            _differences(rootfs, base, tree)
+        _make_image(path, tree)
+
+
+def _differences(rootfs: Path, base: Path, tree: Path) -> bool:
+    """Copy them into the empty directory `tree`; whether there were any."""
+    some = False
+    with os.scandir(rootfs) as entries:
+        for entry in entries:
+            stat, target, there = entry.stat(follow_symlinks=False), tree / entry.name, base / entry.name
+            known = there.lstat() if os.path.lexists(there) else None
+            if entry.is_dir(follow_symlinks=False):
+                target.mkdir()
+                if not _differences(Path(entry.path), there, target) and known is not None:
+                    target.rmdir()
+                    continue
+            elif known is not None and (known.st_dev, known.st_ino) == (stat.st_dev, stat.st_ino):
+                continue
+            else:
+                shutil.copy2(entry.path, target, follow_symlinks=False)
+            some = True
+            os.chown(target, stat.st_uid, stat.st_gid, follow_symlinks=False)
+            if not entry.is_symlink():
+                target.chmod(stat.st_mode & 0o7777)
+    return some
+
+
+def disk_id(path: Path) -> str:
+    """What tells a disk from any other that was ever made: the UUID of its file system."""
+    with path.open("rb") as f:
+        f.seek(1024 + 0x68)
+        return f.read(16).hex()
+
+
+def _age(path: Path) -> float:
+    return -path.stat().st_mtime
 
 
 def _blocks(path: Path) -> int:

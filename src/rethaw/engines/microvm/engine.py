@@ -16,7 +16,7 @@ from rethaw.engines import cgroups as cgroup_layout
 from rethaw.engines.base import CAPABILITIES, OPEN_FILES, ProbeReport, SandboxSpec
 from rethaw.engines.home import Home
 from rethaw.engines.microvm import initramfs, layout, machine, memory, tsc
-from rethaw.engines.microvm.assets import REMEDY, Assets, Kernel
+from rethaw.engines.microvm.assets import REMEDY, Assets, Kernel, disk_id
 from rethaw.engines.microvm.qmp import Qmp
 from rethaw.engines.microvm.sandbox import DISK, MAP, MEMORY, SECTIONS, STATE, Made, QemuSandbox
 from rethaw.model import faults
@@ -97,7 +97,7 @@ class QemuEngine:
         kernel = await self._open()
         faults.point("engine.boot.before")
         blank = await self.assets.blank(DISK_BYTES)
-        sandbox = await self._start(spec, kernel, blank, None, None)
+        sandbox = await self._start(spec, kernel, await self.assets.image(spec), blank, None, None)
         try:
             await sandbox.connect(START_TIMEOUT_S)
             try:
@@ -123,7 +123,14 @@ class QemuEngine:
         pages = layout.read(sections[MAP], sections[MEMORY], sections[DISK])
         if pages.memory_bytes != _size(spec):
             raise EngineError(f"section {MEMORY} is not the memory of a guest of {spec.memory_bytes // MIB} MiB")
-        sandbox = await self._start(spec, kernel, sections[DISK], pages, sections)
+        shared = await self.assets.image(spec)
+        own = await asyncio.to_thread(lambda: [disk_id(path) for path in shared])
+        if clock.get("disks") != own:
+            raise EngineMismatch(
+                f"this snapshot stands on disks of image {spec.image_digest[:12]} that were made elsewhere",
+                remedy="restore it where it was taken",
+            )
+        sandbox = await self._start(spec, kernel, shared, sections[DISK], pages, sections)
         try:
             qmp = await sandbox.connect(START_TIMEOUT_S)
             await _loaded(qmp)
@@ -139,6 +146,7 @@ class QemuEngine:
         self,
         spec: SandboxSpec,
         kernel: Kernel,
+        shared: tuple[Path, Path],
         disk: Path,
         pages: layout.Layout | None,
         sections: dict[str, Path] | None,
@@ -146,7 +154,6 @@ class QemuEngine:
         """`disk`: a whole one, or with `pages` what is on it."""
         id = new_id("sb")
         size = _size(spec)
-        image = await self.assets.image(spec.image_digest, spec.rootfs)
         directory = self._home.path / id
         try:
             group = self._cgroups.create(self._home.owner, id, size + HOST_SLACK, 64)
@@ -177,21 +184,22 @@ class QemuEngine:
                 with os.fdopen(os.dup(initrd), "wb") as f:
                     f.write(kernel.initramfs.read_bytes())
                     f.write(initramfs.of_one(_config(spec), spec.hostname))
-                base = kept(os.open(image, os.O_RDONLY | os.O_CLOEXEC), theirs)
+                base, layer = (kept(os.open(path, os.O_RDONLY | os.O_CLOEXEC), theirs) for path in shared)
                 pairs = {name: socket.socketpair() for name in machine.SOCKETS}
                 for here, there in pairs.values():
                     theirs.callback(there.close)
                     ours.callback(here.close)
                     here.setblocking(False)
                 fds = {name: there.fileno() for name, (_, there) in pairs.items()}
-                files = machine.Files(image_fd, initrd, held, base, own, saved, state, fds)
+                files = machine.Files(image_fd, initrd, held, base, layer, own, saved, state, fds)
                 argv = machine.command(directory, size, files)
                 groups = [path for path in group.directories if path.is_dir()]
                 pid = machine.start(argv, machine.new_user(), files.all(), directory / "stderr", groups)
                 ours.pop_all()
                 sockets = {name: here for name, (here, _) in pairs.items()}
+                disks = tuple(disk_id(path) for path in shared)
                 known = layout.NONE if pages is None else pages.memory
-                return Made(directory, pid, group, sockets, held, known, size, own, saved)
+                return Made(directory, pid, group, sockets, held, known, size, own, saved, disks)
 
         try:
             made = await asyncio.to_thread(start)
@@ -222,7 +230,10 @@ class QemuEngine:
         """Nothing is made ahead but what all guests share."""
         if count:
             await self._open()
-            await self.assets.image(spec.image_digest, spec.rootfs)
+            await self.assets.image(spec)
+
+    async def prune_images(self, keep: set[str]) -> None:
+        await self.assets.prune(keep)
 
     async def probe(self, timeout_s: float = 60.0) -> ProbeReport:
         from rethaw.engines.microvm import probe  # it needs this module

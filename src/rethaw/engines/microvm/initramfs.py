@@ -10,23 +10,24 @@ from pathlib import Path
 
 MODULES = ("virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "virtio_console", "overlay")
 
-# vda: the image, read-only, shared by all; vdb: this sandbox's own disk. What the program changes goes to the second.
+# vda, vdb: the image and a layer on top, read-only, shared by all; vdc: this sandbox's own disk, to which changes go.
 INIT = """#!/bin/busybox sh
-/bin/busybox mkdir -p /proc /sys /dev /lower /rw /root
+/bin/busybox mkdir -p /proc /sys /dev /lower /layer /rw /root
 b=/bin/busybox
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys
 $b mount -t devtmpfs dev /dev
 for m in MODULES; do $b insmod /modules/$m.ko || { $b echo "module $m"; $b poweroff -f; }; done
 n=0
-while [ ! -b /dev/vdb ]; do
+while [ ! -b /dev/vdc ]; do
     n=$((n+1)); [ $n -gt 500 ] && { $b echo "no disks"; $b poweroff -f; }
     $b usleep 10000
 done
 $b mount -t ext4 -o ro,noatime /dev/vda /lower || { $b echo "no image"; $b poweroff -f; }
-$b mount -t ext4 -o noatime /dev/vdb /rw || { $b echo "no disk"; $b poweroff -f; }
+$b mount -t ext4 -o ro,noatime /dev/vdb /layer || { $b echo "no layer"; $b poweroff -f; }
+$b mount -t ext4 -o noatime /dev/vdc /rw || { $b echo "no disk"; $b poweroff -f; }
 $b mkdir -p /rw/upper /rw/work
-$b mount -t overlay -o lowerdir=/lower,upperdir=/rw/upper,workdir=/rw/work overlay /root || $b poweroff -f
+$b mount -t overlay -o lowerdir=/layer:/lower,upperdir=/rw/upper,workdir=/rw/work overlay /root || $b poweroff -f
 $b mkdir -p /root/proc /root/sys /root/dev /root/tmp /root/run
 $b mount -t proc -o nosuid,nodev,noexec proc /root/proc
 $b mount -t sysfs -o nosuid,nodev,noexec sys /root/sys

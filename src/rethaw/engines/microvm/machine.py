@@ -1,7 +1,7 @@
 """The QEMU process of one sandbox: its command line and its ports.
 
 It runs as a user of its own without any privilege, in an empty network namespace, under QEMU's own seccomp filter, and
-has four devices: two disks, a console and a serial controller with three ports. All files and sockets are given to it as
+has five devices: three disks, a console and a serial controller with three ports. All files and sockets are given to it as
 descriptors: it can open nothing by name but what everybody may read.
 """
 
@@ -35,13 +35,14 @@ class Files:
     initrd: int
     memory: int | None
     base: int
+    layer: int
     own: int
     saved: int
     state: int | None
     sockets: dict[str, int]
 
     def all(self) -> list[int]:
-        found = [self.kernel, self.initrd, self.base, self.own, self.saved, *self.sockets.values()]
+        found = [self.kernel, self.initrd, self.base, self.layer, self.own, self.saved, *self.sockets.values()]
         return found + [fd for fd in (self.memory, self.state) if fd is not None]
 
 
@@ -62,7 +63,8 @@ def command(directory: Path, size: int, files: Files) -> list[str]:
     for name, fd in files.sockets.items():
         argv += ["-chardev", f"socket,id={name},fd={fd}"]
     argv += ["-mon", "chardev=qmp,mode=control", "-serial", "chardev:console"]
-    for name, fd, options in (("base", files.base, "read-only=on"), ("own", files.own, "read-only=off,discard=unmap")):
+    fixed, own = "read-only=on", "read-only=off,discard=unmap"
+    for name, fd, options in (("base", files.base, fixed), ("layer", files.layer, fixed), ("own", files.own, own)):
         argv += ["-add-fd", f"fd={fd},set={fd}"]
         argv += ["-blockdev", f"driver=file,node-name={name}f,filename=/dev/fdset/{fd},locking=off,cache.no-flush=on,"
                  f"{options}"]  # fmt: skip

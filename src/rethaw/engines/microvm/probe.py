@@ -96,7 +96,7 @@ async def probe(engine: QemuEngine, timeout_s: float) -> ProbeReport:
         await asyncio.to_thread(_rootfs, base / "root")
         image = f"probe-{base.name}"
         spec = SandboxSpec(image, base / "root", 64 << 20, 64, ("/usr/bin/python3", "-I", "-S", "-c", _PROGRAM))
-        work.append(await engine.assets.image(spec.image_digest, spec.rootfs))
+        work.extend(await engine.assets.image(spec))
         step = "booting a guest"
         started = time.perf_counter()
         first = await engine.boot(spec)

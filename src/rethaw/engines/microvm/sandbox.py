@@ -45,7 +45,7 @@ T = TypeVar("T")
 class Made:
     """What the engine made for a sandbox. Descriptors: `memory`, the file that its memory was mapped from, if it was
     restored (`known`: the pages that it has); `own`, its disk; `saved`, where QEMU writes its state. `sockets`: our ends,
-    by name."""
+    by name. `disks`: ids of those that it shares."""
 
     directory: Path
     pid: int
@@ -56,6 +56,7 @@ class Made:
     size: int
     own: int
     saved: int
+    disks: tuple[str, ...]
 
 
 class QemuSandbox:
@@ -201,8 +202,9 @@ class QemuSandbox:
         (directory / MAP).write_bytes(pages.encode())
         faults.point("engine.capture.after")
         sections = {name: directory / name for name in SECTIONS}
+        clock: dict[str, object] = {"frozen": True, "disks": list(self._made.disks)}
         raw_bytes = sum(path.stat().st_size for path in sections.values())
-        return Capture(sections, "qemu", self._build, self._cpu, {"frozen": True}, raw_bytes, engine_ms, PAGED)
+        return Capture(sections, "qemu", self._build, self._cpu, clock, raw_bytes, engine_ms, PAGED)
 
     def _copy_former(self, target: Path) -> None:
         """What cannot change any more, before the guest has to wait."""
