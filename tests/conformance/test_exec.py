@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import ENGINES, ask, restored
+from engine_fixtures import ask, restored
 
 from rethaw.engines.base import Engine, Exec, SandboxSpec, Terminal
 from rethaw.model.errors import EngineError
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
-
-
-@pytest.fixture
-def make_engine() -> Callable[[Path], Engine]:
-    """The engine that has it."""
-    return ENGINES["gvisor"]
 
 
 async def whole(run: Exec) -> tuple[bytes, bytes, int]:

@@ -213,6 +213,7 @@ class Engine(Protocol):
     """Makes sandboxes. One per node process and data directory."""
 
     name: str
+    fixed_memory: bool  # a guest can only be restored with the memory that it had
 
     async def build(self) -> str:
         """sha256 hex of the engine binary in use. Raises EngineUnusable when there is none that fits."""

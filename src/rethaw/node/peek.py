@@ -111,9 +111,10 @@ class Throwaways:
             if digest != info.image:
                 raise ImageError(f"snapshot {info.id} needs image {info.image[:12]}, which is not here any more")
         spec = await parts.sandbox_spec(info.image, rootfs, agent.memory_bytes, agent.pids)
-        # Sandboxes created ahead are for sessions; this one is of another size, so it takes none.
-        spec = dataclasses.replace(spec, memory_bytes=spec.memory_bytes + ROOM)
         engine = parts.engines.of(info.engine)
+        if not engine.fixed_memory:
+            # Sandboxes created ahead are for sessions; this one is of another size, so it takes none.
+            spec = dataclasses.replace(spec, memory_bytes=spec.memory_bytes + ROOM)
         sections = await parts.store.load(info)
         try:
             return await engine.restore(spec, sections, build=info.engine_build, cpu=info.cpu, clock=info.clock)

@@ -57,6 +57,7 @@ class GvisorEngine:
     """See `engines.base.Engine`. `data_dir` is the node's data directory; several engines may share one."""
 
     name = "gvisor"
+    fixed_memory = False
 
     def __init__(self, data_dir: Path) -> None:
         self._home = Home(data_dir.absolute())

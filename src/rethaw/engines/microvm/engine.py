@@ -34,6 +34,7 @@ class QemuEngine:
     """See `engines.base.Engine`. `assets`: where kernel and disks of images are kept, shared by whoever likes."""
 
     name = "qemu"
+    fixed_memory = True
 
     def __init__(self, data_dir: Path, assets: Path | None = None) -> None:
         data_dir = data_dir.absolute()

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+OWN = ("starter.py", "beside.py")
 MODULES = ("virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "virtio_console", "overlay")
 
 # vda, vdb: the image and a layer on top, read-only, shared by all; vdc: this sandbox's own disk, to which changes go.
@@ -38,7 +39,7 @@ $b mount -t devpts -o newinstance,ptmxmode=0666,mode=620,gid=5 devpts /root/dev/
 $b mount -t tmpfs -o nosuid,nodev,mode=1777 tmpfs /root/dev/shm
 $b mount -t tmpfs -o nosuid,nodev,mode=755 tmpfs /root/run
 $b mount -t tmpfs -o nosuid,nodev,mode=1777 tmpfs /root/tmp
-$b cp /starter.py /config.json /root/run/
+$b cp /starter.py /beside.py /config.json /root/run/
 echo 1 > /proc/sys/vm/overcommit_memory
 $b hostname "$($b cat /hostname)"
 $b ip link set lo up 2>/dev/null || $b ifconfig lo 127.0.0.1 up
@@ -65,12 +66,12 @@ def cpio(files: Mapping[str, tuple[int, bytes]]) -> bytes:
 
 def digest() -> str:
     """Of what Rethaw itself adds to the guest."""
-    ours = "\0".join((*MODULES, INIT, _starter().decode()))
+    ours = "\0".join((*MODULES, INIT, *(_own(name).decode() for name in OWN)))
     return hashlib.sha256(ours.encode()).hexdigest()[:16]
 
 
-def _starter() -> bytes:
-    return (Path(__file__).parent / "starter.py").read_bytes()
+def _own(name: str) -> bytes:
+    return (Path(__file__).parent / name).read_bytes()
 
 
 def base(kernel_tree: Path, busybox: bytes) -> bytes:
@@ -81,7 +82,7 @@ def base(kernel_tree: Path, busybox: bytes) -> bytes:
         "dev": (0o040755, b""),
         "bin/busybox": (0o100755, busybox),
         "init": (0o100755, INIT.replace("MODULES", " ".join(MODULES)).encode()),
-        "starter.py": (0o100644, _starter()),
+        **{name: (0o100644, _own(name)) for name in OWN},
     }
     modules = {path.stem: path for path in sorted((kernel_tree / "lib" / "modules").rglob("*.ko"))}
     for name in MODULES:

@@ -1,7 +1,7 @@
 """The QEMU process of one sandbox: its command line and its ports.
 
 It runs as a user of its own without any privilege, in an empty network namespace, under QEMU's own seccomp filter, and
-has five devices: three disks, a console and a serial controller with three ports. All files and sockets are given to it as
+has five devices: three disks, a console and a serial controller with four ports. All files and sockets are given to it as
 descriptors: it can open nothing by name but what everybody may read.
 """
 
@@ -19,7 +19,7 @@ from rethaw.engines.microvm import tsc
 from rethaw.model.errors import EngineError, EngineUnusable
 
 QEMU = "qemu-system-x86_64"
-PORTS = ("control", "channel", "errors")
+PORTS = ("control", "channel", "errors", "exec")
 SOCKETS = (*PORTS, "console", "qmp")
 _JOIN = 'n=$0; while [ "$n" -gt 0 ]; do echo $$ > "$1/cgroup.procs" || exit 1; shift; n=$((n - 1)); done; exec "$@"'
 _FIRST_USER = 0x70000000  # host users that nobody has; one for each sandbox

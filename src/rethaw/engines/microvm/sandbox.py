@@ -23,6 +23,7 @@ from rethaw.engines.base import Capture, Exit
 from rethaw.engines.cgroups import Group
 from rethaw.engines.guestlog import GuestLog
 from rethaw.engines.microvm import layout, machine, memory
+from rethaw.engines.microvm.exec import Execs
 from rethaw.engines.microvm.layout import PAGE, Layout, Pages
 from rethaw.engines.microvm.qmp import Qmp
 from rethaw.model import faults
@@ -92,6 +93,7 @@ class QemuSandbox:
         self._leaving: asyncio.Task[None] | None = None
         self._answers: asyncio.Queue[str] = asyncio.Queue()
         self._qmp: Qmp | None = None
+        self._execs: Execs | None = None
         self._start: int | None = None  # of the guest's memory, in QEMU's
         self.log = GuestLog(log_file, made.sockets["errors"].detach())
         self._console = GuestLog(log_file.with_name(f"console-{id}.log"), made.sockets["console"].detach())
@@ -170,6 +172,8 @@ class QemuSandbox:
     async def _capture(self, directory: Path, then: Callable[[], Awaitable[None]] | None) -> Capture:
         if self._exit.done():
             raise EngineError(f"sandbox {self.id} cannot be saved: {self._exit.result().detail}")
+        if self._execs is not None:
+            raise EngineError(f"sandbox {self.id} cannot be saved: a program was run in it")
         qmp = self._qmp
         assert qmp is not None
         faults.point("engine.capture.before")
@@ -248,7 +252,11 @@ class QemuSandbox:
         env: Sequence[tuple[str, str]] = (),
         terminal: Terminal | None = None,
     ) -> Exec:
-        raise EngineError(f"the engine qemu runs no programs beside the guest's own yet ({argv[0]})")
+        if not self.alive():
+            raise EngineError(f"sandbox {self.id} is gone")
+        if self._execs is None:
+            self._execs = Execs(*await machine.streams(self._made.sockets["exec"]))
+        return await self._execs.start(argv, cwd, env, terminal)
 
     # ------------------------------------------------------------------ end
 
@@ -318,6 +326,8 @@ class QemuSandbox:
             await asyncio.shield(self._cleaning)
 
     async def _clean(self) -> None:
+        if self._execs is not None:
+            self._execs.close()
         for writer in (getattr(self, "_control", None), getattr(self, "writer", None), self._qmp):
             if writer is not None:
                 writer.close()

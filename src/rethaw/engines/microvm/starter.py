@@ -29,6 +29,7 @@ from typing import Any
 CGROUPS = Path("/sys/fs/cgroup")
 GROUP = CGROUPS / "agent"
 PORTS = Path("/sys/class/virtio-ports")
+BESIDE = Path("/run/beside.py")
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 POWER_OFF = 0x4321FEDC
@@ -151,13 +152,30 @@ def reap(agent: int) -> int | None:
             code = code if code >= 0 else 128 - code
 
 
-def serve(agent: int, control: int, woken: int) -> None:
+def beside(port_fd: int, config: dict[str, Any]) -> None:
+    """Somebody wants to run another program: what runs those takes the port."""
+    if os.fork() == 0:
+        try:
+            os.set_inheritable(port_fd, True)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            python = ["/usr/bin/python3", "-I", "-S", str(BESIDE), str(port_fd), json.dumps(config)]
+            os.execve(python[0], python, config["env"])
+        finally:
+            os._exit(127)
+
+
+def serve(agent: int, control: int, woken: int, others: int, config: dict[str, Any]) -> None:
     poll = select.poll()
     poll.register(control, select.POLLIN)
     poll.register(woken, select.POLLIN)
+    poll.register(others, select.POLLIN)
     waiting = b""
     while True:
         ready = dict(poll.poll())
+        if others in ready:
+            poll.unregister(others)
+            if ready[others] & select.POLLIN:
+                beside(others, config)
         if woken in ready:
             os.read(woken, 512)
             code = reap(agent)
@@ -182,7 +200,7 @@ def main() -> None:
     path = Path(sys.argv[1])
     config = json.loads(path.read_text())
     path.unlink()
-    control, channel, errors = port("control"), port("channel"), port("errors")
+    control, channel, errors, others = port("control"), port("channel"), port("errors"), port("exec")
     woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
@@ -195,7 +213,7 @@ def main() -> None:
         os.close(channel)
         os.close(errors)
         os.write(control, b"started\n")
-        serve(agent, control, woken)
+        serve(agent, control, woken, others, config)
     os.sync()
     libc.reboot(POWER_OFF)
 
