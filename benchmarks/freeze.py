@@ -12,6 +12,10 @@ snapshot of another session of the same agent.
 `--heap 1024 --change 10` gives both programs a heap of so many MiB, of which the agent writes the second number anew each
 turn; `changed_compressed_mib` is what those bytes take with zstd alone, in frames of 64 KiB, and `stored_ratio` what a turn
 stores by that. `raw_pause_ms` is then what the engine's own full dump of the heap costs.
+
+`--engine qemu`: the same in microVMs. Raw is then the engine alone, without session, log or store. A guest that was booted
+has all of its memory copied at each save; `later_pause_ms`: of saves in a life that began with a restore, where only what was
+written since is (here: the suspends but the first). `boot_ms`: from a cold boot to the raw program's first word.
 """
 
 from __future__ import annotations
@@ -34,8 +38,10 @@ from typing import IO, Any
 
 from backports import zstd
 
-from rethaw.engines.base import SandboxSpec
+from rethaw.engines.base import Base, SandboxSpec
 from rethaw.engines.gvisor import spec as oci
+from rethaw.engines.microvm.engine import QemuEngine
+from rethaw.engines.microvm.sandbox import QemuSandbox
 from rethaw.testing import processes
 from rethaw.testing.chaos.run import code_archive
 from rethaw.testing.provider import ProviderRequest, Reply, ScriptedProvider
@@ -158,6 +164,49 @@ class ByHand:
             self.remove(name)
 
 
+async def by_engine(rootfs: Path, base: Base | None, heap: int, rounds: int) -> dict[str, list[float]]:
+    """The same program in microVMs by the engine alone: milliseconds of boots, pauses of a booted and of a restored one, and
+    restores."""
+    work = Path(tempfile.mkdtemp(prefix="rethaw-bench-", dir="/dev/shm"))
+    argv = ("/usr/bin/python3", "-c", RAW.replace("HEAP_MIB", str(heap)))
+    spec = SandboxSpec("bench", rootfs, (512 + heap) * MIB, 512, argv, (("PATH", "/usr/bin"),), base=base)
+    engine = QemuEngine(work / "data", image_cache() / "microvm")
+    out: dict[str, list[float]] = {"boot": [], "pause": [], "later": [], "resume": []}
+
+    async def said(box: QemuSandbox, line: str) -> None:
+        box.writer.write(line.encode())
+        await box.reader.readline()
+
+    try:
+        await engine.prepare(spec, 1)
+        started = time.perf_counter()
+        box = await engine.boot(spec)
+        await box.reader.readline()
+        out["boot"].append((time.perf_counter() - started) * 1000)
+        saved = None
+        for n in range(rounds):
+            await said(box, f"{n}\n")
+            if saved is not None:
+                out["later"].append((await box.capture(work / f"later-{n}")).engine_ms)
+                await box.destroy()
+                shutil.rmtree(work / f"later-{n}")
+                box = await engine.boot(spec)
+                await box.reader.readline()
+            saved = await box.capture(work / f"image-{n}")
+            out["pause"].append(saved.engine_ms)
+            await box.destroy()
+            started = time.perf_counter()
+            box = await engine.restore(spec, saved.sections, build=saved.engine_build, cpu=saved.cpu, clock=saved.clock)
+            await said(box, "hello\n")
+            out["resume"].append((time.perf_counter() - started) * 1000)
+            shutil.rmtree(work / f"image-{n}")
+        await box.destroy()
+    finally:
+        await engine.close()
+        shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
 @contextlib.contextmanager
 def by_hand(rootfs: Path, heap: int = 0) -> Iterator[ByHand]:
     work = Path(tempfile.mkdtemp(prefix="rethaw-bench-", dir="/dev/shm"))
@@ -201,14 +250,14 @@ def changed_compressed(turns: int, change: int) -> float:
 
 
 def run(
-    server: RunningServer, turns: int, rounds: int, heap: int = 0, change: int = 0
+    server: RunningServer, turns: int, rounds: int, heap: int = 0, change: int = 0, engine: str = "gvisor"
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Path]:
     """Events of the session, events of a second one of the same agent with one turn, root filesystem."""
     digest = server.request("POST", "/v1/blobs", code_archive(agent=AGENT.encode()))["digest"]
-    agent = {
+    agent: dict[str, Any] = {
         "name": "freeze", "entry": "agent.py::bench", "code": digest, "idle_suspend_s": 0.2, "image": {"pip": ["openai"]},
     }  # fmt: skip
-    agent["memory_bytes"] = (512 + heap) * MIB
+    agent |= {"memory_bytes": (512 + heap) * MIB, "engine": engine}
     start: dict[str, Any] = {"agent": agent, "args": {"turns": turns, "resumes": rounds, "mib": heap, "change": change}}
     session = server.request("POST", "/v1/sessions", start)["id"]
 
@@ -233,15 +282,26 @@ def run(
     return events, server.events(second), (image_cache() / image / "rootfs").resolve()
 
 
-async def measure(turns: int, rounds: int, heap: int = 0, change: int = 0) -> dict[str, Any]:
+async def measure(turns: int, rounds: int, heap: int = 0, change: int = 0, engine: str = "gvisor") -> dict[str, Any]:
     async with ScriptedProvider(answer) as provider:
         settings = {"base_url": provider.url, "key": "k", "auth": "bearer", "format": "openai"}
 
         def work() -> dict[str, Any]:
             with RunningServer(providers={"openai": settings}) as server:
-                events, second, rootfs = run(server, turns, rounds, heap, change)
+                events, second, rootfs = run(server, turns, rounds, heap, change, engine)
+            later: dict[str, Any] = {}
+            if engine == "gvisor":
                 with by_hand(rootfs, heap) as hand:
                     raw_pauses, raw_resumes = hand.measure(max(rounds, 5))
+            else:
+                raw = asyncio.run(by_engine(rootfs, None, heap, 5))
+                raw_pauses, raw_resumes = raw["pause"], raw["resume"]
+                paused = [e["data"]["paused_ms"] for e in events if e["type"] == "snapshot.created"]
+                later = {
+                    "later_pause_ms_p50": _p50(paused[-rounds + 1 :]),
+                    "raw_later_pause_ms_p50": _p50(raw["later"]),
+                }
+                later["boot_ms"] = _p50(raw["boot"])
             snapshots = [e["data"] for e in events if e["type"] == "snapshot.created"]
             calls = [s for s in snapshots if s["why"] == "exchange"]
             other = next(e["data"] for e in second if e["type"] == "snapshot.created")
@@ -260,7 +320,7 @@ async def measure(turns: int, rounds: int, heap: int = 0, change: int = 0) -> di
                     "stored_ratio": round(turn / alone, 2),
                 }
             return {
-                "engine": "gvisor",
+                "engine": engine,
                 "agent_rss_mib": round(rss, 1),
                 "pause_ms_p50": pause,
                 "raw_pause_ms_p50": raw_pause,
@@ -272,6 +332,7 @@ async def measure(turns: int, rounds: int, heap: int = 0, change: int = 0) -> di
                 "first_stored_mib": round(calls[0]["stored_bytes"] / MIB, 2),
                 "second_session_first_stored_mib": round(other["stored_bytes"] / MIB, 2),
                 "turn_stored_mib_p50": round(turn, 2),
+                **later,
                 **more,
                 "turns": len(calls),
                 "resumes": len(resumes),
@@ -297,8 +358,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="suspends and resumes")
     parser.add_argument("--heap", type=int, default=0, help="MiB of heap beside the client library")
     parser.add_argument("--change", type=int, default=0, help="MiB of it written anew each turn")
+    parser.add_argument("--engine", choices=("gvisor", "qemu"), default="gvisor")
     args = parser.parse_args()
-    numbers = asyncio.run(measure(args.turns, args.rounds, args.heap, args.change))
+    numbers = asyncio.run(measure(args.turns, args.rounds, args.heap, args.change, args.engine))
     if not args.json:
         for name, value in numbers.items():
             sys.stdout.write(f"{name:>22} {value}\n")
