@@ -2,7 +2,7 @@
 so this file is sent whole. Standard library only, Python >= 3.9. PATH is in hex: runsc spoils bytes that are no UTF-8.
 
 VERB is one of
-    freeze          stop every process but PID 1 and this one; prints how many stand still
+    freeze          stop every process but PID 1, this one and what runs it; prints how many stand still
     files, deep     one JSON line for PATH, or for each thing in it when it is a directory; `deep` goes down
     tree            the same for all there is, but for what is the kernel's or guestd's
     content         the bytes of a regular file
@@ -74,6 +74,23 @@ def state_of(pid: int) -> str:
         return "gone"
 
 
+def parent_of(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
+def lineage(pid: int) -> set[int]:
+    """`pid` and those that it descends from: what runs this program among them."""
+    out: set[int] = set()
+    while pid > 0 and pid not in out:
+        out.add(pid)
+        pid = parent_of(pid)
+    return out
+
+
 def freeze() -> None:
     """Parents come first, since pids mostly grow: a shell that saw its child stop might act on it. Again until a look
     finds nobody on the move, because a process may start others until it is stopped itself."""
@@ -82,8 +99,11 @@ def freeze() -> None:
     import time
 
     end = time.monotonic() + 5
+    spared = {1} | lineage(os.getpid())
+    kernel = 2 if parent_of(2) == 0 else -1  # the parent of the threads of a kernel's own, as in a microVM
     while True:
-        others = sorted(int(n) for n in os.listdir("/proc") if n.isdigit() and int(n) not in (1, os.getpid()))
+        found = sorted(int(n) for n in os.listdir("/proc") if n.isdigit() and int(n) not in spared)
+        others = [pid for pid in found if pid != kernel and parent_of(pid) != kernel]
         moving = [pid for pid in others if state_of(pid) not in ("T", "t", "Z", "X", "gone")]
         if not moving:
             print(len([pid for pid in others if state_of(pid) in ("T", "t")]))
