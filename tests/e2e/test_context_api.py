@@ -58,7 +58,7 @@ def printed(session: Session, name: str) -> str:
     return found[1]
 
 
-def ended(session: Session, timeout_s: float = 30.0) -> dict[str, Any]:
+def ended(session: Session, timeout_s: float = 60.0) -> dict[str, Any]:
     session.until_state("completed", "failed", "cancelled", timeout_s=timeout_s)
     return session.view
 

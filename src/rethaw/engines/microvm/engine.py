@@ -44,6 +44,7 @@ class QemuEngine:
         self._opening = asyncio.Lock()
         self._build: str | None = None
         self._cpu = hashlib.sha256(b"qemu tcg max").hexdigest()
+        self._turns = asyncio.Semaphore(os.cpu_count() or 1)  # more at once would only make each of them late
         self._live: set[QemuSandbox] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -98,7 +99,12 @@ class QemuEngine:
         kernel = await self._open()
         faults.point("engine.boot.before")
         blank = await self.assets.blank(DISK_BYTES)
-        sandbox = await self._start(spec, kernel, await self.assets.image(spec), blank, None, None)
+        shared = await self.assets.image(spec)
+        async with self._turns:
+            return await self._booted(spec, kernel, shared, blank)
+
+    async def _booted(self, spec: SandboxSpec, kernel: Kernel, shared: tuple[Path, Path], blank: Path) -> QemuSandbox:
+        sandbox = await self._start(spec, kernel, shared, blank, None, None)
         try:
             await sandbox.connect(START_TIMEOUT_S)
             try:
@@ -131,6 +137,17 @@ class QemuEngine:
                 f"this snapshot stands on disks of image {spec.image_digest[:12]} that were made elsewhere",
                 remedy="restore it where it was taken",
             )
+        async with self._turns:
+            return await self._restored(spec, kernel, shared, pages, sections)
+
+    async def _restored(
+        self,
+        spec: SandboxSpec,
+        kernel: Kernel,
+        shared: tuple[Path, Path],
+        pages: layout.Layout,
+        sections: dict[str, Path],
+    ) -> QemuSandbox:
         sandbox = await self._start(spec, kernel, shared, sections[DISK], pages, sections)
         try:
             qmp = await sandbox.connect(START_TIMEOUT_S)
