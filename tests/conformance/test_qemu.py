@@ -109,6 +109,22 @@ async def test_the_memory_of_a_snapshot_cannot_be_changed(
     assert await ask(await boot(await restored(engine, spec, saved)), "mark + 1") == 42
 
 
+async def test_a_guest_that_cannot_be_let_run_after_a_save_is_gone(
+    boot: Boot, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would stand still for ever, and look alive."""
+    box = await boot()
+
+    async def refused(timeout_s: float = 0) -> None:
+        raise EngineError("no entropy")
+
+    monkeypatch.setattr(box, "let_run", refused)
+    with pytest.raises(EngineError, match="no entropy"):
+        await box.capture(staging / "one")
+    assert (await asyncio.wait_for(box.wait(), 10)).code is None
+    assert not any((staging / "one").iterdir())
+
+
 async def test_memory_of_another_size_is_refused(boot: Boot, engine: Engine, spec: SandboxSpec, staging: Path) -> None:
     saved = await (await boot()).capture(staging / "one")
     with pytest.raises(EngineError, match=r"memory\.img is not the memory of a guest of 512 MiB"):

@@ -194,8 +194,7 @@ class QemuSandbox:
             finally:
                 await self._or_death(qmp.run("cont"))
         finally:
-            if not self._exit.done():
-                await self.let_run()
+            await self._go_on()
         engine_ms = (time.perf_counter() - started) * 1000
         if then is not None:
             await then()
@@ -209,6 +208,16 @@ class QemuSandbox:
         clock: dict[str, object] = {"frozen": True, "disks": list(self._made.disks)}
         raw_bytes = sum(path.stat().st_size for path in sections.values())
         return Capture(sections, "qemu", self._build, self._cpu, clock, raw_bytes, engine_ms, PAGED)
+
+    async def _go_on(self) -> None:
+        """After a save. A guest that does not get its clock and entropy stands still for ever: it has to go."""
+        if self._exit.done():
+            return
+        try:
+            await self.let_run()
+        except EngineError:
+            self.kill()
+            raise
 
     def _copy_former(self, target: Path) -> None:
         """What cannot change any more, before the guest has to wait."""
