@@ -1,5 +1,5 @@
-"""Runs programs beside the guest's own, told by frames on a port. Started by the starter at the first of them, as a child
-of PID 1: `python3 -I -S beside.py FD CONFIG`. Standard library alone, Python 3.9 or later.
+"""Runs programs beside the guest's own, told by frames on a port: a thread of PID 1, begun at the first of them, so that
+nothing in the guest can kill it. Standard library alone, Python 3.9 or later.
 
 A frame: number of the program, kind, length (little-endian 4, 1, 4 bytes), then the content. Host to guest: START (JSON:
 argv, cwd, env, and for a terminal its columns, rows and kind), INPUT, END, SIZE (JSON), KILL. Guest to host: OUTPUT,
@@ -17,7 +17,6 @@ import resource
 import select
 import signal
 import struct
-import sys
 import termios
 import time
 from typing import Any
@@ -129,9 +128,17 @@ class Server:
         self.port, self.config = port, config
         self.programs: dict[int, Program] = {}
         self.coming = bytearray()
-        self.woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        self.serving = False
+        self.ended: dict[int, int] = {}  # pid to exit code
+        self.woken, self.wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def reaped(self, pid: int, code: int) -> None:
+        """A child of PID 1 ended. Called from another thread."""
+        if not self.serving:  # then it is none of ours
+            return
+        self.ended[pid] = code
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.wake, b"!")
 
     def say(self, number: int, kind: int, content: bytes) -> None:
         data = memoryview(HEAD.pack(number, kind, len(content)) + content)
@@ -168,18 +175,10 @@ class Server:
             self.say(program.number, TAKEN, struct.pack("<I", taken))
 
     def reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            for program in self.programs.values():
-                if program.pid == pid:
-                    code = os.waitstatus_to_exitcode(status)
-                    program.code = code if code >= 0 else 128 - code
-                    program.until = time.monotonic() + LINGER_S
+        for program in self.programs.values():
+            if program.code is None and program.pid in self.ended:
+                program.code = self.ended[program.pid]
+                program.until = time.monotonic() + LINGER_S
 
     def pass_on(self, program: Program, fd: int) -> None:
         data = program.read(fd)
@@ -199,8 +198,11 @@ class Server:
                 self.say(number, EXITED, struct.pack("<i", program.code))
                 program.close()
                 del self.programs[number]
+        if not self.programs:
+            self.ended.clear()
 
     def serve(self) -> None:
+        self.serving = True
         while True:
             poll = select.poll()
             poll.register(self.port, select.POLLIN)
@@ -219,11 +221,11 @@ class Server:
                     self.listen()
                 elif fd == self.woken:
                     os.read(self.woken, 512)
-                    self.reap()
                 elif fd in owner and fd == owner[fd].input:
                     self.feed(owner[fd])
                 elif fd in owner and fd in owner[fd].outputs:
                     self.pass_on(owner[fd], fd)
+            self.reap()  # also one that ended before it was known
             self.finish()
 
     def listen(self) -> None:
@@ -235,7 +237,3 @@ class Server:
             content = bytes(self.coming[HEAD.size : HEAD.size + length])
             del self.coming[: HEAD.size + length]
             self.obey(number, kind, content)
-
-
-if __name__ == "__main__":
-    Server(int(sys.argv[1]), json.loads(sys.argv[2])).serve()

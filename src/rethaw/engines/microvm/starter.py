@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import importlib.util
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ import select
 import signal
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -137,8 +139,8 @@ def obey(line: str) -> str:
     return f"error unknown: {line!r}"
 
 
-def reap(agent: int) -> int | None:
-    """Exit code of the program once it has ended."""
+def reap(agent: int, server: Any) -> int | None:
+    """Exit code of the program once it has ended. `server` is told of everybody else."""
     code = None
     while True:
         try:
@@ -147,24 +149,26 @@ def reap(agent: int) -> int | None:
             return code
         if pid == 0:
             return code
+        ended = os.waitstatus_to_exitcode(status)
+        ended = ended if ended >= 0 else 128 - ended
         if pid == agent:
-            code = os.waitstatus_to_exitcode(status)
-            code = code if code >= 0 else 128 - code
+            code = ended
+        else:
+            server.reaped(pid, ended)
 
 
-def beside(port_fd: int, config: dict[str, Any]) -> None:
-    """Somebody wants to run another program: what runs those takes the port."""
-    if os.fork() == 0:
-        try:
-            os.set_inheritable(port_fd, True)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            python = ["/usr/bin/python3", "-I", "-S", str(BESIDE), str(port_fd), json.dumps(config)]
-            os.execve(python[0], python, config["env"])
-        finally:
-            os._exit(127)
+def loaded(path: Path) -> Any:
+    """The module in the file `path`, from now on whatever becomes of that."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise OSError(f"{path} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def serve(agent: int, control: int, woken: int, others: int, config: dict[str, Any]) -> None:
+def serve(agent: int, control: int, woken: int, others: int, server: Any) -> None:
+    """`server`: runs other programs, from the first word on the port `others` on."""
     poll = select.poll()
     poll.register(control, select.POLLIN)
     poll.register(woken, select.POLLIN)
@@ -174,11 +178,10 @@ def serve(agent: int, control: int, woken: int, others: int, config: dict[str, A
         ready = dict(poll.poll())
         if others in ready:
             poll.unregister(others)
-            if ready[others] & select.POLLIN:
-                beside(others, config)
+            threading.Thread(target=server.serve, daemon=True).start()
         if woken in ready:
             os.read(woken, 512)
-            code = reap(agent)
+            code = reap(agent, server)
             if code is not None:
                 oom = counted(GROUP / "memory.events", "oom_kill") > 0
                 os.write(control, b"ended %d %d\n" % (code, oom))
@@ -201,6 +204,7 @@ def main() -> None:
     config = json.loads(path.read_text())
     path.unlink()
     control, channel, errors, others = port("control"), port("channel"), port("errors"), port("exec")
+    server = loaded(BESIDE).Server(others, config)
     woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
@@ -213,7 +217,7 @@ def main() -> None:
         os.close(channel)
         os.close(errors)
         os.write(control, b"started\n")
-        serve(agent, control, woken, others, config)
+        serve(agent, control, woken, others, server)
     os.sync()
     libc.reboot(POWER_OFF)
 
