@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rethaw.engines.microvm import initramfs, layout, memory, tsc
+from rethaw.engines.base import ProbeReport
+from rethaw.engines.microvm import assets, initramfs, layout, memory, tsc
 from rethaw.engines.microvm.layout import PAGE
 from rethaw.engines.microvm.qmp import MAX_LINE, Qmp
-from rethaw.model.errors import EngineError
+from rethaw.model.errors import EngineError, EngineUnusable
+from rethaw.server.doctor import recommended
+from rethaw.server.engines import engines_of
 
 
 def test_an_archive_is_aligned() -> None:
@@ -170,3 +174,61 @@ async def test_a_qemu_that_falls_silent() -> None:
     with pytest.raises(EngineError, match=r"did not answer within 0\.1 s"):
         await qmp.run("stop", timeout_s=0.1)
     qmp.close()
+
+
+def test_a_layer_has_what_the_tree_has_beyond_its_base(tmp_path: Path) -> None:
+    base, rootfs, tree = tmp_path / "base", tmp_path / "rootfs", tmp_path / "tree"
+    for name in ("etc/same", "etc/changed", "usr/bin/deep"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(name)
+    shutil.copytree(base, rootfs, copy_function=os.link)
+    (rootfs / "etc/changed").unlink()
+    (rootfs / "etc/changed").write_text("otherwise")
+    (rootfs / "app/code").mkdir(parents=True)
+    (rootfs / "app/code/agent.py").write_text("pass")
+    (rootfs / "app/code").chmod(0o711)
+    (rootfs / "app/link").symlink_to("code/agent.py")
+    (rootfs / "app/empty").mkdir()
+    tree.mkdir()
+    assert assets._differences(rootfs, base, tree)
+    found = {str(p.relative_to(tree)) for p in tree.rglob("*")}
+    assert found == {"etc", "etc/changed", "app", "app/code", "app/code/agent.py", "app/link", "app/empty"}
+    assert (tree / "etc/changed").read_text() == "otherwise"
+    assert (tree / "app/code").stat().st_mode & 0o777 == 0o711
+    assert (tree / "app/link").readlink() == Path("code/agent.py")
+
+
+async def test_disks_of_images_that_nobody_needs_go(tmp_path: Path) -> None:
+    disks = assets.Assets(tmp_path)
+    names = [f"layer-{n}-x.ext4" for n in "abcdef"] + ["image-0-x.ext4", "blank-8192.ext4"]
+    for age, name in enumerate(names):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    await disks.prune({"f"}, spare=2)
+    assert {p.name for p in tmp_path.iterdir()} == {*names} - {"layer-c-x.ext4", "layer-d-x.ext4", "layer-e-x.ext4"}
+    await disks.prune(set(), spare=0)
+    assert {p.name for p in tmp_path.iterdir()} == {"blank-8192.ext4"}
+
+
+def test_a_node_names_the_engines_it_has(tmp_path: Path) -> None:
+    engines = engines_of(tmp_path, "qemu", assets=tmp_path)
+    assert engines.names == ("qemu", "gvisor")
+    assert engines.of(None).name == "qemu"
+    assert engines.of("gvisor").name == "gvisor"
+    with pytest.raises(EngineUnusable, match="no engine 'xen'; use one of qemu, gvisor"):
+        engines.of("xen")
+
+
+@pytest.mark.parametrize(
+    ("works", "said", "ok"),
+    [
+        ({"gvisor": True, "qemu": True}, "recommended: gvisor; qemu for agents", True),
+        ({"gvisor": True, "qemu": False}, "recommended: gvisor", True),
+        ({"gvisor": False, "qemu": True}, "recommended: qemu (the default here is gvisor)", False),
+        ({"qemu": True, "gvisor": True}, "recommended: gvisor (the default here is qemu)", True),
+        ({"gvisor": False, "qemu": False}, "none works", False),
+    ],
+)
+def test_the_doctor_recommends_an_engine(works: dict[str, bool], said: str, ok: bool) -> None:
+    found = recommended([ProbeReport(name, good, "1", "") for name, good in works.items()])
+    assert found.said.startswith(said) and found.ok is ok

@@ -70,6 +70,7 @@ def test_providers() -> None:
         ('listen = "a b:1"', "listen"),
         ('listen = ":1"', "listen"),
         ('log_level = "loud"', "log_level = 'loud' is not a log level; use one of debug"),
+        ('engine = "xen"', "engine = 'xen' is not an engine; use one of gvisor, qemu"),
         ('public_url = "example.com"', "public_url = 'example.com'"),
         ('database_url = "mysql://root:hunter2@h"', "database_url is not a PostgreSQL URL"),
         ("dta_dir = 1", "'dta_dir' is not a setting; known: data_dir"),

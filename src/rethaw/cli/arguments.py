@@ -30,6 +30,7 @@ VALUES = frozenset(
         "--idle-suspend",
         "--max-duration",
         "--template",
+        "--engine",
         "--workdir",
     }
 )
