@@ -219,4 +219,4 @@ def test_the_server_says_what_is_wrong(server: RunningServer) -> None:
 
 def test_doctor_asks_the_server(server: RunningServer) -> None:
     found = said(server, "doctor")
-    assert found["ok"] and [f["name"] for f in found["findings"]] == ["gvisor"]
+    assert found["ok"] and [f["name"] for f in found["findings"]] == ["gvisor", "qemu", "engine"]
