@@ -101,7 +101,13 @@ class ImageStore:
             if code is not None:
                 await asyncio.to_thread(archive.extract, code, rootfs / "app")
 
-        about = {"kind": "composed", "image": image.digest, "guest": contents_digest, "code": code_digest}
+        about = {
+            "kind": "composed",
+            "image": image.digest,
+            "tree": image.rootfs.parent.name,
+            "guest": contents_digest,
+            "code": code_digest,
+        }
         return digest, await self._build(digest, about, make, log.debug)
 
     async def _guest_files(self) -> tuple[str, dict[str, bytes]]:
@@ -143,7 +149,7 @@ class ImageStore:
         def look() -> tuple[str, Path] | None:
             try:
                 about = json.loads((self._home / digest / "manifest.json").read_text())
-                image = str(about["image"])
+                image = str(about["tree"])
             except (OSError, ValueError, KeyError, TypeError):
                 return None
             whole = (self._home / image / "manifest.json").exists()
