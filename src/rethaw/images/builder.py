@@ -144,7 +144,8 @@ class ImageStore:
         return await asyncio.to_thread(look)
 
     async def base(self, digest: str) -> tuple[str, Path] | None:
-        """Digest and tree of the image that the tree `digest` was composed from; None when there is none any more."""
+        """Digest and tree of the image that the tree `digest` was composed from; None when it was not. The tree itself may be
+        gone: what was made of it is known by them."""
 
         def look() -> tuple[str, Path] | None:
             try:
@@ -152,8 +153,7 @@ class ImageStore:
                 image = str(about["tree"])
             except (OSError, ValueError, KeyError, TypeError):
                 return None
-            whole = (self._home / image / "manifest.json").exists()
-            return (image, self._home / image / "rootfs") if whole else None
+            return image, self._home / image / "rootfs"
 
         return await asyncio.to_thread(look)
 
