@@ -38,7 +38,7 @@ test: lint
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup -m "not long" || { echo "once more, the failed ones alone:"; \
 	  $(PY) -m pytest -m "not long" --last-failed --last-failed-no-failures none; }
 
-## The suites of sessions once more, with every agent in a microVM. By emulation: about half an hour.
+## The suites of sessions once more, with every agent in a microVM, by emulation.
 ON_QEMU := promises forks context_api templates inspect node_recovery
 test-long: setup-long lint
 	$(PY) -m pytest

@@ -38,7 +38,7 @@ from typing import IO, Any
 
 from backports import zstd
 
-from rethaw.engines.base import Base, SandboxSpec
+from rethaw.engines.base import SandboxSpec
 from rethaw.engines.gvisor import spec as oci
 from rethaw.engines.microvm.engine import QemuEngine
 from rethaw.engines.microvm.sandbox import QemuSandbox
@@ -164,12 +164,12 @@ class ByHand:
             self.remove(name)
 
 
-async def by_engine(rootfs: Path, base: Base | None, heap: int, rounds: int) -> dict[str, list[float]]:
+async def by_engine(rootfs: Path, heap: int, rounds: int) -> dict[str, list[float]]:
     """The same program in microVMs by the engine alone: milliseconds of boots, pauses of a booted and of a restored one, and
     restores."""
     work = Path(tempfile.mkdtemp(prefix="rethaw-bench-", dir="/dev/shm"))
     argv = ("/usr/bin/python3", "-c", RAW.replace("HEAP_MIB", str(heap)))
-    spec = SandboxSpec("bench", rootfs, (512 + heap) * MIB, 512, argv, (("PATH", "/usr/bin"),), base=base)
+    spec = SandboxSpec("bench", rootfs, (512 + heap) * MIB, 512, argv, (("PATH", "/usr/bin"),))
     engine = QemuEngine(work / "data", image_cache() / "microvm")
     out: dict[str, list[float]] = {"boot": [], "pause": [], "later": [], "resume": []}
 
@@ -294,7 +294,7 @@ async def measure(turns: int, rounds: int, heap: int = 0, change: int = 0, engin
                 with by_hand(rootfs, heap) as hand:
                     raw_pauses, raw_resumes = hand.measure(max(rounds, 5))
             else:
-                raw = asyncio.run(by_engine(rootfs, None, heap, 5))
+                raw = asyncio.run(by_engine(rootfs, heap, 5))
                 raw_pauses, raw_resumes = raw["pause"], raw["resume"]
                 paused = [e["data"]["paused_ms"] for e in events if e["type"] == "snapshot.created"]
                 later = {

@@ -49,9 +49,7 @@ def h() -> Iterator[House]:
 
 def result_of(session: Session) -> Any:
     found = session.result(120)
-    assert not os.uname().release.endswith("cloud-amd64") and "cloud" in found.pop("machine"), (
-        "it has a kernel of its own"
-    )
+    assert "cloud" in found.pop("machine"), "it has a kernel of its own"
     return found
 
 

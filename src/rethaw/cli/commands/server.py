@@ -101,7 +101,7 @@ def doctor(*, config: str | None = None, json: Json = False) -> int:
             output.note(f"asking the server at {connection.url}")
             reports = connection.doctor()
         for report in reports:
-            findings.append(_told(_of_server(report), json))
+            findings.append(_told(report, json))
     except Unavailable:
         if os.geteuid() != 0:
             raise InvalidInput(
@@ -125,15 +125,6 @@ def doctor(*, config: str | None = None, json: Json = False) -> int:
             "agents can run here" if not bad else f"agents cannot run here: {', '.join(f['name'] for f in bad)}"
         )
     return 8 if bad else 0
-
-
-def _of_server(report: dict[str, Any]) -> dict[str, Any]:
-    if "said" in report:  # a finding already
-        return report
-    took = [f"{name} {report[f'{name}_ms']:.0f} ms" for name in ("boot", "save", "restore") if report.get(f"{name}_ms")]
-    said = f"{report.get('version')}: {report.get('detail')}" + (f" ({', '.join(took)})" if took else "")
-    name = str(report.get("engine"))
-    return {"name": name, "ok": bool(report.get("ok")), "said": said, "remedy": report.get("remedy"), "needed": True}
 
 
 def _told(finding: dict[str, Any], json: bool) -> dict[str, Any]:

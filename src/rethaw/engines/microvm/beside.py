@@ -9,16 +9,15 @@ ERROR, TAKEN (so many bytes of input went to the program, 4 bytes), EXITED (the 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
-import resource
 import select
 import signal
 import struct
 import termios
 import time
+from collections.abc import Callable
 from typing import Any
 
 HEAD = struct.Struct("<IBI")
@@ -26,17 +25,6 @@ START, INPUT, END, SIZE, KILL, OUTPUT, ERROR, TAKEN, EXITED = range(1, 10)
 MOST = 1 << 20  # bytes of a frame
 PIECE = 32768
 LINGER_S = 0.2  # after a program's end: its last bytes are in the pipe; a child may hold the pipe open for ever
-LAST_CAPABILITY = 40
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-def capabilities(kept: list[int]) -> None:
-    for number in range(LAST_CAPABILITY + 1):
-        if number not in kept:
-            libc.prctl(24, number, 0, 0, 0)
-    mask = sum(1 << number for number in kept)
-    low, high = mask & 0xFFFFFFFF, mask >> 32
-    libc.capset(struct.pack("Ii", 0x20080522, 0), struct.pack("6I", low, low, 0, high, high, 0))
 
 
 def set_size(fd: int, columns: int, rows: int) -> None:
@@ -44,7 +32,11 @@ def set_size(fd: int, columns: int, rows: int) -> None:
 
 
 class Program:
-    def __init__(self, number: int, about: dict[str, Any], config: dict[str, Any]) -> None:
+    """`confine` takes its rights from the child, as from every program of the guest, or raises."""
+
+    def __init__(
+        self, number: int, about: dict[str, Any], config: dict[str, Any], confine: Callable[[dict[str, Any]], None]
+    ) -> None:
         self.number = number
         self.code: int | None = None
         self.until = 0.0
@@ -71,12 +63,8 @@ class Program:
                     os.dup2(fd, at)
                 if self.terminal:
                     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-                for name, value in config["limits"].items():
-                    resource.setrlimit(getattr(resource, name), (value, value))
-                capabilities(config["capabilities"])
-                libc.prctl(38, 1, 0, 0, 0)
+                confine(config)
                 os.chdir(about["cwd"])
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 os.execvpe(about["argv"][0], about["argv"], env)
             except BaseException as error:
                 os.write(2, f"{about['argv'][0]}: {error}\n".encode())
@@ -124,8 +112,8 @@ class Program:
 
 
 class Server:
-    def __init__(self, port: int, config: dict[str, Any]) -> None:
-        self.port, self.config = port, config
+    def __init__(self, port: int, config: dict[str, Any], confine: Callable[[dict[str, Any]], None]) -> None:
+        self.port, self.config, self.confine = port, config, confine
         self.programs: dict[int, Program] = {}
         self.coming = bytearray()
         self.serving = False
@@ -148,7 +136,7 @@ class Server:
     def obey(self, number: int, kind: int, content: bytes) -> None:
         if kind == START:
             try:
-                self.programs[number] = Program(number, json.loads(content), self.config)
+                self.programs[number] = Program(number, json.loads(content), self.config, self.confine)
             except OSError as error:
                 self.say(number, ERROR, f"cannot start it: {error}\n".encode())
                 self.say(number, EXITED, struct.pack("<i", 126))

@@ -81,6 +81,15 @@ def keep_capabilities(kept: list[int]) -> None:
         raise OSError(ctypes.get_errno(), "capabilities cannot be set")
 
 
+def confine(config: dict[str, Any]) -> None:
+    """What every program of the guest is let do."""
+    for name, value in config["limits"].items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    keep_capabilities(config["capabilities"])
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def start(config: dict[str, Any], channel: int, errors: int) -> int:
     """The pid of the program, which runs by then. Raises OSError when it cannot be run."""
     why, tell = os.pipe2(os.O_CLOEXEC)
@@ -97,12 +106,8 @@ def start(config: dict[str, Any], channel: int, errors: int) -> int:
         (GROUP / "cgroup.procs").write_text(str(os.getpid()))
         for fd, target in ((channel, 0), (channel, 1), (errors, 2)):
             os.dup2(fd, target)
-        for name, value in config["limits"].items():
-            resource.setrlimit(getattr(resource, name), (value, value))
-        keep_capabilities(config["capabilities"])
-        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        confine(config)
         os.chdir("/")
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.execvpe(config["argv"][0], config["argv"], config["env"])
     except BaseException as error:  # it is the child's last word
         os.write(tell, f"cannot start {config['argv'][0]}: {error}".encode())
@@ -204,7 +209,7 @@ def main() -> None:
     config = json.loads(path.read_text())
     path.unlink()
     control, channel, errors, others = port("control"), port("channel"), port("errors"), port("exec")
-    server = loaded(BESIDE).Server(others, config)
+    server = loaded(BESIDE).Server(others, config, confine)
     woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
