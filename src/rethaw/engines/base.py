@@ -150,8 +150,15 @@ class Sandbox(Protocol):
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
+    async def precopy(self, directory: Path) -> None:
+        """Begin a save into `directory` (created if missing, must be empty) while the guest runs, so that `capture` into
+        the same directory needs less time. Engines that have nothing to gain by it do nothing. Raises as `capture`.
+        """
+        ...
+
     async def capture(self, directory: Path, then: Callable[[], Awaitable[None]] | None = None) -> Capture:
-        """Save into `directory` (created if missing, must be empty); the guest always runs on afterwards.
+        """Save into `directory` (created if missing, must be empty but for a `precopy`); the guest always runs on
+        afterwards.
 
         `then` is awaited as soon as the guest's state is there: what an engine still does to the files need not keep
         the guest waiting. What it raises is raised, and the save is void.

@@ -189,6 +189,7 @@ class Saver:
 
     async def _capture(self, snapshot: str, staged: Path, run_on: bool) -> _Captured:
         await self._gateway.flush()
+        await self._sandbox.precopy(staged)
         async with self._gateway.settled():
             started = time.monotonic()
             faults.point("saver.quiesce")

@@ -110,6 +110,9 @@ class GvisorSandbox:
 
     # ------------------------------------------------------------------ save
 
+    async def precopy(self, directory: Path) -> None:
+        """Nothing to gain: runsc reads memory only while the guest stands still."""
+
     async def capture(self, directory: Path, then: Callable[[], Awaitable[None]] | None = None) -> Capture:
         async with self._saving:
             return await self._capture(directory, then)

@@ -41,6 +41,8 @@ class Qmp:
             said: object = json.loads(line)
         except TimeoutError:
             raise EngineError(f"QEMU did not answer within {timeout_s:g} s") from None
+        except ConnectionError as error:
+            raise EngineError("QEMU is gone") from error
         except (ValueError, OSError) as error:
             raise EngineError(f"QEMU's control socket said nothing sensible: {str(error)[:200]}") from error
         if not isinstance(said, dict):

@@ -22,9 +22,10 @@ from rethaw.engines import processes
 from rethaw.engines.base import Capture, Exit
 from rethaw.engines.cgroups import Group
 from rethaw.engines.guestlog import GuestLog
-from rethaw.engines.microvm import layout, machine, memory
+from rethaw.engines.microvm import layout, machine
 from rethaw.engines.microvm.exec import Execs
-from rethaw.engines.microvm.layout import PAGE, Layout, Pages
+from rethaw.engines.microvm.layout import Layout, Pages
+from rethaw.engines.microvm.memory import Memory
 from rethaw.engines.microvm.qmp import Qmp
 from rethaw.model import faults
 from rethaw.model.errors import EngineError, StorageFull
@@ -36,7 +37,7 @@ MEMORY, DISK, MAP, STATE = "memory.img", "disk.img", "pages.map", "machine.img"
 SECTIONS = (MEMORY, DISK, MAP, STATE)
 PAGED = frozenset({MEMORY, DISK})
 STATE_MOST = 16 << 20  # bytes
-ANSWER_S = 20.0
+ANSWER_S, SYNC_S = 20.0, 60.0
 _ENTROPY = 64
 _ADDRESS = re.compile(r"\bis (0x[0-9a-f]{1,16})\b")
 T = TypeVar("T")
@@ -94,7 +95,8 @@ class QemuSandbox:
         self._answers: asyncio.Queue[str] = asyncio.Queue()
         self._qmp: Qmp | None = None
         self._execs: Execs | None = None
-        self._start: int | None = None  # of the guest's memory, in QEMU's
+        self._pages: Memory | None = None  # from the first save on
+        self._ahead: Path | None = None  # where the next save has begun
         self.log = GuestLog(log_file, made.sockets["errors"].detach())
         self._console = GuestLog(log_file.with_name(f"console-{id}.log"), made.sockets["console"].detach())
         self._pidfd = os.pidfd_open(made.pid)
@@ -157,6 +159,34 @@ class QemuSandbox:
 
     # ------------------------------------------------------------------ save
 
+    async def precopy(self, directory: Path) -> None:
+        async with self._saving:
+            try:
+                await self._copy_ahead(directory)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    (directory / MEMORY).unlink()
+                raise _storage(error, directory) from error
+
+    async def _copy_ahead(self, directory: Path) -> None:
+        self._can_be_saved()
+        qmp = self._qmp
+        assert qmp is not None
+        self._ahead = None
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise EngineError(f"{directory} is not empty", remedy="save into a new directory")
+        memory = await self._memory(qmp)
+        await self._tell("sync", "synced", SYNC_S)
+        await asyncio.to_thread(memory.ahead, directory / MEMORY)
+        self._ahead = directory
+
+    def _can_be_saved(self) -> None:
+        if self._exit.done():
+            raise EngineError(f"sandbox {self.id} cannot be saved: {self._exit.result().detail}")
+        if self._execs is not None:
+            raise EngineError(f"sandbox {self.id} cannot be saved: a program was run in it")
+
     async def capture(self, directory: Path, then: Callable[[], Awaitable[None]] | None = None) -> Capture:
         async with self._saving:
             try:
@@ -170,17 +200,14 @@ class QemuSandbox:
                 raise
 
     async def _capture(self, directory: Path, then: Callable[[], Awaitable[None]] | None) -> Capture:
-        if self._exit.done():
-            raise EngineError(f"sandbox {self.id} cannot be saved: {self._exit.result().detail}")
-        if self._execs is not None:
-            raise EngineError(f"sandbox {self.id} cannot be saved: a program was run in it")
+        self._can_be_saved()
         qmp = self._qmp
         assert qmp is not None
         faults.point("engine.capture.before")
-        directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            raise EngineError(f"{directory} is not empty", remedy="save into a new directory")
-        await asyncio.to_thread(self._copy_former, directory / MEMORY)
+        if self._ahead != directory:
+            await self._copy_ahead(directory)
+        self._ahead = None
+        memory = await self._memory(qmp)
         started = time.perf_counter()
         try:
             await self._tell("quiet", "quiet", ANSWER_S)
@@ -189,8 +216,7 @@ class QemuSandbox:
                 await self._or_death(
                     qmp.run("xen-save-devices-state", filename=f"/proc/self/fd/{self._made.saved}", live=False)
                 )
-                start = await self._or_death(self._memory_start(qmp))
-                pages = await asyncio.to_thread(self._copy_written, directory, start)
+                pages = await asyncio.to_thread(self._copy_rest, directory, memory)
             finally:
                 await self._or_death(qmp.run("cont"))
         finally:
@@ -219,37 +245,23 @@ class QemuSandbox:
             self.kill()
             raise
 
-    def _copy_former(self, target: Path) -> None:
-        """What cannot change any more, before the guest has to wait."""
-        with target.open("wb", buffering=0) as f:
-            if self._made.memory is not None:
-                known = self._made.known
-                layout.gather(self._made.memory, 0, known, np.arange(len(known)), f.fileno())
-
-    async def _memory_start(self, qmp: Qmp) -> int:
-        """Where QEMU has the guest's memory."""
-        if self._start is None:
-            said = await qmp.run("human-monitor-command", command_line="gpa2hva 0")
+    async def _memory(self, qmp: Qmp) -> Memory:
+        if self._pages is None:
+            said = await self._or_death(qmp.run("human-monitor-command", command_line="gpa2hva 0"))
             found = _ADDRESS.search(said) if isinstance(said, str) else None
             if found is None:
                 raise EngineError(f"QEMU does not say where the memory is: {str(said)[:200]}")
-            self._start = int(found.group(1), 16)
-        return self._start
+            made = self._made
+            start = int(found.group(1), 16)
+            self._pages = await asyncio.to_thread(Memory, self.pid, start, made.size, made.memory, made.known)
+        return self._pages
 
-    def _copy_written(self, directory: Path, start: int) -> Layout:
-        known, size = self._made.known, self._made.size
-        pages = memory.written(self.pid, start, size)
-        place = np.full(size // PAGE, -1, dtype=np.intp)
-        place[known] = np.arange(len(known))
-        new = pages[place[pages] < 0]
-        place[new] = len(known) + np.arange(len(new))
-        with (directory / MEMORY).open("r+b", buffering=0) as f:
-            memory.copy_written(self.pid, start, pages, place[pages], f.fileno())
+    def _copy_rest(self, directory: Path, pages: Memory) -> Layout:
+        whole = pages.rest(directory / MEMORY)
         with (directory / DISK).open("wb", buffering=0) as f:
             disk = layout.written(self._made.own)
             layout.gather(self._made.own, 0, disk, np.arange(len(disk)), f.fileno())
-        whole = np.concatenate([known, new.astype(np.int32)])
-        return Layout(size, os.fstat(self._made.own).st_size, whole, disk)
+        return Layout(self._made.size, os.fstat(self._made.own).st_size, whole, disk)
 
     # ------------------------------------------------------------------ programs beside the guest's own
 
@@ -343,6 +355,8 @@ class QemuSandbox:
         for ours in self._made.sockets.values():
             if ours.fileno() >= 0 and self._qmp is None:
                 ours.close()
+        if self._pages is not None:
+            self._pages.close()
         for fd in (self._made.memory, self._made.own, self._made.saved):
             if fd is not None:
                 os.close(fd)

@@ -3,7 +3,8 @@ are right. Runs on the image's own Python (3.9 or later, standard library alone)
 
 Lines on the control port, each answered by one:
 
-    quiet                    -> quiet          the program stands still (its cgroup is frozen), the disk is synced
+    sync                     -> synced         what was written is on the disk
+    quiet                    -> quiet          the program stands still (its cgroup is frozen)
     run WALL_NS ENTROPY_HEX  -> running        the clock is set, the entropy mixed in, the program goes on
     run                      -> running        the program goes on as it was
     (unasked)                   ended CODE OOM   it ended; the guest powers off
@@ -114,34 +115,44 @@ def start(config: dict[str, Any], channel: int, errors: int) -> int:
     os._exit(127)
 
 
-def freeze(frozen: bool) -> None:
-    (GROUP / "cgroup.freeze").write_text(str(int(frozen)))
-    end = time.monotonic() + FREEZE_S
-    while counted(GROUP / "cgroup.events", "frozen") != int(frozen):
-        if time.monotonic() > end:
-            raise OSError(f"the program did not stop within {FREEZE_S:g} s")
-        time.sleep(0.001)
+class Program:
+    """The agent's program, which stands still or runs. Its files are open: in a guest without KVM each call counts."""
 
+    def __init__(self) -> None:
+        self._freeze = os.open(GROUP / "cgroup.freeze", os.O_WRONLY | os.O_CLOEXEC)
+        self._events = os.open(GROUP / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        self._random = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
 
-def reseed(seed: bytes) -> None:
-    with Path("/dev/random").open("wb", buffering=0) as f:
-        fcntl.ioctl(f, RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
-        fcntl.ioctl(f, RNDRESEEDCRNG)
+    def stop(self) -> None:
+        os.pwrite(self._freeze, b"1", 0)
+        end = time.monotonic() + FREEZE_S
+        while b"frozen 1" not in os.pread(self._events, 256, 0):
+            if time.monotonic() > end:
+                raise OSError(f"the program did not stop within {FREEZE_S:g} s")
+            os.sched_yield()
 
+    def go_on(self) -> None:
+        os.pwrite(self._freeze, b"0", 0)
 
-def obey(line: str) -> str:
-    words = line.split()
-    if words == ["quiet"]:
-        freeze(True)
-        os.sync()
-        return "quiet"
-    if words[:1] == ["run"] and len(words) in (1, 3):
-        if len(words) == 3:
-            reseed(bytes.fromhex(words[2]))
-            time.clock_settime_ns(time.CLOCK_REALTIME, int(words[1]))
-        freeze(False)
-        return "running"
-    return f"error unknown: {line!r}"
+    def reseed(self, seed: bytes) -> None:
+        fcntl.ioctl(self._random, RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
+        fcntl.ioctl(self._random, RNDRESEEDCRNG)
+
+    def obey(self, line: str) -> str:
+        words = line.split()
+        if words == ["quiet"]:
+            self.stop()
+            return "quiet"
+        if words == ["sync"]:
+            os.sync()
+            return "synced"
+        if words[:1] == ["run"] and len(words) in (1, 3):
+            if len(words) == 3:
+                self.reseed(bytes.fromhex(words[2]))
+                time.clock_settime_ns(time.CLOCK_REALTIME, int(words[1]))
+            self.go_on()
+            return "running"
+        return f"error unknown: {line!r}"
 
 
 def reap(agent: int, server: Any) -> int | None:
@@ -172,7 +183,7 @@ def loaded(path: Path) -> Any:
     return module
 
 
-def serve(agent: int, control: int, woken: int, others: int, server: Any) -> None:
+def serve(agent: int, program: Program, control: int, woken: int, others: int, server: Any) -> None:
     """`server`: runs other programs, from the first word on the port `others` on."""
     poll = select.poll()
     poll.register(control, select.POLLIN)
@@ -196,7 +207,7 @@ def serve(agent: int, control: int, woken: int, others: int, server: Any) -> Non
             while b"\n" in waiting:
                 line, _, waiting = waiting.partition(b"\n")
                 try:
-                    answer = obey(line.decode())
+                    answer = program.obey(line.decode())
                 except Exception as error:  # the host decides what becomes of it
                     answer = f"error {error}"
                 os.write(control, answer.replace("\n", " ").encode() + b"\n")
@@ -222,7 +233,7 @@ def main() -> None:
         os.close(channel)
         os.close(errors)
         os.write(control, b"started\n")
-        serve(agent, control, woken, others, server)
+        serve(agent, Program(), control, woken, others, server)
     os.sync()
     libc.reboot(POWER_OFF)
 
