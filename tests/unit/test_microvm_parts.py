@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rethaw.engines.base import ProbeReport
 from rethaw.engines.microvm import assets, initramfs, layout, memory, tsc
 from rethaw.engines.microvm.layout import PAGE
 from rethaw.engines.microvm.qmp import MAX_LINE, Qmp
+from rethaw.engines.microvm.tracking import Tracker
 from rethaw.model.errors import EngineError, EngineUnusable
 from rethaw.server.doctor import recommended
 from rethaw.server.engines import engines_of
@@ -98,16 +100,151 @@ def test_a_map_that_does_not_fit_is_refused(
         layout.read(map_file, memory_file, disk_file)
 
 
-def test_what_is_sealed_cannot_be_changed(tmp_path: Path) -> None:
+async def test_what_is_sealed_cannot_be_changed(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"abcd" * 1024)
-    fd = memory.sealed(tmp_path / "source", np.array([2], np.int32), 5 * PAGE)
-    try:
-        assert os.pread(fd, 5 * PAGE, 0) == bytes(2 * PAGE) + b"abcd" * 1024 + bytes(2 * PAGE)
-        for change in (lambda: os.pwrite(fd, b"x", 0), lambda: os.ftruncate(fd, 0), lambda: os.ftruncate(fd, 1 << 20)):
-            with pytest.raises(PermissionError):
-                change()
-    finally:
-        os.close(fd)
+    files = memory.Files()
+    file = files.make(5 * PAGE)
+    await files.fill(file, tmp_path / "source", np.array([2], np.int32))
+    fd = file.fd
+    assert os.pread(fd, 5 * PAGE, 0) == bytes(2 * PAGE) + b"abcd" * 1024 + bytes(2 * PAGE)
+    for change in (lambda: os.pwrite(fd, b"x", 0), lambda: os.ftruncate(fd, 0), lambda: os.ftruncate(fd, 1 << 20)):
+        with pytest.raises(PermissionError):
+            change()
+    files.release(file)
+
+
+async def test_clones_share_a_memory_file_for_as_long_as_one_of_them_lives(tmp_path: Path) -> None:
+    source, pages = tmp_path / "source", np.arange(2, dtype=np.int32)
+    source.write_bytes(b"abcd" * 2048)
+    files = memory.Files()
+    assert files.find(source, 4 * PAGE) is None
+    first = files.make(4 * PAGE)
+    await files.fill(first, source, pages)
+    assert files.find(source, 8 * PAGE) is None, "another size"
+    assert files.find(source, 4 * PAGE) is first
+    files.release(first)
+    assert files.find(source, 4 * PAGE) is first
+    source.unlink()
+    source.write_bytes(b"efgh" * 2048)
+    assert files.find(source, 4 * PAGE) is None, "another file of that name"
+    files.release(first)
+    files.release(first)
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(first.fd)
+
+
+async def test_a_memory_file_that_cannot_be_filled_is_not_shared(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"short")
+    files = memory.Files()
+    file = files.make(4 * PAGE)
+    with pytest.raises(EngineError, match="to their end"):
+        await files.fill(file, source, np.arange(2, dtype=np.int32))
+    files.release(file)
+    assert files.find(source, 4 * PAGE) is None
+
+
+# ---------------------------------------------------------------- which pages were written
+
+WRITER = """
+import ctypes, mmap, sys
+file = open(sys.argv[1], "rb") if len(sys.argv) > 1 else None
+fd, size = (file.fileno() if file else -1), 64 << 12
+memory = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE | (0 if file else mmap.MAP_ANONYMOUS), prot=3)
+memory[5 << 12] = 1
+print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)
+for line in sys.stdin:
+    verb, page = line.split()
+    if verb == "write":
+        memory[int(page) << 12] = 7
+    print(memory[int(page) << 12], flush=True)
+"""
+
+
+@pytest.fixture(params=["anonymous", "file"])
+def writer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process without privileges, and where its memory begins."""
+    argv = ["/usr/bin/python3", "-c", WRITER]
+    if request.param == "file":
+        backing = Path(f"/dev/shm/rethaw-test-{os.getpid()}")
+        backing.write_bytes(b"x" * (64 << 12))
+        argv.append(str(backing))
+    process = subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", user=65534, group=65534
+    )
+    assert process.stdout is not None
+    yield process, int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    if request.param == "file":
+        backing.unlink()
+
+
+def told(process: subprocess.Popen[str], verb: str, page: int) -> int:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"{verb} {page}\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+@pytest.mark.root
+def test_writes_are_counted_from_one_asking_to_the_next(writer: tuple[subprocess.Popen[str], int]) -> None:
+    process, start = writer
+    tracker = Tracker(process.pid, start, 64 * PAGE)
+    assert told(process, "read", 9) in (0, ord("x"))
+    assert told(process, "write", 5) == 7
+    assert {5} <= set(tracker.changed().tolist()) <= {5, 9}
+    assert tracker.changed().tolist() == []
+    for page in (63, 0, 1, 2, 40):
+        told(process, "write", page)
+    assert tracker.changed().tolist() == [0, 1, 2, 40, 63]
+    told(process, "write", 1)
+    assert told(process, "read", 40) == 7
+    assert tracker.changed().tolist() == [1]
+    assert memory.written(process.pid, start, 64 * PAGE).tolist() in (
+        [0, 1, 2, 5, 40, 63], [0, 1, 2, 5, 9, 40, 63],
+    ), "protection without a page is no page"  # fmt: skip
+    tracker.close()
+
+
+@pytest.mark.root
+def test_a_process_whose_writes_cannot_be_counted_runs_on_as_before(writer: tuple[subprocess.Popen[str], int]) -> None:
+    process, start = writer
+    with pytest.raises(OSError, match="Invalid argument"):
+        Tracker(process.pid, start + 1, 64 * PAGE)
+    assert told(process, "write", 3) == 7
+    assert "userfaultfd" not in " ".join(str(f.readlink()) for f in Path(f"/proc/{process.pid}/fd").iterdir())
+    tracker = Tracker(process.pid, start, 64 * PAGE)
+    assert told(process, "write", 3) == 7
+    assert tracker.changed().tolist() == [3]
+    tracker.close()
+
+
+@pytest.mark.root
+def test_where_writes_are_not_counted_a_save_copies_again_all_that_was_ever_written(
+    writer: tuple[subprocess.Popen[str], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, start = writer
+    for counted in (True, False):
+        if not counted:
+
+            def refuse(*_: int) -> Tracker:
+                raise OSError(38, "not on this kernel")
+
+            monkeypatch.setattr(memory, "Tracker", refuse)
+        saver = memory.Memory(process.pid, start, 64 * PAGE, None, layout.NONE)
+        assert saver.tracked == counted
+        target = tmp_path / f"memory-{counted}"
+        saver.ahead(target)
+        told(process, "write", 20)
+        told(process, "write", 21)
+        order = saver.rest(target).tolist()
+        content = target.read_bytes()
+        for page in (5, 20, 21):
+            at = order.index(page) * PAGE
+            assert content[at] in (1, 7)
+            assert content[at + 1 : at + PAGE] in (bytes(PAGE - 1), b"x" * (PAGE - 1))
+        saver.close()
 
 
 # ---------------------------------------------------------------- QEMU's answers are not trusted

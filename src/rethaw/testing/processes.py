@@ -125,7 +125,9 @@ class QemuProcess:
     pid: int
 
     def status(self) -> str:
-        """running, or empty when it is gone."""
+        """created, running, or empty when it is gone."""
+        if state_of(self.pid) == "T":  # created ahead and stopped until it is used
+            return "created"
         return "running" if alive(self.pid) else ""
 
     def kill_guest(self) -> bool:

@@ -9,9 +9,7 @@ import logging
 import os
 import re
 import shutil
-from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +23,21 @@ from rethaw.engines.gvisor import spec as oci
 from rethaw.engines.gvisor.runsc import Builds, Result, Runsc, call, spawn
 from rethaw.engines.gvisor.sandbox import SECTIONS, GvisorSandbox
 from rethaw.engines.home import Home
+from rethaw.engines.shelves import Shelves
 from rethaw.model import faults
-from rethaw.model.errors import EngineError, EngineMismatch, RethawError
+from rethaw.model.errors import EngineError, EngineMismatch
 from rethaw.model.ids import new_id
 
 log = logging.getLogger("rethaw.engines")
 
 START_TIMEOUT_S = 60.0
-REFILL_PAUSE_S = 0.3  # whoever has just taken or started one wants the CPU now
 AT_ONCE = (os.cpu_count() or 1) + 2  # boots and restores; each keeps one CPU busy, and more of them only wait longer
-MAX_SHELVES = 8
-MAX_AHEAD = 8
 RESTORE_MS = 300.0  # a small guest takes 60-120 ms, 1 GiB about 0.9 s; a sleep may end late, never early
 RESTORE_BYTES_PER_MS = 1.2e6
 PIPE_BYTES = 256 << 10
 # Builds on which the frozen clock was checked by hand; any other is believed once its own probe has shown it.
 PROBE_IMAGE = "probe"
 CLOCK_CHECKED = re.compile(r"^(release-20240729|0\.0~20240729)\b")
-
-
-@dataclass
-class _Shelf:
-    """Sandboxes of one spec created ahead."""
-
-    target: int
-    ready: deque[GvisorSandbox] = field(default_factory=deque["GvisorSandbox"])
-    filling: asyncio.Task[None] | None = None
 
 
 class GvisorEngine:
@@ -67,10 +54,9 @@ class GvisorEngine:
         self._cpu: frozenset[str] = frozenset()
         self._opening = asyncio.Lock()
         self._at_once = asyncio.Semaphore(AT_ONCE)
-        self._shelves: OrderedDict[SandboxSpec, _Shelf] = OrderedDict()
+        self._shelves = Shelves[GvisorSandbox](self._create_current, self._discard, self._in_background)
         self._live: set[GvisorSandbox] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._closed = False
 
     # ------------------------------------------------------------------ the binary
 
@@ -133,7 +119,7 @@ class GvisorEngine:
         async def start(sandbox: GvisorSandbox) -> Result:
             return await call(runsc.command(sandbox.root, "start", sandbox.id), START_TIMEOUT_S)
 
-        sandbox = await self._begin(self._take(spec), spec, runsc, "start", start)
+        sandbox = await self._begin(self._shelves.take(spec), spec, runsc, "start", start)
         return await self._hand_out(sandbox, "engine.boot.after")
 
     async def restore(
@@ -146,7 +132,7 @@ class GvisorEngine:
             if name not in sections or not sections[name].is_file():
                 raise EngineError(f"section {name} is missing", remedy="restore an older snapshot")
         faults.point("engine.restore.before")
-        ahead = self._take(spec) if runsc is current else None
+        ahead = self._shelves.take(spec) if runsc is current else None
         links = self._home.path / "restore" / new_id("r")
 
         async def restore(sandbox: GvisorSandbox) -> Result:
@@ -304,60 +290,14 @@ class GvisorEngine:
     # ------------------------------------------------------------------ created ahead
 
     async def prepare(self, spec: SandboxSpec, count: int) -> None:
-        shelf = self._shelves.setdefault(spec, _Shelf(0))
-        self._shelves.move_to_end(spec)
-        shelf.target = min(count, MAX_AHEAD)
-        if not shelf.target:
-            self._drop(spec)
-            return
-        while len(self._shelves) > MAX_SHELVES:
-            self._drop(next(iter(self._shelves)))
-        self._fill(spec, shelf, REFILL_PAUSE_S)
+        self._shelves.prepare(spec, count)
 
     def ahead(self, spec: SandboxSpec) -> int:
         """How many of `spec` are ready now."""
-        shelf = self._shelves.get(spec)
-        return sum(sandbox.alive() for sandbox in shelf.ready) if shelf else 0
+        return self._shelves.ready(spec)
 
-    def _take(self, spec: SandboxSpec) -> GvisorSandbox | None:
-        shelf = self._shelves.get(spec)
-        if shelf is None:
-            return None
-        self._shelves.move_to_end(spec)
-        taken: GvisorSandbox | None = None
-        while shelf.ready and taken is None:
-            sandbox = shelf.ready.popleft()
-            if sandbox.alive():
-                taken = sandbox
-                taken.hold(False)
-            else:
-                self._discard(sandbox)
-        self._fill(spec, shelf, REFILL_PAUSE_S)
-        return taken
-
-    def _fill(self, spec: SandboxSpec, shelf: _Shelf, pause_s: float) -> None:
-        if shelf.filling is None or shelf.filling.done():
-            shelf.filling = self._in_background(self._filling(spec, shelf, pause_s))
-
-    async def _filling(self, spec: SandboxSpec, shelf: _Shelf, pause_s: float) -> None:
-        await asyncio.sleep(pause_s)
-        while len(shelf.ready) < shelf.target and not self._closed:
-            try:
-                sandbox = await self._create(spec, await self._open())
-            except (RethawError, OSError) as error:
-                log.warning("could not create a sandbox ahead: %s", error)
-                return
-            if self._closed or len(shelf.ready) >= shelf.target:
-                self._discard(sandbox)
-            else:
-                sandbox.hold(True)
-                shelf.ready.append(sandbox)
-
-    def _drop(self, spec: SandboxSpec) -> None:
-        shelf = self._shelves.pop(spec)
-        shelf.target = 0
-        while shelf.ready:
-            self._discard(shelf.ready.popleft())
+    async def _create_current(self, spec: SandboxSpec) -> GvisorSandbox:
+        return await self._create(spec, await self._open())
 
     def _discard(self, sandbox: GvisorSandbox) -> None:
         sandbox.kill()
@@ -390,9 +330,7 @@ class GvisorEngine:
         return await self._home.sweep(self._cgroups)
 
     async def close(self) -> None:
-        self._closed = True
-        for spec in list(self._shelves):
-            self._drop(spec)
+        self._shelves.close()
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         for sandbox in list(self._live):

@@ -19,6 +19,7 @@ from rethaw.engines.microvm import initramfs, layout, machine, memory, tsc
 from rethaw.engines.microvm.assets import REMEDY, Assets, Kernel, disk_id
 from rethaw.engines.microvm.qmp import Qmp
 from rethaw.engines.microvm.sandbox import DISK, MAP, MEMORY, SECTIONS, STATE, Made, QemuSandbox
+from rethaw.engines.shelves import Shelves
 from rethaw.model import faults
 from rethaw.model.errors import EngineError, EngineMismatch, EngineUnusable
 from rethaw.model.ids import new_id
@@ -45,6 +46,8 @@ class QemuEngine:
         self._build: str | None = None
         self._cpu = hashlib.sha256(b"qemu tcg max").hexdigest()
         self._turns = asyncio.Semaphore(os.cpu_count() or 1)  # more at once would only make each of them late
+        self._files = memory.Files()
+        self._shelves = Shelves[QemuSandbox](self._created, self._discard, self._in_background)
         self._live: set[QemuSandbox] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -104,7 +107,7 @@ class QemuEngine:
             return await self._booted(spec, kernel, shared, blank)
 
     async def _booted(self, spec: SandboxSpec, kernel: Kernel, shared: tuple[Path, Path], blank: Path) -> QemuSandbox:
-        sandbox = await self._start(spec, kernel, shared, blank, None, None)
+        sandbox = await self._start(spec, kernel, shared, blank, blank.stat().st_size, None)
         try:
             await sandbox.connect(START_TIMEOUT_S)
             try:
@@ -147,14 +150,55 @@ class QemuEngine:
         shared: tuple[Path, Path],
         pages: layout.Layout,
         sections: dict[str, Path],
+        *,
+        anew: bool = False,
     ) -> QemuSandbox:
-        sandbox = await self._start(spec, kernel, shared, sections[DISK], pages, sections)
+        sandbox = ahead = None
+        file = self._files.find(sections[MEMORY], pages.memory_bytes)
+        if file is None and not anew and pages.disk_bytes == DISK_BYTES:
+            sandbox = ahead = self._shelves.take(spec)
+        try:
+            if sandbox is None:
+                file = file or self._files.make(pages.memory_bytes)
+                sandbox = await self._start(spec, kernel, shared, None, pages.disk_bytes, file)
+            await self._go_on(sandbox, pages, sections)
+            faults.point("engine.restore.after")
+        except BaseException as error:
+            if sandbox is not None:
+                self._discard(sandbox)
+            if ahead is None or ahead.alive() or not isinstance(error, EngineError):
+                raise
+        else:
+            return sandbox
+        # What died while it waited says nothing about the next one.
+        return await self._restored(spec, kernel, shared, pages, sections, anew=True)
+
+    async def _go_on(self, sandbox: QemuSandbox, pages: layout.Layout, sections: dict[str, Path]) -> None:
+        """What waits for a snapshot gets it. Pages and disk are filled in while QEMU starts: it reads neither before."""
+        made = sandbox.made
+        assert made.memory is not None
+        filling = asyncio.gather(
+            self._files.fill(made.memory, sections[MEMORY], pages.memory),
+            asyncio.to_thread(_fill_disk, sections, pages, made),
+        )
         try:
             qmp = await sandbox.connect(START_TIMEOUT_S)
-            await _loaded(qmp)
-            await qmp.run("cont")
-            await sandbox.let_run()
-            faults.point("engine.restore.after")
+        finally:
+            await filling
+        sandbox.known = pages.memory
+        await qmp.run("migrate-incoming", uri=f"fd:{made.state}")
+        await _loaded(qmp)
+        await qmp.run("cont")
+        await sandbox.let_run()
+
+    async def _created(self, spec: SandboxSpec) -> QemuSandbox:
+        """One that waits for a snapshot."""
+        kernel = await self._open()
+        shared = await self.assets.image(spec)
+        file = self._files.make(_size(spec))
+        sandbox = await self._start(spec, kernel, shared, None, DISK_BYTES, file)
+        try:
+            await sandbox.connect(START_TIMEOUT_S)
         except BaseException:
             self._discard(sandbox)
             raise
@@ -165,20 +209,17 @@ class QemuEngine:
         spec: SandboxSpec,
         kernel: Kernel,
         shared: tuple[Path, Path],
-        disk: Path,
-        pages: layout.Layout | None,
-        sections: dict[str, Path] | None,
+        disk: Path | None,
+        disk_bytes: int,
+        file: memory.File | None,
     ) -> QemuSandbox:
-        """`disk`: a whole one, or with `pages` what is on it."""
+        """`disk`: what is on its own at first. `file`: its memory, of a guest that waits for a snapshot; given back if
+        there is no sandbox in the end."""
         id = new_id("sb")
         size = _size(spec)
         directory = self._home.path / id
-        try:
-            group = self._cgroups.create(self._home.owner, id, size + HOST_SLACK, 64)
-        except OSError as error:
-            raise EngineError(f"cannot prepare a sandbox: {error}", remedy="see `rethaw doctor`") from error
 
-        def start() -> Made:
+        def start(group: cgroup_layout.Group) -> Made:
             with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
 
                 def kept(fd: int, stack: contextlib.ExitStack) -> int:
@@ -187,16 +228,11 @@ class QemuEngine:
 
                 directory.mkdir(parents=True, mode=0o700)
                 own = kept(os.open(directory / "disk", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), ours)
-                held, state = None, None
-                if pages is None or sections is None:
-                    os.ftruncate(own, disk.stat().st_size)
+                os.ftruncate(own, disk_bytes)
+                if disk is not None:
                     memory.copy_disk(disk, own)
-                else:
-                    os.ftruncate(own, pages.disk_bytes)
-                    layout.scatter(disk, pages.disk, own)
-                    held = kept(memory.sealed(sections[MEMORY], pages.memory, size), ours)
-                    state = kept(os.open(sections[STATE], os.O_RDONLY | os.O_CLOEXEC), theirs)
-                saved = kept(os.memfd_create("state", os.MFD_CLOEXEC), ours)
+                saved = kept(os.memfd_create("saved", os.MFD_CLOEXEC), ours)
+                state = None if file is None else kept(os.memfd_create("state", os.MFD_CLOEXEC), ours)
                 image_fd = kept(os.open(kernel.image, os.O_RDONLY | os.O_CLOEXEC), theirs)
                 initrd = kept(os.memfd_create("initrd", os.MFD_CLOEXEC), theirs)
                 with os.fdopen(os.dup(initrd), "wb") as f:
@@ -209,6 +245,7 @@ class QemuEngine:
                     ours.callback(here.close)
                     here.setblocking(False)
                 fds = {name: there.fileno() for name, (_, there) in pairs.items()}
+                held = None if file is None else file.fd
                 files = machine.Files(image_fd, initrd, held, base, layer, own, saved, state, fds)
                 argv = machine.command(directory, size, files)
                 groups = [path for path in group.directories if path.is_dir()]
@@ -216,21 +253,25 @@ class QemuEngine:
                 ours.pop_all()
                 sockets = {name: here for name, (here, _) in pairs.items()}
                 disks = tuple(disk_id(path) for path in shared)
-                known = layout.NONE if pages is None else pages.memory
-                return Made(directory, pid, group, sockets, held, known, size, own, saved, disks)
+                return Made(directory, pid, group, sockets, file, size, own, saved, state, disks)
 
+        group: cgroup_layout.Group | None = None
         try:
-            made = await asyncio.to_thread(start)
+            group = self._cgroups.create(self._home.owner, id, size + HOST_SLACK, 64)
+            made = await asyncio.to_thread(start, group)
         except BaseException as error:
+            if file is not None:
+                self._files.release(file)
             await asyncio.to_thread(shutil.rmtree, directory, True)
-            await group.remove()
+            if group is not None:
+                await group.remove()
             if isinstance(error, OSError):
                 raise EngineError(f"cannot start a sandbox: {error}", remedy="see `rethaw doctor`") from error
             raise
         build = self._build
         assert build is not None
         log_file = self._home.logs / f"sandbox-{id}.log"
-        sandbox = QemuSandbox(id, spec, made, log_file, build, self._cpu, self._live.discard)
+        sandbox = QemuSandbox(id, spec, made, log_file, build, self._cpu, self._live.discard, self._files.release)
         self._live.add(sandbox)
         return sandbox
 
@@ -245,10 +286,10 @@ class QemuEngine:
     # ------------------------------------------------------------------ the rest
 
     async def prepare(self, spec: SandboxSpec, count: int) -> None:
-        """Nothing is made ahead but what all guests share."""
-        if count:
+        if count:  # what all guests share, too
             await self._open()
             await self.assets.image(spec)
+        self._shelves.prepare(spec, count)
 
     async def prune_images(self, keep: set[str]) -> None:
         await self.assets.prune(keep)
@@ -274,6 +315,7 @@ class QemuEngine:
         return await self._home.sweep(self._cgroups)
 
     async def close(self) -> None:
+        self._shelves.close()
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         for sandbox in list(self._live):
@@ -282,10 +324,17 @@ class QemuEngine:
                 await sandbox.cleaned()
         await asyncio.to_thread(self._home.close, self._cgroups)
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _fill_disk(sections: dict[str, Path], pages: layout.Layout, made: Made) -> None:
+    layout.scatter(sections[DISK], pages.disk, made.own)
+    assert made.state is not None
+    layout.write(made.state, sections[STATE].read_bytes(), 0)
 
 
 async def _loaded(qmp: Qmp) -> None:

@@ -78,10 +78,11 @@ def gather(source: int, offset: int, numbers: NDArray[np.integer], positions: ND
         _copy(source, offset + number * PAGE, target, position * PAGE, count * PAGE)
 
 
-def scatter(source: Path, numbers: Pages, target: int) -> None:
-    """The way back: the file `source`, page by page, to where `numbers` says, in a file of zeros that has its full size."""
+def scatter(source: Path, numbers: Pages, target: int, first: int = 0) -> None:
+    """The way back: the file `source`, from its page `first` on, page by page to where `numbers` says, in a file of zeros
+    that has its full size."""
     with source.open("rb", buffering=0) as f:
-        for number, position, count in runs(numbers, np.arange(len(numbers), dtype=np.int64)):
+        for number, position, count in runs(numbers, first + np.arange(len(numbers), dtype=np.int64)):
             _copy(f.fileno(), position * PAGE, target, number * PAGE, count * PAGE)
 
 
@@ -94,7 +95,7 @@ def _copy(source: int, begin: int, target: int, to: int, size: int) -> None:
         begin, to, size = begin + len(data), to + len(data), size - len(data)
 
 
-def write(target: int, data: bytes, at: int) -> None:
+def write(target: int, data: bytes | memoryview, at: int) -> None:
     """All of it: a file system that is nearly full takes a part and says so only at the next call."""
     view = memoryview(data)
     while view:

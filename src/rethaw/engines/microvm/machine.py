@@ -28,8 +28,8 @@ _CMDLINE = "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t rdinit=/init random
 
 @dataclass(frozen=True)
 class Files:
-    """Descriptors for QEMU. `state`: with one the guest goes on from there, and from what is in `memory`, and waits to be let
-    run; `saved`: where states are saved to."""
+    """Descriptors for QEMU. `state`: with one it waits for `migrate-incoming` to go on from there and from what is in `memory` by
+    then; `saved`: where states are saved to."""
 
     kernel: int
     initrd: int
@@ -74,7 +74,7 @@ def command(directory: Path, size: int, files: Files) -> list[str]:
     for number, name in enumerate(PORTS, 1):
         argv += ["-device", f"virtserialport,bus=serial.0,nr={number},chardev={name},name={name}"]
     if files.state is not None:
-        argv += ["-S", "-incoming", f"fd:{files.state}", "-global", "migration.send-configuration=off"]
+        argv += ["-S", "-incoming", "defer", "-global", "migration.send-configuration=off"]
     return argv
 
 

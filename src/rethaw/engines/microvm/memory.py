@@ -10,9 +10,12 @@ meanwhile. Where the kernel does not say what that is (see `tracking`), all that
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +32,84 @@ _PRESENT, _SWAPPED, _OF_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64
 _KIND, _MARKER = np.uint64(31), np.uint64(31)  # of swap; the last one stands where there is no page but its protection
 
 
-def sealed(source: Path, pages: layout.Pages, size: int) -> int:
-    """A descriptor of a file of `size` bytes with `pages`, which lie in `source` one after the other, and zeros elsewhere. It
-    can never change again."""
-    fd = os.memfd_create("memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
+_AT_ONCE = 2048  # pages, 8 MiB
+_THREADS = 2
+
+Key = tuple[int, ...]
+
+
+@dataclass
+class File:
+    """A memory file and how many sandboxes have it. `filling`: done once the file holds what it shall, for ever."""
+
+    fd: int
+    size: int
+    users: int = 1
+    key: Key | None = None
+    filling: asyncio.Future[None] | None = None
+
+
+class Files:
+    """The memory files of an engine. Guests restored from the same section while one of them lives share its file."""
+
+    def __init__(self) -> None:
+        self._known: dict[Key, File] = {}
+
+    def make(self, size: int) -> File:
+        """An empty one."""
+        fd = os.memfd_create("memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, size)
-        layout.scatter(source, pages, fd)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+        return File(fd, size)
+
+    def find(self, section: Path, size: int) -> File | None:
+        """The one with the pages of `section`, for one more user."""
+        found = self._known.get(_key(section))
+        if found is None or found.size != size:
+            return None
+        found.users += 1
+        return found
+
+    async def fill(self, file: File, section: Path, pages: layout.Pages) -> None:
+        """Until `file` has `pages`, which lie in `section` one after the other, and can never change again."""
+        if file.filling is None:
+            file.key = _key(section)
+            self._known.setdefault(file.key, file)
+            file.filling = asyncio.ensure_future(asyncio.to_thread(_fill, file.fd, section, pages))
+        await asyncio.shield(file.filling)
+
+    def release(self, file: File) -> None:
+        """One user less."""
+        file.users -= 1
+        if file.users:
+            return
+        if file.key is not None and self._known.get(file.key) is file:
+            del self._known[file.key]
+        if file.filling is None or file.filling.done():
+            _let_go(file)
+        else:
+            file.filling.add_done_callback(lambda _: _let_go(file))
+
+
+def _let_go(file: File) -> None:
+    if file.filling is not None and not file.filling.cancelled():
+        file.filling.exception()  # whoever waited may be gone
+    os.close(file.fd)
+
+
+def _key(section: Path) -> Key:
+    found = section.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _fill(fd: int, section: Path, pages: layout.Pages) -> None:
+    part = -(-len(pages) // _THREADS)
+
+    def some(first: int) -> None:
+        layout.scatter(section, pages[first : first + part], fd, first)
+
+    with ThreadPoolExecutor(_THREADS) as pool:  # most of the time goes into the kernel
+        list(pool.map(some, range(0, len(pages), max(part, 1))))
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
 
 
 def written(pid: int, start: int, size: int) -> NDArray[np.intp]:
@@ -53,12 +121,6 @@ def written(pid: int, start: int, size: int) -> NDArray[np.intp]:
         raise EngineError(f"the page map of QEMU process {pid} cannot be read")
     swapped = ((entries & _SWAPPED) != 0) & ((entries & _KIND) != _MARKER)
     return np.flatnonzero((((entries & _PRESENT) != 0) | swapped) & ((entries & _OF_FILE) == 0))
-
-
-def copy_written(pid: int, start: int, pages: NDArray[np.intp], positions: NDArray[np.intp], target: int) -> None:
-    """Copy pages of a stopped guest to these positions in the file `target`."""
-    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as f:
-        layout.gather(f.fileno(), start, pages, positions, target)
 
 
 class Memory:
@@ -105,11 +167,29 @@ class Memory:
         return np.concatenate(self._order)
 
     def _copy(self, pages: NDArray[np.intp], target: int) -> None:
-        new = pages[self._place[pages] < 0]
-        self._place[new] = self._count + np.arange(len(new))
+        """Pages of zeros are left out, if they always were: a third of a guest's memory was written once and is free."""
+        with Path(f"/proc/{self._pid}/mem").open("rb", buffering=0) as f:
+            for number, _, count in layout.runs(pages, pages):
+                for first in range(number, number + count, _AT_ONCE):
+                    size = min(_AT_ONCE, number + count - first) * PAGE
+                    data = os.pread(f.fileno(), size, self._start + first * PAGE)
+                    if len(data) != size:
+                        raise EngineError("pages of a guest cannot be read to their end")
+                    self._put(first, data, target)
+
+    def _put(self, first: int, data: bytes, target: int) -> None:
+        rows = np.frombuffer(data, dtype=np.uint64).reshape(-1, PAGE // 8)
+        place = self._place[first : first + len(rows)]
+        some = (rows[:, 0] != 0) | (place >= 0)
+        perhaps = np.flatnonzero(~some)
+        some[perhaps] = rows[perhaps].any(axis=1)
+        new = np.flatnonzero(some & (place < 0))
+        place[new] = self._count + np.arange(len(new))
         self._count += len(new)
-        self._order.append(new.astype(np.int32))
-        copy_written(self._pid, self._start, pages, self._place[pages], target)
+        self._order.append((first + new).astype(np.int32))
+        view, kept = memoryview(data), np.flatnonzero(some)
+        for row, position, count in layout.runs(kept, place[kept]):
+            layout.write(target, view[row * PAGE : (row + count) * PAGE], position * PAGE)
 
     def close(self) -> None:
         if self._tracker is not None:

@@ -24,8 +24,8 @@ from rethaw.engines.cgroups import Group
 from rethaw.engines.guestlog import GuestLog
 from rethaw.engines.microvm import layout, machine
 from rethaw.engines.microvm.exec import Execs
-from rethaw.engines.microvm.layout import Layout, Pages
-from rethaw.engines.microvm.memory import Memory
+from rethaw.engines.microvm.layout import NONE, Layout, Pages
+from rethaw.engines.microvm.memory import File, Memory
 from rethaw.engines.microvm.qmp import Qmp
 from rethaw.model import faults
 from rethaw.model.errors import EngineError, StorageFull
@@ -45,19 +45,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Made:
-    """What the engine made for a sandbox. Descriptors: `memory`, the file that its memory was mapped from, if it was
-    restored (`known`: the pages that it has); `own`, its disk; `saved`, where QEMU writes its state. `sockets`: our ends,
-    by name. `disks`: ids of those that it shares."""
+    """What the engine made for a sandbox. `memory`: the file that its memory is mapped from, unless it boots. Descriptors:
+    `own`, its disk; `saved`, where QEMU writes its state; `state`, where it reads one. `sockets`: our ends, by name. `disks`:
+    ids of those that it shares."""
 
     directory: Path
     pid: int
     group: Group
     sockets: dict[str, socket.socket]
-    memory: int | None
-    known: Pages
+    memory: File | None
     size: int
     own: int
     saved: int
+    state: int | None
     disks: tuple[str, ...]
 
 
@@ -76,14 +76,17 @@ class QemuSandbox:
         build: str,
         cpu: str,
         forget: Callable[[QemuSandbox], None],
+        release: Callable[[File], None],
     ) -> None:
         self.id = id
         self.spec = spec
         self.pid = made.pid
         self.group = made.group
-        self._made = made
+        self.made = self._made = made
+        self.known: Pages = NONE  # what its memory file has
         self._build, self._cpu = build, cpu
         self._forget = forget
+        self._release = release
         self._loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[Exit] = self._loop.create_future()
         self._ended: tuple[int, bool] | None = None  # as the guest itself said
@@ -105,7 +108,9 @@ class QemuSandbox:
     # ------------------------------------------------------------------ its beginning
 
     async def connect(self, timeout_s: float) -> Qmp:
-        """Take hold of machine and ports."""
+        """Take hold of machine and ports. Once: one created ahead is connected already."""
+        if self._qmp is not None:
+            return self._qmp
         reader, self._control = await machine.streams(self._made.sockets["control"])
         self.reader, self.writer = await machine.streams(self._made.sockets["channel"])
         self._listening = self._loop.create_task(self._listen(reader))
@@ -253,7 +258,8 @@ class QemuSandbox:
                 raise EngineError(f"QEMU does not say where the memory is: {str(said)[:200]}")
             made = self._made
             start = int(found.group(1), 16)
-            self._pages = await asyncio.to_thread(Memory, self.pid, start, made.size, made.memory, made.known)
+            held = None if made.memory is None else made.memory.fd
+            self._pages = await asyncio.to_thread(Memory, self.pid, start, made.size, held, self.known)
         return self._pages
 
     def _copy_rest(self, directory: Path, pages: Memory) -> Layout:
@@ -292,6 +298,11 @@ class QemuSandbox:
         if not self._exit.done():
             self._killed = True
             processes.kill(self._pidfd)
+
+    def hold(self, held: bool) -> None:
+        """Stop what was created ahead, or let it go on."""
+        if not self._exit.done():
+            processes.stop(self._pidfd, held)
 
     def rest(self, resting: bool) -> None:
         """Nothing to gain here: an idle guest does not wake up."""
@@ -357,9 +368,11 @@ class QemuSandbox:
                 ours.close()
         if self._pages is not None:
             self._pages.close()
-        for fd in (self._made.memory, self._made.own, self._made.saved):
+        for fd in (self._made.own, self._made.saved, self._made.state):
             if fd is not None:
                 os.close(fd)
+        if self._made.memory is not None:
+            self._release(self._made.memory)
         self.log.remove()
         self._console.remove()
         self.group.kill()
