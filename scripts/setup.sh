@@ -138,6 +138,7 @@ if [ "$level" != run ]; then
     command -v npm >/dev/null || missing+=(npm)
     command -v qemu-system-x86_64 >/dev/null || missing+=(qemu-system-x86)
     [ -x /usr/sbin/mke2fs ] || [ -x /sbin/mke2fs ] || missing+=(e2fsprogs)
+    compgen -G '/lib/*/libfuse3.so.[34]' >/dev/null || missing+=('^libfuse3-[34]$') # one a release
     if ! postgres_15_or_newer; then
         missing+=(postgresql)
         # Tests want the binaries, not a database that runs from now on.

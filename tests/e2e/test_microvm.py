@@ -12,6 +12,7 @@ import pytest
 from e2e_fixtures import House, Session, gapless, house
 
 from rethaw.model.errors import RethawError
+from rethaw.snapshots.staging import staging_for
 from rethaw.testing import processes
 from rethaw.testing.provider import Reply
 
@@ -98,6 +99,44 @@ def test_both_engines_at_once_and_a_server_that_is_killed(h: House) -> None:
     ]
     assert results[0]["machine"] != results[1]["machine"]
     assert [t.count("both one") for t in h.provider.texts].count(1) == 2
+
+
+def mounts(place: str) -> list[str]:
+    return [line for line in Path("/proc/mounts").read_text().splitlines() if place in line]
+
+
+def lazy_servers(place: str) -> list[int]:
+    return [pid for pid in processes.pids() if any(word.startswith(place) for word in processes.command_line(pid))]
+
+
+def test_memory_is_read_when_it_is_touched_and_who_serves_it_may_die(tmp_path: Path) -> None:
+    """Restored lazily three times, killed once with its machine, once with the server of its pages."""
+    with house(env={"RETHAW_LAZY_FROM_BYTES": "1", "RETHAW_CACHE_BYTES": "0"}) as h:
+        place = f"{staging_for(h.server.data_dir)}-lazy"
+        h.provider.answer = lambda r: Reply(f"re {r.last_text}", first_byte_s=1.0)
+        session = h.agent(AGENT, {"tag": "lazy"}, engine="qemu", idle_suspend_s=0.5)
+        session.until_state("suspended", timeout_s=120)
+        assert not mounts(place)
+        session.signal("choice", "x")
+        session.until("the second call", lambda s: "lazy two" in h.provider.texts, 120)
+        assert len(mounts(place)) == 1
+        (box,) = h.server.sandboxes()
+        processes.kill(box.pid)
+        session.until("another life", lambda s: s.view["crashes"] == 1 and h.server.sandboxes(), 60)
+        for pid in lazy_servers(place):
+            processes.kill(pid)
+        expected = {
+            "said": ["re lazy one", "re lazy two"],
+            "kept": "lazy",
+            "child": "through the child",
+            "kernel": "Linux",
+        }
+        assert result_of(session) == {**expected, "choice": "x"}
+        assert h.provider.texts.count("lazy two") == 1, "not paid for twice"
+        gapless(session.events(all_lines=True))
+        h.server.kill9()
+        processes.wait_until(lambda: not lazy_servers(place), 10, "the server of lazy files to end with its node")
+    processes.wait_until(lambda: not mounts(place) and not lazy_servers(place), 10, "mounts to be gone")
 
 
 def test_an_engine_that_is_not_there_is_named(h: House, tmp_path: Path) -> None:

@@ -10,7 +10,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 # Of a guest's programs. Capabilities: what apt, dpkg, pip and git need as root, and what a dev server on port 80 needs, with
 # Linux' numbers. All of it is about the guest's own kernel; none of it reaches the host.
@@ -216,11 +220,46 @@ class Sandbox(Protocol):
         ...
 
 
+class LazyFile(Protocol):
+    """A file whose pages are read when they are touched."""
+
+    @property
+    def path(self) -> Path:
+        """Where it may be opened until `close`."""
+        ...
+
+    async def prefetch(self) -> None:
+        """Let what will probably be touched be read ahead. After it was mapped: a mapping may drop what was read."""
+        ...
+
+    async def close(self) -> None:
+        """One user less. Descriptors and mappings stay good."""
+        ...
+
+
+class LazySection(Protocol):
+    """A section of a snapshot that was not read."""
+
+    @property
+    def raw_bytes(self) -> int:
+        """How long it is."""
+        ...
+
+    async def open(self, size: int, table: NDArray[np.int32]) -> LazyFile:
+        """A file of `size` bytes with the pages of the section that `table` names, -1: zeros. Restores of the same snapshot
+        share it. Raises SnapshotUnusable, Unavailable."""
+        ...
+
+
+NOTHING_LAZY: Mapping[str, LazySection] = MappingProxyType({})
+
+
 class Engine(Protocol):
     """Makes sandboxes. One per node process and data directory."""
 
     name: str
     fixed_memory: bool  # a guest can only be restored with the memory that it had
+    lazy: frozenset[str]  # sections that `restore` need not have as files
 
     async def build(self) -> str:
         """sha256 hex of the engine binary in use. Raises EngineUnusable when there is none that fits."""
@@ -235,9 +274,17 @@ class Engine(Protocol):
         ...
 
     async def restore(
-        self, spec: SandboxSpec, sections: dict[str, Path], *, build: str, cpu: str, clock: dict[str, object]
+        self,
+        spec: SandboxSpec,
+        sections: dict[str, Path],
+        *,
+        build: str,
+        cpu: str,
+        clock: dict[str, object],
+        lazy: Mapping[str, LazySection] = NOTHING_LAZY,
     ) -> Sandbox:
-        """A new sandbox that goes on where `sections` were captured. The files are read, never changed.
+        """A new sandbox that goes on where `sections` were captured. The files are read, never changed. What is in `lazy` need
+        not be among them.
 
         Its monotonic clock goes on from the value it had at the capture. Raises EngineMismatch, naming what differs,
         before any page is read; EngineError when the engine could not read the sections.

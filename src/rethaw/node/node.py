@@ -76,6 +76,7 @@ class Node:
         await self._parts.engines.close()
         if self._parts.store.remote is not None:
             await self._parts.store.remote.close()
+        await self._parts.store.close_lazy()
         self._parts.store.close()
 
     async def _put_down(self, supervisor: Supervisor) -> None:

@@ -239,14 +239,20 @@ class Supervisor:
         faults.point("supervisor.restore")
         spec = await self._sandbox_spec(a.agent, a.snapshot)
         engine = self._parts.engines.of(a.snapshot.engine)
-        sections = await loading.sections(self._parts.store, a.snapshot, lambda: not self._queue.empty())
+        store = self._parts.store
+        loaded = await loading.sections(store, a.snapshot, engine.lazy, lambda: not self._queue.empty())
         try:
             faults.point("supervisor.loaded")
             sandbox = await engine.restore(
-                spec, sections, build=a.snapshot.engine_build, cpu=a.snapshot.cpu, clock=a.snapshot.clock
+                spec,
+                loaded.sections,
+                build=a.snapshot.engine_build,
+                cpu=a.snapshot.cpu,
+                clock=a.snapshot.clock,
+                lazy=loaded.lazy,
             )
         finally:
-            self._parts.store.done(a.snapshot.id)
+            loaded.done()
         faults.point("supervisor.restored")
         life = self._new_life(a, sandbox, spec)
         try:

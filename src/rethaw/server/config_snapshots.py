@@ -16,12 +16,14 @@ from rethaw.model.errors import InvalidInput
 from rethaw.model.types import MIB
 from rethaw.sdk.sizes import size_bytes
 from rethaw.snapshots.keys import Keyring
+from rethaw.snapshots.lazily import LAZY_FROM
 from rethaw.snapshots.tiers.settings import DEFAULT_LINGER_S, DEFAULT_REGION, DEFAULT_TIMEOUT_S, S3Settings
 
 # setting -> environment variable that goes over it
 SNAPSHOT_SETTINGS: dict[str, str] = {
     "staging_bytes": "RETHAW_STAGING_BYTES",
     "cache_bytes": "RETHAW_CACHE_BYTES",
+    "lazy_from_bytes": "RETHAW_LAZY_FROM_BYTES",
     "encryption_key_file": "RETHAW_SNAPSHOT_KEY_FILE",
     "old_key_files": "RETHAW_SNAPSHOT_OLD_KEY_FILES",
 }
@@ -44,10 +46,12 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class SnapshotSettings:
     """`staging_bytes`: memory that captures may take until they are on disk. `cache_bytes`: raw pages kept in memory for
-    quick restores; 0: none. `s3` None: snapshots stay on this machine."""
+    quick restores; 0: none. `lazy_from_bytes`: the memory of a microVM that has at least so much in its snapshot is read when it
+    is touched. `s3` None: snapshots stay on this machine."""
 
     staging_bytes: int = DEFAULT_STAGING
     cache_bytes: int = DEFAULT_CACHE
+    lazy_from_bytes: int = LAZY_FROM
     encryption_key_file: Path | None = None
     old_key_files: tuple[Path, ...] = ()
     s3: S3Settings | None = None
@@ -118,6 +122,7 @@ def snapshot_settings(table: object, where: str, env: Mapping[str, str]) -> Snap
     return SnapshotSettings(
         staging_bytes=staging,
         cache_bytes=read.parsed("cache_bytes", _size_or_none, DEFAULT_CACHE),
+        lazy_from_bytes=read.parsed("lazy_from_bytes", _size_or_none, LAZY_FROM),
         encryption_key_file=read.parsed("encryption_key_file", _path, None),
         old_key_files=read.parsed("old_key_files", _paths, ()),
         s3=_s3(read.table.get("s3", {}), where, env),

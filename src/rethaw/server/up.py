@@ -273,6 +273,7 @@ def _store(config: Config, catalog: Catalog) -> SnapshotStore:
         staging_bytes=settings.staging_bytes,
         kept_bytes=settings.cache_bytes,
         remote=remote,
+        lazy_from=settings.lazy_from_bytes,
     )
 
 

@@ -22,6 +22,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -104,6 +105,10 @@ class Keyring:
         else:
             active = read_key(key_file, "snapshots.encryption_key_file") if key_file is not None else None
         return cls(active, [read_key(path, "snapshots.old_key_files") for path in old_files])
+
+    def reveal(self) -> dict[str, Any]:
+        """All keys as JSON, for a process of ours; never for a log."""
+        return {"active": self._active, "keys": {name: key.hex() for name, key in self._keys.items()}}
 
     def __repr__(self) -> str:
         return f"Keyring(active={self._active}, known={sorted(self._keys)})"

@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from rethaw.snapshots.decode import PackDamaged, Packs
 from rethaw.snapshots.encode import Encoded, Known
 from rethaw.snapshots.files import sync_directory, to_the_end, write_synced
 from rethaw.snapshots.keys import Keyring
+from rethaw.snapshots.lazily import LAZY_FROM, Lazily, Loaded
 from rethaw.snapshots.manifest import Manifest
 from rethaw.snapshots.pack import Damaged, TooNew, digest, key_of
 from rethaw.snapshots.pages import PAGE
@@ -58,7 +60,8 @@ class Written:
 
 class SnapshotStore:
     """`staging_bytes`: the budget of staging (default: a quarter of memory). `kept_bytes`: how much raw, already durable
-    data staging may keep for quick restores (oldest use goes first). `wait_s`: how long a capture waits for room."""
+    data staging may keep for quick restores (oldest use goes first). `wait_s`: how long a capture waits for room.
+    `lazy_from`: see `load_lazily`."""
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class SnapshotStore:
         kept_bytes: int = 1024 * MIB,
         wait_s: float = 10.0,
         remote: Remote | None = None,
+        lazy_from: int = LAZY_FROM,
     ) -> None:
         self._data = data_dir
         self._home = data_dir / "snapshots" / "store"
@@ -84,6 +88,9 @@ class SnapshotStore:
             wait_s=wait_s,
             dropped=self._parents.raw_gone,
         )
+        self._lazy_from = lazy_from
+        lazy = self.staging.path.with_name(f"{self.staging.path.name}-lazy")
+        self._lazily = Lazily(lazy, self._home, self.keys, self.manifest_path)
         self._books = Books(self._remove_packs)
         self._writing: set[str] = set()  # names of partial files
         self._first: dict[
@@ -108,6 +115,7 @@ class SnapshotStore:
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._home.chmod(0o700)
         self.staging.open()
+        self._lazily.sweep()
         for path in sorted(self._home.glob("[!.]*.manifest")):
             self._read_needs(path)
         for pack in self._books.packs():
@@ -292,6 +300,43 @@ class SnapshotStore:
             return {s.name: kept / s.name for s in info.sections}
         faults.point("store.load")
         return await self._healed(info.id, lambda: self._read(info))
+
+    async def load_lazily(self, info: SnapshotInfo, names: Collection[str]) -> Loaded:
+        """As `load`, but sections among `names` that have `lazy_from` bytes or more are not read: unless they are here still,
+        or FUSE is not."""
+        large = {s.name for s in info.sections if s.name in names and s.raw_bytes >= self._lazy_from}
+        if not large or self.staging.kept(info.id) is not None or not await self._lazily.ready(info.id):
+            return Loaded(await self.load(info), {}, lambda: self.done(info.id))
+        faults.point("store.load")
+        return await self._healed(info.id, lambda: self._rest(info, large))
+
+    async def _rest(self, info: SnapshotInfo, lazy: set[str]) -> Loaded:
+        """All sections but those in `lazy`, whose packs are looked at all the same."""
+        found = await asyncio.to_thread(self._manifest, info.id, info.digest)
+        rest = replace(found, pages=[s for s in found.pages if s.name not in lazy])
+        name = f"{info.id}.{secrets.token_hex(4)}"
+        directory = await self.staging.make(name, rest.raw_bytes)
+        try:
+            await to_the_end(self._load, info.id, rest, directory)
+            await to_the_end(self._look_at, info.id, found)
+        except BaseException:
+            self.staging.drop(name)
+            raise
+        sections = {s.name: directory / s.name for s in (*rest.pages, *rest.blobs)}
+        given = {s.name: self._lazily.section(info, s.name, s.raw_bytes) for s in found.pages if s.name in lazy}
+        return Loaded(sections, given, lambda: self.staging.drop(name))
+
+    def _look_at(self, snapshot: str, found: Manifest) -> None:
+        with self._books.pinned(snapshot):
+            try:
+                for ref in found.packs:
+                    self.packs.get(ref)
+            except PackDamaged as error:
+                raise self._unusable(snapshot, str(error), f"{error.pack}.pack") from error
+
+    async def close_lazy(self) -> None:
+        """Before `close`: nothing is given lazily any more, and what maps such a file cannot read on."""
+        await self._lazily.close()
 
     async def _read(self, info: SnapshotInfo) -> dict[str, Path]:
         return await self._raw(info.id, await asyncio.to_thread(self._manifest, info.id, info.digest))

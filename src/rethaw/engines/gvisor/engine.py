@@ -9,13 +9,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
 from rethaw.engines import cgroups as cgroup_layout
 from rethaw.engines import cpu as cpu_features
-from rethaw.engines.base import ProbeReport, SandboxSpec
+from rethaw.engines.base import NOTHING_LAZY, LazySection, ProbeReport, SandboxSpec
 from rethaw.engines.guestlog import GuestLog
 from rethaw.engines.gvisor import clock as saved_clock
 from rethaw.engines.gvisor import direct
@@ -45,6 +45,7 @@ class GvisorEngine:
 
     name = "gvisor"
     fixed_memory = False
+    lazy: frozenset[str] = frozenset()  # runsc reads all of it
 
     def __init__(self, data_dir: Path) -> None:
         self._home = Home(data_dir.absolute())
@@ -123,7 +124,14 @@ class GvisorEngine:
         return await self._hand_out(sandbox, "engine.boot.after")
 
     async def restore(
-        self, spec: SandboxSpec, sections: dict[str, Path], *, build: str, cpu: str, clock: dict[str, object]
+        self,
+        spec: SandboxSpec,
+        sections: dict[str, Path],
+        *,
+        build: str,
+        cpu: str,
+        clock: dict[str, object],
+        lazy: Mapping[str, LazySection] = NOTHING_LAZY,
     ) -> GvisorSandbox:
         current = await self._open()
         runsc = current if build == current.sha256 else await self._builds.kept(build)

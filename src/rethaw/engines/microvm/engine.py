@@ -8,12 +8,12 @@ import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from rethaw.engines import cgroups as cgroup_layout
-from rethaw.engines.base import CAPABILITIES, OPEN_FILES, ProbeReport, SandboxSpec
+from rethaw.engines.base import CAPABILITIES, NOTHING_LAZY, OPEN_FILES, LazySection, ProbeReport, SandboxSpec
 from rethaw.engines.home import Home
 from rethaw.engines.microvm import initramfs, layout, machine, memory, tsc
 from rethaw.engines.microvm.assets import REMEDY, Assets, Kernel, disk_id
@@ -36,6 +36,7 @@ class QemuEngine:
 
     name = "qemu"
     fixed_memory = True
+    lazy = frozenset({MEMORY})
 
     def __init__(self, data_dir: Path, assets: Path | None = None) -> None:
         data_dir = data_dir.absolute()
@@ -46,7 +47,7 @@ class QemuEngine:
         self._build: str | None = None
         self._cpu = hashlib.sha256(b"qemu tcg max").hexdigest()
         self._turns = asyncio.Semaphore(os.cpu_count() or 1)  # more at once would only make each of them late
-        self._files = memory.Files()
+        self._files = memory.Files(self._in_background)
         self._shelves = Shelves[QemuSandbox](self._created, self._discard, self._in_background)
         self._live: set[QemuSandbox] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -122,15 +123,23 @@ class QemuEngine:
         return sandbox
 
     async def restore(
-        self, spec: SandboxSpec, sections: dict[str, Path], *, build: str, cpu: str, clock: dict[str, object]
+        self,
+        spec: SandboxSpec,
+        sections: dict[str, Path],
+        *,
+        build: str,
+        cpu: str,
+        clock: dict[str, object],
+        lazy: Mapping[str, LazySection] = NOTHING_LAZY,
     ) -> QemuSandbox:
         kernel = await self._open()
         self._check(build, cpu, await self.build())
         for name in SECTIONS:
-            if name not in sections or not sections[name].is_file():
+            if name not in lazy and (name not in sections or not sections[name].is_file()):
                 raise EngineError(f"section {name} is missing", remedy="restore an older snapshot")
         faults.point("engine.restore.before")
-        pages = layout.read(sections[MAP], sections[MEMORY], sections[DISK])
+        in_memory = lazy[MEMORY].raw_bytes if MEMORY in lazy else sections[MEMORY].stat().st_size
+        pages = layout.read(sections[MAP], in_memory, sections[DISK].stat().st_size)
         if pages.memory_bytes != _size(spec):
             raise EngineError(f"section {MEMORY} is not the memory of a guest of {spec.memory_bytes // MIB} MiB")
         shared = await self.assets.image(spec)
@@ -141,7 +150,7 @@ class QemuEngine:
                 remedy="restore it where it was taken",
             )
         async with self._turns:
-            return await self._restored(spec, kernel, shared, pages, sections)
+            return await self._restored(spec, kernel, shared, pages, sections, lazy.get(MEMORY))
 
     async def _restored(
         self,
@@ -150,11 +159,15 @@ class QemuEngine:
         shared: tuple[Path, Path],
         pages: layout.Layout,
         sections: dict[str, Path],
+        lazy: LazySection | None,
         *,
         anew: bool = False,
     ) -> QemuSandbox:
         sandbox = ahead = None
-        file = self._files.find(sections[MEMORY], pages.memory_bytes)
+        if lazy is not None:
+            file = await self._files.lazily(lazy, pages.memory_bytes, pages.memory)
+        else:
+            file = self._files.find(sections[MEMORY], pages.memory_bytes)
         if file is None and not anew and pages.disk_bytes == DISK_BYTES:
             sandbox = ahead = self._shelves.take(spec)
         try:
@@ -171,21 +184,22 @@ class QemuEngine:
         else:
             return sandbox
         # What died while it waited says nothing about the next one.
-        return await self._restored(spec, kernel, shared, pages, sections, anew=True)
+        return await self._restored(spec, kernel, shared, pages, sections, None, anew=True)
 
     async def _go_on(self, sandbox: QemuSandbox, pages: layout.Layout, sections: dict[str, Path]) -> None:
         """What waits for a snapshot gets it. Pages and disk are filled in while QEMU starts: it reads neither before."""
         made = sandbox.made
         assert made.memory is not None
-        filling = asyncio.gather(
-            self._files.fill(made.memory, sections[MEMORY], pages.memory),
-            asyncio.to_thread(_fill_disk, sections, pages, made),
-        )
+        filling = [asyncio.to_thread(_fill_disk, sections, pages, made)]
+        if made.memory.lazy is None:
+            filling.append(self._files.fill(made.memory, sections[MEMORY], pages.memory))
+        filled = asyncio.gather(*filling)
         try:
             qmp = await sandbox.connect(START_TIMEOUT_S)
         finally:
-            await filling
+            await filled
         sandbox.known = pages.memory
+        await sandbox.touch_less(qmp)
         await qmp.run("migrate-incoming", uri=f"fd:{made.state}")
         await _loaded(qmp)
         await qmp.run("cont")

@@ -42,8 +42,8 @@ class Layout:
         return head + self.memory.astype("<i4").tobytes() + self.disk.astype("<i4").tobytes()
 
 
-def read(path: Path, memory: Path, disk: Path) -> Layout:
-    """The map at `path` of these files. Raises EngineError when it does not fit them."""
+def read(path: Path, memory: int, disk: int) -> Layout:
+    """The map at `path` of files of so many bytes. Raises EngineError when it does not fit them."""
     try:
         data = path.read_bytes()
         magic, memory_bytes, disk_bytes, in_memory, on_disk = _HEAD.unpack_from(data)
@@ -51,12 +51,15 @@ def read(path: Path, memory: Path, disk: Path) -> Layout:
             raise ValueError("it is no map of pages")
         numbers = np.frombuffer(data, dtype="<i4", offset=_HEAD.size).astype(np.int32)
         out = Layout(memory_bytes, disk_bytes, numbers[:in_memory], numbers[in_memory:])
-        for numbers, whole, file in ((out.memory, memory_bytes, memory), (out.disk, disk_bytes, disk)):
-            if whole % PAGE or whole // PAGE > _MOST or file.stat().st_size != len(numbers) * PAGE:
-                raise ValueError(f"{file.name} has {file.stat().st_size} bytes, {len(numbers) * PAGE} were written")
+        for name, numbers, whole, size in (
+            ("memory.img", out.memory, memory_bytes, memory),
+            ("disk.img", out.disk, disk_bytes, disk),
+        ):
+            if whole % PAGE or whole // PAGE > _MOST or size != len(numbers) * PAGE:
+                raise ValueError(f"{name} has {size} bytes, {len(numbers) * PAGE} were written")
             seen = np.bincount(numbers, minlength=1) if len(numbers) and int(numbers.min()) >= 0 else NONE
             if len(numbers) and (not len(seen) or int(numbers.max()) >= whole // PAGE or int(seen.max()) > 1):
-                raise ValueError(f"it names pages of {file.name} that cannot be")
+                raise ValueError(f"it names pages of {name} that cannot be")
     except (OSError, ValueError, struct.error) as error:
         raise EngineError(f"section {path.name} cannot be used: {error}", remedy="restore an older snapshot") from None
     return out

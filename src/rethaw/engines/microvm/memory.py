@@ -14,13 +14,16 @@ import asyncio
 import fcntl
 import logging
 import os
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rethaw.engines.base import LazyFile, LazySection
 from rethaw.engines.microvm import layout
 from rethaw.engines.microvm.layout import PAGE
 from rethaw.engines.microvm.tracking import Tracker
@@ -40,20 +43,23 @@ Key = tuple[int, ...]
 
 @dataclass
 class File:
-    """A memory file and how many sandboxes have it. `filling`: done once the file holds what it shall, for ever."""
+    """A memory file and how many sandboxes have it. `filling`: done once the file holds what it shall, for ever. `lazy`: it
+    is one whose pages come when they are touched."""
 
     fd: int
     size: int
     users: int = 1
     key: Key | None = None
     filling: asyncio.Future[None] | None = None
+    lazy: LazyFile | None = None
 
 
 class Files:
     """The memory files of an engine. Guests restored from the same section while one of them lives share its file."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_background: Callable[[Coroutine[Any, Any, None]], object]) -> None:
         self._known: dict[Key, File] = {}
+        self._in_background = in_background
 
     def make(self, size: int) -> File:
         """An empty one."""
@@ -77,6 +83,18 @@ class Files:
             file.filling = asyncio.ensure_future(asyncio.to_thread(_fill, file.fd, section, pages))
         await asyncio.shield(file.filling)
 
+    async def lazily(self, section: LazySection, size: int, pages: layout.Pages) -> File:
+        """One with `pages`, which lie in `section` one after the other. Raises as `LazySection.open`."""
+        table = np.full(size // PAGE, -1, dtype=np.int32)
+        table[pages] = np.arange(len(pages), dtype=np.int32)
+        opened = await section.open(size, table)
+        try:
+            fd = await asyncio.to_thread(os.open, opened.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self._in_background(opened.close())
+            raise EngineError(f"{opened.path} cannot be opened: {error.strerror}") from error
+        return File(fd, size, lazy=opened)
+
     def release(self, file: File) -> None:
         """One user less."""
         file.users -= 1
@@ -84,6 +102,8 @@ class Files:
             return
         if file.key is not None and self._known.get(file.key) is file:
             del self._known[file.key]
+        if file.lazy is not None:
+            self._in_background(file.lazy.close())
         if file.filling is None or file.filling.done():
             _let_go(file)
         else:

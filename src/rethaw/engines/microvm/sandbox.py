@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -22,7 +23,7 @@ from rethaw.engines import processes
 from rethaw.engines.base import Capture, Exit
 from rethaw.engines.cgroups import Group
 from rethaw.engines.guestlog import GuestLog
-from rethaw.engines.microvm import layout, machine
+from rethaw.engines.microvm import layout, machine, tracking
 from rethaw.engines.microvm.exec import Execs
 from rethaw.engines.microvm.layout import NONE, Layout, Pages
 from rethaw.engines.microvm.memory import File, Memory
@@ -32,6 +33,8 @@ from rethaw.model.errors import EngineError, StorageFull
 
 if TYPE_CHECKING:
     from rethaw.engines.base import Exec, SandboxSpec, Terminal
+
+log = logging.getLogger("rethaw.engines")
 
 MEMORY, DISK, MAP, STATE = "memory.img", "disk.img", "pages.map", "machine.img"
 SECTIONS = (MEMORY, DISK, MAP, STATE)
@@ -116,6 +119,17 @@ class QemuSandbox:
         self._listening = self._loop.create_task(self._listen(reader))
         self._qmp = await self._or_death(Qmp.connect(self._made.sockets["qmp"], timeout_s))
         return self._qmp
+
+    async def touch_less(self, qmp: Qmp) -> None:
+        """Of a memory that is read when it is touched."""
+        lazy = self._made.memory and self._made.memory.lazy
+        if lazy is not None:
+            start = await self._memory_start(qmp)
+            try:
+                await asyncio.to_thread(tracking.small_pages, self.pid, start, self._made.size)
+            except OSError as error:
+                log.info("QEMU process %d reads its memory in large pieces: %s", self.pid, error)
+            await lazy.prefetch()
 
     async def started(self, timeout_s: float) -> None:
         """Until the guest's own starter has started the program."""
@@ -250,14 +264,17 @@ class QemuSandbox:
             self.kill()
             raise
 
+    async def _memory_start(self, qmp: Qmp) -> int:
+        said = await self._or_death(qmp.run("human-monitor-command", command_line="gpa2hva 0"))
+        found = _ADDRESS.search(said) if isinstance(said, str) else None
+        if found is None:
+            raise EngineError(f"QEMU does not say where the memory is: {str(said)[:200]}")
+        return int(found.group(1), 16)
+
     async def _memory(self, qmp: Qmp) -> Memory:
         if self._pages is None:
-            said = await self._or_death(qmp.run("human-monitor-command", command_line="gpa2hva 0"))
-            found = _ADDRESS.search(said) if isinstance(said, str) else None
-            if found is None:
-                raise EngineError(f"QEMU does not say where the memory is: {str(said)[:200]}")
             made = self._made
-            start = int(found.group(1), 16)
+            start = await self._memory_start(qmp)
             held = None if made.memory is None else made.memory.fd
             self._pages = await asyncio.to_thread(Memory, self.pid, start, made.size, held, self.known)
         return self._pages
