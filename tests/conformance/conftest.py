@@ -1,6 +1,6 @@
 """Fixtures of the conformance suites."""
 
-from engine_fixtures import boot, data_dir, engine, make_engine, rootfs, spec, staging
+from engine_fixtures import boot, data_dir, engine, make_engine, rootfs, spec, staging, warm
 from tier_fixtures import ceph, kind, moto, tier
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "spec",
     "staging",
     "tier",
+    "warm",
 ]

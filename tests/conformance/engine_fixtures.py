@@ -119,12 +119,37 @@ def spec(rootfs: Path) -> SandboxSpec:
     )
 
 
+@pytest.fixture(scope="session")
+def warm() -> Any:
+    """Captures of guests that have just started, by spec: a boot by emulation takes seconds, a restore half of one."""
+    directory = Path(tempfile.mkdtemp(prefix="rethaw-engine-test-", dir="/dev/shm"))
+    captures: dict[SandboxSpec, Capture] = {}
+
+    async def guest(engine: Engine, spec: SandboxSpec) -> Sandbox:
+        if spec in captures:
+            return await restored(engine, spec, captures[spec])
+        box = await engine.boot(spec)
+        try:
+            await ask(box, "None")
+            captures[spec] = await box.capture(directory / str(len(captures)))
+        except BaseException:
+            await box.destroy()
+            raise
+        return box
+
+    yield guest
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 @pytest.fixture
-async def boot(engine: Engine, spec: SandboxSpec) -> AsyncIterator[Callable[..., Any]]:
-    """Boots sandboxes (or adopts given ones) that are destroyed at the end."""
+async def boot(engine: Engine, spec: SandboxSpec, warm: Any) -> AsyncIterator[Callable[..., Any]]:
+    """Boots sandboxes (or adopts given ones) that are destroyed at the end. Those of `spec` itself may come from a capture
+    where a boot takes long."""
     made: list[Sandbox] = []
 
     async def one(sandbox: Sandbox | None = None, *, with_spec: SandboxSpec | None = None) -> Sandbox:
+        if sandbox is None and with_spec is None and engine.name == "qemu":
+            sandbox = await warm(engine, spec)
         sandbox = sandbox or await engine.boot(with_spec or spec)
         made.append(sandbox)
         return sandbox
