@@ -6,12 +6,12 @@ import asyncio
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import ENGINES, IMAGES, ask, restored
+from engine_fixtures import ENGINES, IMAGES, ask, restored, until
 from test_engine import (  # the same cases, on the fixture below
     test_a_build_that_is_not_here_is_refused_by_name_before_anything_is_read,
     test_a_guest_sees_its_image_and_nothing_of_the_host,
@@ -23,7 +23,7 @@ from test_engine import (  # the same cases, on the fixture below
 
 from rethaw.engines.base import Engine, SandboxSpec
 from rethaw.engines.microvm.engine import QemuEngine
-from rethaw.model.errors import EngineError
+from rethaw.model.errors import EngineError, Unavailable
 
 pytestmark = pytest.mark.root
 __all__ = [
@@ -139,3 +139,41 @@ async def test_a_guest_whose_qemu_dies_while_it_is_saved(boot: Boot, staging: Pa
     with pytest.raises(EngineError, match=r"died|cannot be saved|gone"):
         await saving
     assert not list(staging.glob("one/*"))
+
+
+@dataclass
+class Broken:
+    """A file for lazy restores that ends before the memory does."""
+
+    path: Path
+    lives: bool
+    raw_bytes: int = 0
+    users: int = 0
+
+    async def open(self, size: int, table: Any) -> Broken:
+        self.path.write_bytes(b"x" * 4096)
+        self.users += 1
+        return self
+
+    def alive(self) -> bool:
+        return self.lives
+
+    async def prefetch(self) -> None: ...
+
+    async def close(self) -> None:
+        self.users -= 1
+
+
+@pytest.mark.parametrize(("lives", "error"), [(True, EngineError), (False, Unavailable)])
+async def test_pages_that_nobody_gives_are_the_snapshot_s_fault_only_if_their_server_lives(
+    boot: Boot, engine: Engine, spec: SandboxSpec, staging: Path, lives: bool, error: type[Exception]
+) -> None:
+    saved = await (await boot()).capture(staging / "one")
+    memory = saved.sections.pop("memory.img")
+    lazy = Broken(staging / "file", lives, memory.stat().st_size)
+    with pytest.raises(error) as caught:
+        await engine.restore(
+            spec, saved.sections, build=saved.engine_build, cpu=saved.cpu, clock=saved.clock, lazy={"memory.img": lazy}
+        )
+    assert type(caught.value) is error
+    await until(lambda: lazy.users == 0)

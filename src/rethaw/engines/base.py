@@ -228,6 +228,10 @@ class LazyFile(Protocol):
         """Where it may be opened until `close`."""
         ...
 
+    def alive(self) -> bool:
+        """Whether pages that were not read yet can be."""
+        ...
+
     async def prefetch(self) -> None:
         """Let what will probably be touched be read ahead. After it was mapped: a mapping may drop what was read."""
         ...
@@ -284,7 +288,7 @@ class Engine(Protocol):
         lazy: Mapping[str, LazySection] = NOTHING_LAZY,
     ) -> Sandbox:
         """A new sandbox that goes on where `sections` were captured. The files are read, never changed. What is in `lazy` need
-        not be among them.
+        not be among them; Unavailable when who gives it is gone.
 
         Its monotonic clock goes on from the value it had at the capture. Raises EngineMismatch, naming what differs,
         before any page is read; EngineError when the engine could not read the sections.

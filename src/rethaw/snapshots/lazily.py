@@ -53,6 +53,9 @@ class Handle:
     _open: _Open
     _closed: bool = field(default=False)
 
+    def alive(self) -> bool:
+        return self._open.file.alive()
+
     async def prefetch(self) -> None:
         """Let what an earlier life of the session touched be read ahead. After the file was mapped."""
         await self._owner.prefetch(self._open)

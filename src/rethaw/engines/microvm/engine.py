@@ -21,7 +21,7 @@ from rethaw.engines.microvm.qmp import Qmp
 from rethaw.engines.microvm.sandbox import DISK, MAP, MEMORY, SECTIONS, STATE, Made, QemuSandbox
 from rethaw.engines.shelves import Shelves
 from rethaw.model import faults
-from rethaw.model.errors import EngineError, EngineMismatch, EngineUnusable
+from rethaw.model.errors import EngineError, EngineMismatch, EngineUnusable, Unavailable
 from rethaw.model.ids import new_id
 
 MIB = 1 << 20
@@ -177,8 +177,13 @@ class QemuEngine:
             await self._go_on(sandbox, pages, sections)
             faults.point("engine.restore.after")
         except BaseException as error:
+            gone = file is not None and file.lazy is not None and not file.lazy.alive()
             if sandbox is not None:
                 self._discard(sandbox)
+            if gone and isinstance(error, EngineError):  # which says nothing about the snapshot
+                raise Unavailable(
+                    "what gives the guest's memory ended meanwhile", remedy="it is tried again"
+                ) from error
             if ahead is None or ahead.alive() or not isinstance(error, EngineError):
                 raise
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -42,6 +43,7 @@ PAGED = frozenset({MEMORY, DISK})
 STATE_MOST = 16 << 20  # bytes
 ANSWER_S, SYNC_S = 20.0, 60.0
 _ENTROPY = 64
+_UNREADABLE = (errno.EIO, errno.ENOTCONN, errno.ECONNABORTED)
 _ADDRESS = re.compile(r"\bis (0x[0-9a-f]{1,16})\b")
 T = TypeVar("T")
 
@@ -185,6 +187,7 @@ class QemuSandbox:
             except OSError as error:
                 with contextlib.suppress(OSError):
                     (directory / MEMORY).unlink()
+                self._check_memory(error)
                 raise _storage(error, directory) from error
 
     async def _copy_ahead(self, directory: Path) -> None:
@@ -199,6 +202,12 @@ class QemuSandbox:
         await self._tell("sync", "synced", SYNC_S)
         await asyncio.to_thread(memory.ahead, directory / MEMORY)
         self._ahead = directory
+
+    def _check_memory(self, error: OSError) -> None:
+        """A guest with pages that nobody can give any more would never be saved again, and die at the next of them."""
+        if self._made.memory is not None and self._made.memory.lazy is not None and error.errno in _UNREADABLE:
+            log.warning("sandbox %s has lost pages of its memory: %s", self.id, error)
+            self.kill()
 
     def _can_be_saved(self) -> None:
         if self._exit.done():
@@ -215,6 +224,7 @@ class QemuSandbox:
                     with contextlib.suppress(OSError):
                         (directory / name).unlink()
                 if isinstance(error, OSError):
+                    self._check_memory(error)
                     raise _storage(error, directory) from error
                 raise
 
