@@ -561,19 +561,18 @@ def _traces(id: str, data: Path) -> list[str]:
 async def test_sandboxes_created_ahead_are_used_refilled_and_discarded(
     boot: Boot, engine: Engine, spec: SandboxSpec, staging: Path, data_dir: Path
 ) -> None:
-    ahead: Callable[[SandboxSpec], int] | None = getattr(engine, "ahead", None)
-    if ahead is None:
-        pytest.skip(f"{engine.name} creates nothing ahead")
+    ahead: Callable[[SandboxSpec], int] = getattr(engine, "ahead")  # noqa: B009
     await engine.prepare(spec, 2)
     await until(lambda: ahead(spec) == 2, 20)
     box = await boot()
-    assert ahead(spec) == 1
+    assert ahead(spec) == (1 if engine.name == "gvisor" else 2), "a microVM created ahead waits for a snapshot"
     assert await ask(box, "1 + 1") == 2
     await ask(box, "mark = 41")
     saved = await box.capture(staging / "one")
     other = await boot(await restored(engine, spec, saved))
     assert await ask(other, "mark + 1") == 42
     await until(lambda: ahead(spec) == 2, 20)
+    await other.destroy()  # clones of one that lives would share its memory instead
     # A dead one is not handed out.
     for pid in _created(data_dir, {box.id, other.id}):
         os.kill(pid, signal.SIGKILL)

@@ -123,6 +123,7 @@ def test_memory_is_read_when_it_is_touched_and_who_serves_it_may_die(tmp_path: P
         (box,) = h.server.sandboxes()
         processes.kill(box.pid)
         session.until("another life", lambda s: s.view["crashes"] == 1 and h.server.sandboxes(), 60)
+        assert lazy_servers(place)
         for pid in lazy_servers(place):
             processes.kill(pid)
         expected = {

@@ -311,6 +311,7 @@ class Connection:
             self.server.leave(exchange, 0 if unread else max(0, exchange.given - len(self._out)))
         elif not self._out:
             self._reset()
+            return
         self._close()
 
     def _agent_left(self) -> bool:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ class Handle:
     path: Path
     _owner: Lazily
     _open: _Open
-    _closed: bool = field(default=False)
+    _closed: bool = False
 
     def alive(self) -> bool:
         return self._open.file.alive()

@@ -310,6 +310,10 @@ class QemuEngine:
             await self.assets.image(spec)
         self._shelves.prepare(spec, count)
 
+    def ahead(self, spec: SandboxSpec) -> int:
+        """How many of `spec` are ready now."""
+        return self._shelves.ready(spec)
+
     async def prune_images(self, keep: set[str]) -> None:
         await self.assets.prune(keep)
 

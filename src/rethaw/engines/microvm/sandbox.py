@@ -342,7 +342,6 @@ class QemuSandbox:
 
     def _died(self) -> None:
         self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
         self._leaving = self._loop.create_task(self._take_leave())
@@ -365,6 +364,7 @@ class QemuSandbox:
             self._listening.cancel()
         if not self._exit.done():
             self._exit.set_result(Exit(code, oom, detail))
+        os.close(self._pidfd)  # not before: until now somebody may ask whether it lives
 
     def _last_words(self) -> str:
         said = ""

@@ -6,7 +6,7 @@ pages without it and protects them anew, in one step. A process can register onl
 how, so it is made to: its main thread is stopped for a few system calls by ptrace, which takes about 2 ms. QEMU keeps the
 descriptor; it needs no privilege for it (UFFD_USER_MODE_ONLY).
 
-Soft-dirty bits would do as well, on kernels that have them; this one is on where they are not (and the other way round).
+Soft-dirty bits would do as well, but not every kernel is built with them.
 """
 
 from __future__ import annotations
