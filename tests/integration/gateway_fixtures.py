@@ -57,6 +57,7 @@ class MemoryLog:
         self.away = False
         self.slow_s = 0.0
         self.appends = 0
+        self.looked_up: list[str] = []
 
     # ---- what tests do
 
@@ -198,6 +199,7 @@ class MemoryLog:
         self._add(EventType.EXCHANGE_ORPHANED, {"exchange": exchange})
 
     async def exchange(self, exchange: str) -> Exchange:
+        self.looked_up.append(exchange)
         await self._enter()
         if exchange not in self.rows:
             raise NotFound(f"no exchange {exchange}")

@@ -232,6 +232,19 @@ async def test_client_that_left_while_its_whole_answer_was_under_way_gets_it_whe
     assert [e.data["how"] for e in rig.log.of(EventType.EXCHANGE_ADOPTED)] == ["hangup"] * 2
 
 
+async def test_a_call_does_not_wait_for_the_log_to_tell_what_other_calls_clients_left(rig: Rig):
+    """A client that closes its connection after each answer leaves one behind for each."""
+    for n in range(3):
+        call = await rig.ask(chat(f"{n}"))
+        assert call.exchange
+        rig.session.left(call.exchange, 0)
+    rig.log.looked_up.clear()
+    other = await rig.ask(chat("something else"))
+    assert other.ended and rig.log.looked_up == []
+    again = await rig.ask(chat("1"))
+    assert again.ended and len(rig.log.of(EventType.EXCHANGE_ADOPTED)) == 1 and len(rig.log.looked_up) == 1
+
+
 async def test_client_that_closes_after_the_last_event_has_seen_the_answer(rig: Rig, provider: ScriptedProvider):
     """It does not wait for the end of the connection; an equal request that it makes next is another one."""
     rig.log.slow_s = 0.1

@@ -265,15 +265,18 @@ class Intake:
             return None
         oldest = asyncio.get_running_loop().time() - self._shared.adopt_window_s
         for exchange, left in list(life.left.items()):
+            if left.at < oldest:
+                life.left.pop(exchange, None)
+                continue
+            if life.served.get(exchange, meta.digest) != meta.digest:
+                continue  # no need to ask the log, for which this call would wait
             if left.exchange is None and not left.over:
                 try:
                     left.exchange = await self._log.exchange(exchange)
                 except NotFound:
                     left.over = True
             x = left.exchange
-            if left.at < oldest:
-                life.left.pop(exchange, None)
-            elif x is None or x.meta.digest != meta.digest or left.over:
+            if x is None or x.meta.digest != meta.digest or left.over:
                 continue
             elif not self._unseen(life, x, left.taken):
                 left.over = True

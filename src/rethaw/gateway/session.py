@@ -70,6 +70,7 @@ class Life:
         default_factory=dict[asyncio.Task[Run], str]
     )  # intakes: their digest
     left: dict[str, Left] = field(default_factory=dict[str, "Left"])  # by exchange
+    served: dict[str, str] = field(default_factory=dict[str, str])  # the last exchanges delivered: their digest
     delivered_live: bool = False  # the agent has a whole answer that its former line never had
     line: int | None = None
     over: bool = False  # the process tree exited
@@ -156,9 +157,8 @@ class SessionGateway:
         run = self.runs.get(exchange)
         if run is None:
             left = self.life.left
-            left.setdefault(exchange, Left(taken, asyncio.get_running_loop().time()))
-            if len(left) > _LEFT_MOST:
-                del left[next(iter(left))]
+            if exchange not in left:
+                _remember(left, exchange, Left(taken, asyncio.get_running_loop().time()))
         elif run.client is Client.SERVED and not run.whole_at(taken):
             self._hung_up(run, taken)
 
@@ -340,6 +340,7 @@ class SessionGateway:
                 if served:
                     run.client = Client.SERVED
                     self.runs.pop(run.id, None)
+                    _remember(life.served, run.id, run.meta.digest)
                 elif stream.hung_up:
                     self._hung_up(run, stream.taken)
                 else:
@@ -440,3 +441,9 @@ class SessionGateway:
         if over and run.left_at == left_at and self.runs.get(run.id) is run:
             del self.runs[run.id]
             self._shared.abandon(run, "its client hung up and did not ask again")
+
+
+def _remember(where: dict[str, _T], exchange: str, what: _T) -> None:
+    where[exchange] = what
+    if len(where) > _LEFT_MOST:
+        del where[next(iter(where))]
