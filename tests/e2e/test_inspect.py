@@ -49,10 +49,11 @@ def main(ctx):
     os.symlink("kept.txt", "/work/link")
     os.mkfifo("/work/fifo")
     os.chmod("/work/kept.txt", 0o640)
-    child = subprocess.Popen(["sh", "-c", "while :; do date +%s.%N >> /work/clock.txt; sleep 0.05; done"])
+    clock = "while :; do date +%s.%N >> /work/clock.txt; sleep 0.05; done"
+    child = subprocess.Popen(["sh", "-c", clock], start_new_session=True)
     ask("first")
     stopped = ctx.wait("go")
-    child.kill(); child.wait()
+    os.killpg(child.pid, 9); child.wait()  # with the `date` that may be about to write
     ctx.snapshot()
     print("one", flush=True)
     ctx.wait("write")
