@@ -148,6 +148,42 @@ def touched(memory: bytes, rng: random.Random, generation: int) -> bytes:
     return bytes(out)
 
 
+def decompressed(store: SnapshotStore, info: SnapshotInfo) -> int:
+    """Pages in all the frames that a restore reads."""
+    found = manifest.decode(store.manifest_path(info.id).read_bytes(), info.id, store.keys)
+    where = decode.resolve(found.pages[0], found.packs, store.packs)
+    total = 0
+    for number, ref in enumerate(found.packs):
+        first = store.packs.get(ref).index.first_slot
+        slots = np.concatenate([where.slot[where.pack == number], where.delta_slot[where.delta_pack == number]])
+        frames = np.unique(np.searchsorted(first, slots, side="right") - 1)
+        total += int(np.diff(first)[frames].sum())
+    return total
+
+
+def test_a_late_restore_decompresses_little_more_than_an_early_one() -> None:
+    """Pages that change one by one, all over the memory, leave frames behind of which only a page or two are wanted."""
+
+    async def live(directory: Path) -> None:
+        store, rng, count = store_in(directory), random.Random(3), 640
+        pages = [heap(n, 1) for n in range(count)]
+        info = await save(store, {MEMORY: b"".join(pages)})
+        most = 0
+        for generation in range(160):
+            for at in range(4):
+                pages[(generation * 7 + at * 13) % count] = rng.randbytes(PAGE)
+            former, info = info, await save(store, {MEMORY: b"".join(pages)}, parent=info.id)
+            store.drop_staged(former.id)
+            if generation >= 60:
+                most = max(most, decompressed(store, info))
+        assert await load(store, info) == {MEMORY: b"".join(pages)}
+        assert most < 1.4 * count
+        store.close()
+
+    with place() as directory:
+        run(live(directory))
+
+
 def test_manifests_stay_flat_over_hundreds_of_generations() -> None:
     async def live(directory: Path) -> None:
         store, rng = store_in(directory), random.Random(7)

@@ -2,7 +2,8 @@
 
 A page's delta always refers to a page that is stored whole, so reading takes one hop however long the chain of saves.
 And a manifest never refers to more than MAX_PACKS packs: when there would be more, the pages that are left of the
-emptiest ones are stored anew. So the thousandth restore reads about as many places as the third.
+emptiest ones are stored anew, and those of frames of which less than half is left. So the thousandth restore reads about
+as many places as the third, and decompresses about as much.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from backports import zstd
+from numpy.typing import NDArray
 
 from rethaw.snapshots import pack as packs
 from rethaw.snapshots import pages
@@ -51,6 +53,10 @@ class Known:
         former = Former(None, self.former.hashes, rows, _NO_PAGES, self.former.digests)
         return replace(self, former=former)
 
+    def places(self) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
+        """Numbers of packs and slots: of the pages, and of what deltas refer to."""
+        return (self.pack, self.slot), (self.base_pack, self.base_slot)
+
     def whole(self, at: Ints) -> tuple[Ints, Ints]:
         """Where the whole pages lie that deltas against the pages `at` refer to: numbers in `packs`, and slots."""
         indirect = self.base_pack[at] >= 0
@@ -59,6 +65,7 @@ class Known:
 
 
 ReadPages = Callable[[list[PackRef], Ints, Ints], Words]  # the whole pages at these numbers of packs and slots
+FirstSlots = Callable[[PackRef], NDArray[np.int64]]  # of a pack's frames, and the number of its slots
 
 
 @dataclass
@@ -81,10 +88,11 @@ def write(
     keys: Keyring,
     pool: Executor,
     read: ReadPages | None = None,
+    first_slots: FirstSlots | None = None,
 ) -> Encoded:
     """Compare, compress, and write `target` durably. `read`: gives pages of `former` that are not in memory any more.
-    Blocking. Raises OSError, Damaged, and what `read` raises."""
-    job = _Job(snapshot, pack, pool, _worn(former.values()), read)
+    `first_slots`: of the packs of `former`. Blocking. Raises OSError, Damaged, and what those two raise."""
+    job = _Job(snapshot, pack, pool, _renewed(former, first_slots), read)
     for name, path in paged.items():
         job.add_pages(name, path, former.get(name))
     for name, path in blobs.items():
@@ -111,11 +119,13 @@ def parallel(pool: Executor, function: Callable[[T], R], items: Iterable[T]) -> 
 class _Job:
     """One save. The new pack is number 0 of each section's own list until `finish` puts the lists together."""
 
-    def __init__(self, snapshot: str, pack: str, pool: Executor, worn: Bools | None, read: ReadPages | None) -> None:
+    def __init__(
+        self, snapshot: str, pack: str, pool: Executor, renewed: dict[str, Bools], read: ReadPages | None
+    ) -> None:
         self.snapshot = snapshot
         self.pack = pack
         self.pool = pool
-        self.worn = worn
+        self.renewed = renewed
         self.read = read
         self.frames: list[Frame] = []
         self.slots = 0
@@ -149,7 +159,7 @@ class _Job:
         raw_bytes = path.stat().st_size
         content = pages.as_pages(np.memmap(path, dtype=np.uint8, mode="r") if raw_bytes else b"")
         found = pages.hashes(content)
-        renew = None if former is None else _renewed(former, self.worn)
+        renew = self.renewed.get(name)
         compared = None if former is None else self._compared(former)
         plan = pages.plan(content, found, compared, renew)
         whole, deltas = plan.stored()
@@ -274,23 +284,41 @@ def _gather(content: Words, indices: Ints) -> Words:
     return content if len(indices) == len(content) else content[indices]
 
 
-def _worn(former: Collection[Known]) -> Bools | None:
-    """Which of the former snapshot's packs are not to be referred to any more: the emptiest ones, when its pages lie
-    scattered over too many. The last entry serves the number -1. All sections together, so that they keep the same."""
-    count = max((len(known.packs) for known in former), default=0)
+def _renewed(former: dict[str, Known], first_slots: FirstSlots | None) -> dict[str, Bools]:
+    """By section, the pages of a former snapshot that must not be referred to: those of zeros, which lie nowhere, and,
+    when its pages lie scattered over too many packs, those in the emptiest packs and frames, and deltas against such."""
+    renewed = {name: known.pack == ZERO for name, known in former.items()}
+    count = max((len(known.packs) for known in former.values()), default=0)
     if count < MAX_PACKS:
-        return None
+        return renewed
+    refs = next(known.packs for known in former.values() if len(known.packs) == count)
+    worn = _worn(former.values(), count)
+    for number, ref in enumerate(refs):
+        lost = _lost(former.values(), number, first_slots(ref)) if first_slots and not worn[number] else None
+        for name, known in former.items():
+            for pack, slot in known.places():
+                mine = np.flatnonzero(pack == number)
+                renewed[name][mine] |= worn[number] if lost is None else lost[slot[mine]]
+    return renewed
+
+
+def _worn(former: Collection[Known], count: int) -> Bools:
+    """Which of `count` packs are the emptiest, all sections together."""
     live = np.zeros(count, dtype=np.int64)
     for known in former:
-        live += np.bincount(known.pack[known.pack >= 0], minlength=count)
-        live += np.bincount(known.base_pack[known.base_pack >= 0], minlength=count)
-    worn = np.zeros(count + 1, dtype=np.bool_)
+        for pack, _ in known.places():
+            live += np.bincount(pack[pack >= 0], minlength=count)
+    worn = np.zeros(count, dtype=np.bool_)
     worn[np.argsort(live, kind="stable")[: count - MAX_PACKS // 2]] = True
     return worn
 
 
-def _renewed(former: Known, worn: Bools | None) -> Bools:
-    """Pages that must not be referred to: those of zeros, which lie nowhere, and those in `worn` packs or with deltas
-    that refer there."""
-    nowhere = former.pack == ZERO
-    return nowhere if worn is None else nowhere | worn[former.pack] | worn[former.base_pack]
+def _lost(former: Collection[Known], number: int, first_slots: NDArray[np.int64]) -> Bools:
+    """Which slots of a pack lie in a frame of which less than half is left, all sections together."""
+    sizes = np.diff(first_slots)
+    live = np.zeros(len(sizes), dtype=np.int64)
+    for known in former:
+        for pack, slot in known.places():
+            frame = np.searchsorted(first_slots, slot[pack == number], side="right") - 1
+            live += np.bincount(frame, minlength=len(sizes))
+    return np.repeat(2 * live < sizes, sizes)

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rethaw.snapshots import decode
 from rethaw.snapshots.decode import Packs
 from rethaw.snapshots.encode import Known
@@ -58,3 +61,6 @@ class Parents:
 
     def read_pages(self, refs: list[PackRef], pack: Ints, slot: Ints) -> Words:
         return decode.read_pages(refs, pack, slot, self._packs)
+
+    def first_slots(self, ref: PackRef) -> NDArray[np.int64]:
+        return self._packs.get(ref).index.first_slot

@@ -236,6 +236,7 @@ class SnapshotStore:
                 self.keys,
                 self._pool,
                 self._parents.read_pages,
+                self._parents.first_slots,
             )
             faults.point("store.written")
             data = manifest.encode(encoded.manifest, self.keys)
