@@ -55,6 +55,10 @@ async def test_a_program_has_its_streams_and_its_exit_code(boot: Any) -> None:
     assert await whole(run) == (b"got first\nand the restconformance a=b c\n/tmp\n", b"problem\n", 7)
     killed = await box.exec(["/bin/sh", "-c", "kill -9 $$"])
     assert (await whole(killed))[2] == 137
+    # no more than the guest's programs have; CAP_SYS_ADMIN is PID 1's
+    (status, _, _) = await whole(await box.exec(["/bin/cat", "/proc/self/status"]))
+    for name in (b"CapPrm", b"CapEff", b"CapBnd"):
+        assert name + b":\t00000000000004fb\n" in status
     missing = await box.exec(["/no/such/program"])
     assert (await whole(missing))[2] != 0
     assert await ask(box, "1 + 1") == 2, "the guest goes on beside it"

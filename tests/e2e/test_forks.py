@@ -78,13 +78,14 @@ def seq_of(session: Session, kind: str, nth: int = 0) -> int:
 
 
 WAITS = """
-import os, uuid
+import os, socket, uuid
 def main(ctx):
     text = ask("before")
     ctx.send(text)
     choice = ctx.wait("choice", timeout="1h").payload
     return {"choice": choice, "answer": ask("after " + str(choice)), "random": os.urandom(8).hex(),
-            "uuid": str(uuid.uuid4()), "session": ctx.session, "generation": ctx.generation}
+            "uuid": str(uuid.uuid4()), "session": ctx.session, "generation": ctx.generation,
+            "host": socket.gethostname(), "address": socket.gethostbyname(socket.gethostname())}
 """
 
 
@@ -101,6 +102,8 @@ def test_three_forks_of_one_that_waits(h: House) -> None:
     assert [r["choice"] for r in results] == [0, 1, 2]
     assert [r["answer"] for r in results] == [f"echo after {n}" for n in range(3)]
     assert [r["session"] for r in results] == [f.id for f in forks]
+    assert [r["host"] for r in results] == [f.id.replace("_", "-") for f in forks]
+    assert {r["address"] for r in results} == {"127.0.0.1"}
     for name in ("random", "uuid", "generation", "session"):
         assert len({r[name] for r in results}) == 3, name
     assert len(h.provider.texts) == calls + 3
@@ -110,7 +113,8 @@ def test_three_forks_of_one_that_waits(h: House) -> None:
         assert one.outbox() == ["echo before"]
     assert {e["data"]["fork"] for e in parent.events("session.forked")} == {f.id for f in forks}
     parent.signal("choice", "mine")
-    assert parent.result()["choice"] == "mine"
+    own = parent.result()
+    assert own["choice"] == "mine" and own["host"] == parent.id.replace("_", "-")
     error = refused(lambda: h.server.request("DELETE", f"/v1/sessions/{parent.id}"))
     assert error.status == 409 and forks[0].id in str(error) and "rethaw rm" in str(error)
     for one in forks:

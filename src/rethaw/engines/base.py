@@ -28,6 +28,8 @@ CAPABILITIES = {
     "CAP_SETGID": 6,
     "CAP_SETUID": 7,
 }
+# Of guestd alone, beside those: a fork gets a host name of its own.
+GUESTD_CAPABILITIES = {**CAPABILITIES, "CAP_SYS_ADMIN": 21}
 OPEN_FILES = 65536
 
 

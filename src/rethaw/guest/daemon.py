@@ -16,6 +16,7 @@ import os
 import time
 
 from rethaw.channel.lean import cast
+from rethaw.guest import hostname
 from rethaw.guest.calls import Calls
 from rethaw.guest.loop import READ, Loop, child_signals
 from rethaw.guest.process import Agent
@@ -106,6 +107,7 @@ class Guest:
             self._web.providers = {str(p) for p in cast("List[Any]", providers)}
         self._write("session", str(config.get("session")))
         self._write("generation", self._generation)
+        hostname.change(str(config.get("session")), self._run_dir)
         workdir = str(config.get("workdir") or "/")
         outputs = self._agent.start(command, self._environment(given), workdir)
         self._wire.hello(self._generation, {**self._about(), "left": self._web.recently_left()})
@@ -154,6 +156,7 @@ class Guest:
         if isinstance(session, str) and session != self._calls.info.get("session"):
             self._calls.info["session"] = session  # a fork: this memory was another session's
             self._write("session", session)
+            hostname.change(session, self._run_dir)
         self._calls.before_hello()
         if generation != self._generation:
             self._generation = generation

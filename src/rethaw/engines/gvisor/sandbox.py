@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rethaw.engines import processes
-from rethaw.engines.base import Capture, Exit
+from rethaw.engines.base import CAPABILITIES, Capture, Exit
 from rethaw.engines.cgroups import Group
 from rethaw.engines.guestlog import GuestLog
 from rethaw.engines.gvisor import clock, direct
@@ -225,7 +225,7 @@ class GvisorSandbox:
             if not self.alive():
                 raise EngineError(f"sandbox {self.id} is gone: no program can be run in it")
             self._had_exec = True
-        flags = [f"-cwd={cwd}"]
+        flags = [f"-cwd={cwd}", *(f"-cap={name}" for name in CAPABILITIES)]  # its own, not those of PID 1
         if terminal is not None:
             flags.append(f"-env=TERM={terminal.kind}")
         flags += [f"-env={name}={value}" for name, value in env]

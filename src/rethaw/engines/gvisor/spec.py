@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rethaw.engines.base import CAPABILITIES, OPEN_FILES, SandboxSpec
+from rethaw.engines.base import CAPABILITIES, GUESTD_CAPABILITIES, OPEN_FILES, SandboxSpec
 
 MIB = 1 << 20
 
@@ -32,7 +32,6 @@ def task_limit(pids: int) -> int:
 def config(spec: SandboxSpec, cgroup: str | None) -> dict[str, Any]:
     """config.json as a dictionary. `cgroup` is the sandbox's own, below the root of each hierarchy; a save and its
     restores differ in nothing else."""
-    capabilities = list(CAPABILITIES)
 
     def tmpfs(where: str, mode: str) -> dict[str, Any]:
         return {
@@ -51,8 +50,13 @@ def config(spec: SandboxSpec, cgroup: str | None) -> dict[str, Any]:
             "args": list(spec.argv),
             "env": [f"{key}={value}" for key, value in spec.environment().items()],
             "cwd": "/",
-            # No inheritable or ambient set: a program that drops to another user has none left.
-            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
+            # What PID 1 has, and its children, which get no more than the bounding set when they execute a program. No
+            # inheritable or ambient set: a program that drops to another user has none left.
+            "capabilities": {
+                "bounding": list(CAPABILITIES),
+                "effective": list(GUESTD_CAPABILITIES),
+                "permitted": list(GUESTD_CAPABILITIES),
+            },
             "rlimits": [
                 {"type": "RLIMIT_NOFILE", "hard": OPEN_FILES, "soft": OPEN_FILES},
                 {"type": "RLIMIT_NPROC", "hard": spec.pids, "soft": spec.pids},

@@ -9,6 +9,8 @@ Lines on the control port, each answered by one:
     run                      -> running        the program goes on as it was
     (unasked)                   ended CODE OOM   it ended; the guest powers off
 
+SIGUSR1 makes it take the host name that the program has written into HOSTNAME.
+
 What cannot be done is answered with "error TEXT", and the program stays as it was: not running, after a restore.
 """
 
@@ -19,9 +21,11 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import resource
 import select
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -33,6 +37,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 GROUP = CGROUPS / "agent"
 PORTS = Path("/sys/class/virtio-ports")
 BESIDE = Path("/run/beside.py")
+HOSTNAME = Path("/run/rethaw/hostname")
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 POWER_OFF = 0x4321FEDC
@@ -88,7 +93,8 @@ def confine(config: dict[str, Any]) -> None:
         resource.setrlimit(getattr(resource, name), (value, value))
     keep_capabilities(config["capabilities"])
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (signal.SIGCHLD, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def start(config: dict[str, Any], channel: int, errors: int) -> int:
@@ -173,6 +179,17 @@ def reap(agent: int, server: Any) -> int | None:
             server.reaped(pid, ended)
 
 
+def rename() -> None:
+    """The program may ask for any name, but it may be up to something else: whatever it does here must harm nobody."""
+    try:
+        with HOSTNAME.open("rb") as f:
+            name = f.read(64).decode("ascii").strip()
+        if re.fullmatch("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", name):
+            socket.sethostname(name)
+    except (OSError, ValueError):
+        return
+
+
 def loaded(path: Path) -> Any:
     """The module in the file `path`, from now on whatever becomes of that."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -196,7 +213,8 @@ def serve(agent: int, program: Program, control: int, woken: int, others: int, s
             poll.unregister(others)
             threading.Thread(target=server.serve, daemon=True).start()
         if woken in ready:
-            os.read(woken, 512)
+            if signal.SIGUSR1 in os.read(woken, 512):
+                rename()
             code = reap(agent, server)
             if code is not None:
                 oom = counted(GROUP / "memory.events", "oom_kill") > 0
@@ -223,7 +241,8 @@ def main() -> None:
     server = loaded(BESIDE).Server(others, config, confine)
     woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    for number in (signal.SIGCHLD, signal.SIGUSR1):
+        signal.signal(number, lambda _number, _frame: None)
     prepare_group(config["memory_bytes"], config["pids"])
     try:
         agent = start(config, channel, errors)
