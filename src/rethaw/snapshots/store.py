@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rethaw.model import faults
-from rethaw.model.errors import RethawError, SnapshotUnusable, Unavailable
+from rethaw.model.errors import RethawError, Unavailable
 from rethaw.model.ids import new_id
 from rethaw.model.types import MIB, Section, SnapshotInfo
 from rethaw.snapshots import decode, encode, manifest, transfer
@@ -31,6 +31,7 @@ from rethaw.snapshots.books import Books
 from rethaw.snapshots.decode import PackDamaged, Packs
 from rethaw.snapshots.encode import Encoded, Known
 from rethaw.snapshots.files import sync_directory, to_the_end, write_synced
+from rethaw.snapshots.healing import Healer, healed, unusable
 from rethaw.snapshots.keys import Keyring
 from rethaw.snapshots.lazily import LAZY_FROM, Lazily, Loaded
 from rethaw.snapshots.manifest import Manifest
@@ -92,6 +93,7 @@ class SnapshotStore:
         lazy = self.staging.path.with_name(f"{self.staging.path.name}-lazy")
         self._lazily = Lazily(lazy, self._home, self.keys, self.manifest_path)
         self._books = Books(self._remove_packs)
+        self._healer = Healer(self.packs, self._books, self.manifest_path, self.pack_path)
         self._writing: set[str] = set()  # names of partial files
         self._first: dict[
             tuple[str, str], str
@@ -254,7 +256,7 @@ class SnapshotStore:
                 with contextlib.suppress(OSError):
                     path.unlink()
             if isinstance(error, Damaged):
-                raise self._unusable(snapshot, f"pack {pack} {error}", f"{pack}.pack") from error
+                raise unusable(snapshot, f"pack {pack} {error}", f"{pack}.pack") from error
             if isinstance(error, OSError) and (full := storage_full(error, f"snapshot {snapshot} in {self._home}")):
                 raise full from error
             raise
@@ -273,11 +275,6 @@ class SnapshotStore:
 
     # ------------------------------------------------------------ read
 
-    def _unusable(self, snapshot: str, what: str, file: str) -> SnapshotUnusable:
-        return SnapshotUnusable(
-            f"snapshot {snapshot}: {what}", remedy="its parent is used instead", snapshot=snapshot, file=file
-        )
-
     def _manifest(self, snapshot: str, expected: str | None = None) -> Manifest:
         """Raises SnapshotUnusable. `expected`: the digest of the file as committed."""
         path = self.manifest_path(snapshot)
@@ -287,9 +284,9 @@ class SnapshotStore:
                 raise Damaged("is damaged (its hash does not match)")
             return manifest.decode(data, snapshot, self.keys)
         except OSError as error:
-            raise self._unusable(snapshot, f"{path.name} cannot be read ({error.strerror})", path.name) from error
+            raise unusable(snapshot, f"{path.name} cannot be read ({error.strerror})", path.name) from error
         except Damaged as error:
-            raise self._unusable(snapshot, f"{path.name} {error}", path.name) from error
+            raise unusable(snapshot, f"{path.name} {error}", path.name) from error
 
     async def load(self, info: SnapshotInfo) -> dict[str, Path]:
         """Raw sections of `info`, ready for an engine. Call `done` when the engine has read them.
@@ -333,7 +330,7 @@ class SnapshotStore:
                 for ref in found.packs:
                     self.packs.get(ref)
             except PackDamaged as error:
-                raise self._unusable(snapshot, str(error), f"{error.pack}.pack") from error
+                raise unusable(snapshot, str(error), f"{error.pack}.pack") from error
 
     async def close_lazy(self) -> None:
         """Before `close`: nothing is given lazily any more, and what maps such a file cannot read on."""
@@ -383,7 +380,7 @@ class SnapshotStore:
                     found, {s.name: directory / s.name for s in (*found.pages, *found.blobs)}, self.packs, self._pool
                 )
             except PackDamaged as error:
-                raise self._unusable(snapshot, str(error), f"{error.pack}.pack") from error
+                raise unusable(snapshot, str(error), f"{error.pack}.pack") from error
             except OSError as error:
                 raise storage_full(error, f"snapshot {snapshot} in {directory}") or error from error
 
@@ -401,7 +398,7 @@ class SnapshotStore:
         try:
             return self.packs.page(found.packs[pack], int(pages.slot[number]), found.packs)
         except PackDamaged as error:
-            raise self._unusable(info.id, str(error), f"{error.pack}.pack") from error
+            raise unusable(info.id, str(error), f"{error.pack}.pack") from error
 
     async def verify(self, info: SnapshotInfo) -> int:
         """Read every frame that `info` needs and check it; the bytes read. Raises SnapshotUnusable."""
@@ -411,48 +408,14 @@ class SnapshotStore:
             try:
                 return decode.check(found, self.packs, self._pool) + self.manifest_path(info.id).stat().st_size
             except PackDamaged as error:
-                raise self._unusable(info.id, str(error), f"{error.pack}.pack") from error
+                raise unusable(info.id, str(error), f"{error.pack}.pack") from error
 
         return await self._healed(info.id, lambda: asyncio.to_thread(look))
 
     # ------------------------------------------------------------ a second place
 
     async def _healed(self, snapshot: str, read: Callable[[], Awaitable[T]]) -> T:
-        """What `read` gives. When files are missing or damaged here, and whole in the second place, it is tried again
-        with those."""
-        healed: set[str] = set()  # one file is named at a time
-        while True:
-            try:
-                return await read()
-            except SnapshotUnusable as error:
-                file = str(error.details.get("file", ""))
-                if self.remote is None or file in healed or not await self._bring(self.remote, snapshot, file):
-                    raise
-                healed.add(file)
-                log.warning("%s; fetched again from the object store", error.message)
-
-    async def _bring(self, remote: Remote, snapshot: str, damaged: str) -> bool:
-        """Fetch what `snapshot` lacks here. `damaged`: the file that is of no use. False: the second place has nothing."""
-        record = await remote.record(snapshot)
-        if record is None:
-            return False
-        path = self.manifest_path(snapshot)
-        if not path.exists() or damaged == path.name:
-            partial = path.with_name(f".{path.name}")
-            await asyncio.to_thread(write_synced, partial, record.manifest)
-            partial.rename(path)
-        try:
-            packs = manifest.decode_head(record.manifest, snapshot)[0].packs
-        except Damaged as error:
-            raise self._unusable(snapshot, f"its copy in the object store {error}", path.name) from error
-        if damaged.endswith(".pack"):
-            ident = damaged.removesuffix(".pack")
-            self.packs.forget(ident)
-            self.pack_path(ident).unlink(missing_ok=True)
-        missing = [ref.id for ref in packs if not self.pack_path(ref.id).exists()]
-        await remote.fetch(record.header, missing, self.pack_path)
-        self._books.add(snapshot, packs)
-        return True
+        return await healed(read, lambda file: self._healer.bring(self.remote, snapshot, file))
 
     async def upload(self, info: SnapshotInfo) -> None:
         """Returns once the second place has `info`, which need not have a row yet. Raises TierUnavailable."""
