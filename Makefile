@@ -38,12 +38,13 @@ test: lint
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup -m "not long" || { echo "once more, the failed ones alone:"; \
 	  $(PY) -m pytest -m "not long" --last-failed --last-failed-no-failures none; }
 
-## The suites of sessions once more, with every agent in a microVM, by emulation.
+## The suites of sessions once more, with every agent in a microVM, by emulation; the last ones with all memory read lazily.
 ON_QEMU := promises forks context_api templates inspect node_recovery
 test-long: setup-long lint
 	$(PY) -m pytest
 	RETHAW_ENGINE=qemu $(PY) -m pytest -m "not long" --timeout 400 $(ON_QEMU:%=tests/e2e/test_%.py)
 	RETHAW_ENGINE=qemu $(PY) -m rethaw.testing.chaos --seeds 0-4 --turns 8
+	RETHAW_ENGINE=qemu RETHAW_CACHE_BYTES=0 RETHAW_LAZY_FROM_BYTES=1 $(PY) -m rethaw.testing.chaos --seeds 5-9 --turns 8
 
 lock:
 	@scripts/lock.sh
