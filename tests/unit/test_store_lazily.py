@@ -114,6 +114,35 @@ async def test_clones_share_a_file_and_the_next_life_has_its_pages_prefetched(
     assert sum(count for _, count in ranges) < PAGES
 
 
+async def test_a_working_set_outlives_the_server(store: SnapshotStore, tmp_path: Path) -> None:
+    info = await saved(store, {MEMORY: heap(1, PAGES), KERNEL: b"k"})
+    handle = await opened((await store.load_lazily(info, [MEMORY])).lazy[MEMORY])
+    with handle.path.open("rb", buffering=0) as f:
+        os.pread(f.fileno(), PAGE, 50 * PAGE)
+    await handle.close()
+    sets = lazily.WorkingSets(tmp_path / "snapshots" / "working")
+    assert any(first <= 50 < first + count for first, count in sets.read(info.session))
+    (file,) = (tmp_path / "snapshots" / "working").iterdir()
+    for spoilt in (b"odd", b"\xff" * 16):
+        file.write_bytes(spoilt)
+        assert list(sets.read(info.session)) == []
+        again = await opened((await store.load_lazily(info, [MEMORY])).lazy[MEMORY])
+        await again.prefetch()
+        assert again.alive()
+        await again.close()
+    assert list(sets.read(info.session)) == []  # nothing was touched the last time
+
+
+def test_only_the_newest_working_sets_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazily, "_SETS", 3)
+    sets = lazily.WorkingSets(tmp_path / "working")
+    for n in range(5):
+        sets.write(f"s_{n}", [(n, 2), (7, 1)])
+        os.utime(tmp_path / "working" / f"s_{n}", (n, n))
+    assert [list(sets.read(f"s_{n}")) for n in range(5)] == [[], [], *([(n, 2), (7, 1)] for n in (2, 3, 4))]
+    assert list(sets.read("../x")) == []
+
+
 async def test_damage_makes_the_next_restore_read_all_and_name_it(store: SnapshotStore, tmp_path: Path) -> None:
     info = await saved(store, {MEMORY: noise(1, PAGES * PAGE), KERNEL: b"k"})
     handle = await opened((await store.load_lazily(info, [MEMORY])).lazy[MEMORY])

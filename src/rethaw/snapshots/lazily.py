@@ -1,4 +1,7 @@
-"""Sections that a store gives lazily: as files whose pages are read when they are touched (see `lazy`)."""
+"""Sections that a store gives lazily: as files whose pages are read when they are touched (see `lazy`).
+
+DATA/snapshots/working/SESSION      pages that the session's newest life touched, see `WorkingSets`
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ log = logging.getLogger("rethaw.snapshots")
 
 LAZY_FROM = 256 << 20  # bytes of a section; what is smaller is read whole sooner than by single touches
 _AGAIN_S = 60.0  # until FUSE is looked for once more
-_SETS = 256  # working sets that are remembered
+_SETS = 256  # working sets that are remembered, 8 bytes for each run of pages
 
 
 @dataclass
@@ -79,6 +81,33 @@ class Section:
         return await self._owner.open(self._info, self._name, size, table)
 
 
+class WorkingSets:
+    """Which pages sessions touched, in order of first touch: files of pairs of 32-bit numbers, first page and count. Only
+    hints, so they are not synced, and one that cannot be read is none."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+
+    def read(self, session: str) -> Ranges:
+        """Blocking."""
+        with contextlib.suppress(OSError, ValueError):
+            pairs = np.fromfile(self._home / session, dtype="<i4").reshape(-1, 2)
+            if (pairs >= 0).all():
+                return [(first, count) for first, count in pairs.tolist()]
+        return ()
+
+    def write(self, session: str, ranges: Ranges) -> None:
+        """Blocking."""
+        partial = self._home / f".{session}"
+        with contextlib.suppress(OSError):
+            self._home.mkdir(mode=0o700, exist_ok=True)
+            np.array(ranges, dtype="<i4").tofile(partial)
+            partial.rename(self._home / session)
+            found = sorted(self._home.iterdir(), key=lambda path: path.stat().st_mtime)
+            for path in found[:-_SETS]:
+                path.unlink()
+
+
 class Lazily:
     """`directory`: for the mount. `home`: where the packs are. Bound to one event loop from its first use on."""
 
@@ -90,7 +119,7 @@ class Lazily:
         self._opening = asyncio.Lock()
         self._shared: dict[tuple[str, str, int], _Open] = {}
         self._damaged: set[str] = set()  # snapshots; a restore reads them whole, and finds what is wrong
-        self._working: OrderedDict[str, Ranges] = OrderedDict()  # by session
+        self._working = WorkingSets(home.parent / "working")
 
     def sweep(self) -> None:
         """Remove what an earlier process left. Blocking."""
@@ -135,7 +164,7 @@ class Lazily:
         return Handle(found.file.path, self, found)
 
     async def prefetch(self, opened: _Open) -> None:
-        ranges = self._working.get(opened.session)
+        ranges = await asyncio.to_thread(self._working.read, opened.session)
         if ranges and self._files is not None:
             with contextlib.suppress(OSError):
                 await self._files.prefetch(opened.file, ranges)
@@ -149,10 +178,8 @@ class Lazily:
             if found is opened:
                 del self._shared[key]
         with contextlib.suppress(Unavailable):
-            self._working[opened.session] = await opened.file.touched()
-            self._working.move_to_end(opened.session)
-            while len(self._working) > _SETS:
-                self._working.popitem(last=False)
+            touched = await opened.file.touched()
+            await asyncio.to_thread(self._working.write, opened.session, touched)
         await opened.file.close()
 
     async def close(self) -> None:
