@@ -256,6 +256,8 @@ class RunningServer:
             connection.request(method, path, sent, headers)
             answer = connection.getresponse()
             data = answer.read()
+        except http.client.HTTPException as error:  # it was killed between two bytes
+            raise ConnectionResetError(f"the server broke off: {error!r}") from error
         finally:
             connection.close()
         if answer.status >= 400:
