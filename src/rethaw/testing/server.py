@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from rethaw.model import errors
+from rethaw.snapshots import lazyd
 from rethaw.snapshots.staging import staging_for
 from rethaw.testing import processes
 from rethaw.testing.processes import Box
@@ -175,7 +176,13 @@ class RunningServer:
             if self.running:
                 self.stop(20)
         processes.sweep(self.data_dir)
-        shutil.rmtree(staging_for(self.data_dir), ignore_errors=True)
+        staging = staging_for(self.data_dir)
+        shutil.rmtree(staging, ignore_errors=True)
+        # A server that was killed leaves the place where it mounted lazy files; the mount itself went with its process.
+        with contextlib.suppress(OSError):
+            place = staging.with_name(f"{staging.name}-lazy")
+            lazyd.detach(place)
+            shutil.rmtree(place)
         if self._own:
             shutil.rmtree(self.root, ignore_errors=True)
 
