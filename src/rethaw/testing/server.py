@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from rethaw.model import errors
-from rethaw.snapshots import lazyd
 from rethaw.snapshots.staging import staging_for
 from rethaw.testing import processes
 from rethaw.testing.processes import Box
@@ -178,11 +177,12 @@ class RunningServer:
         processes.sweep(self.data_dir)
         staging = staging_for(self.data_dir)
         shutil.rmtree(staging, ignore_errors=True)
-        # A server that was killed leaves the place where it mounted lazy files; the mount itself went with its process.
+        # A server that was killed leaves the place where it mounted lazy files, and perhaps a dead mount in it.
+        place = staging.with_name(f"{staging.name}-lazy")
         with contextlib.suppress(OSError):
-            place = staging.with_name(f"{staging.name}-lazy")
-            lazyd.detach(place)
-            shutil.rmtree(place)
+            for below in list(place.iterdir()):
+                subprocess.run(["umount", "--lazy", str(below)], check=False, capture_output=True)
+        shutil.rmtree(place, ignore_errors=True)
         if self._own:
             shutil.rmtree(self.root, ignore_errors=True)
 
