@@ -21,6 +21,12 @@ from rethaw.model.errors import StorageFull
 from rethaw.model.types import MIB
 
 
+def lazy_for(data_dir: Path) -> Path:
+    """Where the file system of lazy sections is mounted, beside staging."""
+    staging = staging_for(data_dir)
+    return staging.with_name(f"{staging.name}-lazy")
+
+
 def staging_for(data_dir: Path) -> Path:
     """The memory-backed directory that belongs to `data_dir`."""
     return Path("/dev/shm") / f"rethaw-{hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:12]}"

@@ -39,7 +39,7 @@ from rethaw.snapshots.pack import Damaged, TooNew, digest, key_of
 from rethaw.snapshots.pages import PAGE
 from rethaw.snapshots.parents import Parents
 from rethaw.snapshots.remote import Remote
-from rethaw.snapshots.staging import Staging, default_budget, staging_for, storage_full
+from rethaw.snapshots.staging import Staging, default_budget, lazy_for, staging_for, storage_full
 from rethaw.snapshots.uploads import Job
 
 T = TypeVar("T")
@@ -90,8 +90,7 @@ class SnapshotStore:
             dropped=self._parents.raw_gone,
         )
         self._lazy_from = lazy_from
-        lazy = self.staging.path.with_name(f"{self.staging.path.name}-lazy")
-        self._lazily = Lazily(lazy, self._home, self.keys, self.manifest_path)
+        self._lazily = Lazily(lazy_for(data_dir), self._home, self.keys, self.manifest_path)
         self._books = Books(self._remove_packs)
         self._healer = Healer(self.packs, self._books, self.manifest_path, self.pack_path)
         self._writing: set[str] = set()  # names of partial files

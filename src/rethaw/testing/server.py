@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from rethaw.model import errors
-from rethaw.snapshots.staging import staging_for
+from rethaw.snapshots.staging import lazy_for, staging_for
 from rethaw.testing import processes
 from rethaw.testing.processes import Box
 
@@ -175,10 +175,9 @@ class RunningServer:
             if self.running:
                 self.stop(20)
         processes.sweep(self.data_dir)
-        staging = staging_for(self.data_dir)
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging_for(self.data_dir), ignore_errors=True)
         # A server that was killed leaves the place where it mounted lazy files, and perhaps a dead mount in it.
-        place = staging.with_name(f"{staging.name}-lazy")
+        place = lazy_for(self.data_dir)
         with contextlib.suppress(OSError):
             for below in list(place.iterdir()):
                 subprocess.run(["umount", "--lazy", str(below)], check=False, capture_output=True)

@@ -182,8 +182,9 @@ def reap(agent: int, server: Any) -> int | None:
 def rename() -> None:
     """The program may ask for any name, but it may be up to something else: whatever it does here must harm nobody."""
     try:
-        with HOSTNAME.open("rb") as f:
-            name = f.read(64).decode("ascii").strip()
+        # A pipe or a link in its place must not keep PID 1.
+        with os.fdopen(os.open(HOSTNAME, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as f:
+            name = (f.read(64) or b"").decode("ascii").strip()
         if re.fullmatch("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", name):
             socket.sethostname(name)
     except (OSError, ValueError):
