@@ -22,8 +22,9 @@ from test_engine import (  # the same cases, on the fixture below
 )
 
 from rethaw.engines.base import Engine, SandboxSpec
+from rethaw.engines.microvm.accelerators import Accelerator
 from rethaw.engines.microvm.engine import QemuEngine
-from rethaw.model.errors import EngineError, Unavailable
+from rethaw.model.errors import EngineError, EngineMismatch, Unavailable
 
 pytestmark = pytest.mark.root
 __all__ = [
@@ -177,3 +178,51 @@ async def test_pages_that_nobody_gives_are_the_snapshot_s_fault_only_if_their_se
         )
     assert type(caught.value) is error
     await until(lambda: lazy.users == 0)
+
+
+async def test_a_pipe_in_place_of_the_wanted_host_name_does_not_keep_the_starter(boot: Boot, staging: Path) -> None:
+    """Nor a link: PID 1 looks there when the program asks for a name, and saves need PID 1."""
+    box = await boot()
+    await ask(box, "import os; os.makedirs('/run/rethaw', exist_ok=True); os.mkfifo('/run/rethaw/hostname')")
+    name = await ask(box, "__import__('socket').gethostname()")
+    await ask(box, "os.kill(1, 10)")
+    await box.capture(staging / "pipe")
+    await ask(box, "os.unlink('/run/rethaw/hostname'); os.symlink('/etc/hostname', '/run/rethaw/hostname')")
+    await ask(box, "os.kill(1, 10)")
+    await box.capture(staging / "link")
+    assert await ask(box, "__import__('socket').gethostname()") == name
+    await ask(box, "os.unlink('/run/rethaw/hostname'); open('/run/rethaw/hostname', 'w').write('another-name')")
+    await ask(box, "os.kill(1, 10)")
+    await box.capture(staging / "name")  # which PID 1 answers after it
+    assert await ask(box, "__import__('socket').gethostname()") == "another-name"
+
+
+async def test_a_machine_that_ends_at_once_says_why(data_dir: Path, spec: SandboxSpec) -> None:
+    """As QEMU does with /dev/kvm where that is closed to it, or does not do what it should."""
+    broken = Accelerator("kvm", "0" * 64, ("-accel", "tcg", "-cpu", "none-such"))
+    engine = QemuEngine(data_dir, IMAGES / "microvm", broken)
+    try:
+        with pytest.raises(EngineError, match="none-such"):
+            await engine.boot(spec)
+    finally:
+        await engine.close()
+
+
+async def test_a_snapshot_goes_on_with_the_accelerator_it_was_taken_under(
+    boot: Boot, engine: Engine, spec: SandboxSpec, staging: Path, data_dir: Path
+) -> None:
+    """One of TCG beside others under KVM; one of KVM nowhere else, and the refusal says so."""
+    box = await boot()
+    await ask(box, "x = 41")
+    saved = await box.capture(staging / "one")
+    other = QemuEngine(data_dir, IMAGES / "microvm", Accelerator("kvm", "0" * 64, ("-accel", "none-such")))
+    try:
+        assert await other.fits(saved.engine_build, saved.cpu)
+        again = await other.restore(spec, saved.sections, build=saved.engine_build, cpu=saved.cpu, clock=saved.clock)
+        assert await ask(again, "x + 1") == 42
+        await again.destroy()
+        await again.cleaned()
+        with pytest.raises(EngineMismatch, match="another kind of CPU"):
+            await engine.fits(saved.engine_build, "0" * 64)
+    finally:
+        await other.close()

@@ -79,7 +79,7 @@ class Assets:
     """Those in `directory`; several processes may share it."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         self._kernel: Kernel | None = None
 
     async def kernel(self) -> Kernel:
@@ -89,7 +89,7 @@ class Assets:
         return self._kernel
 
     def _find_kernel(self) -> Kernel:
-        target = self._directory / f"kernel-{initramfs.digest()}"
+        target = self.directory / f"kernel-{initramfs.digest()}"
         with _made(target) as place:
             if place is not None:
                 _make_kernel(place)
@@ -124,7 +124,7 @@ class Assets:
         kind; bases only once there is no disk on top of any."""
 
         def look() -> None:
-            found = {kind: sorted(self._directory.glob(f"{kind}-*.ext4"), key=_age) for kind in ("image", "layer")}
+            found = {kind: sorted(self.directory.glob(f"{kind}-*.ext4"), key=_age) for kind in ("image", "layer")}
             dead = [path for path in found["layer"] if path.name.split("-")[1] not in keep][spare:]
             for path in dead:
                 path.unlink(missing_ok=True)
@@ -147,7 +147,7 @@ class Assets:
         return await asyncio.to_thread(self._disk, f"blank-{size // MIB}.ext4", make)
 
     def _disk(self, name: str, make: Callable[[Path], None]) -> Path:
-        target = self._directory / name
+        target = self.directory / name
         if not target.exists():
             with _made(target) as place:
                 if place is not None:

@@ -1,4 +1,4 @@
-"""The QEMU engine: boots and restores microVMs, by TCG (KVM is still to come)."""
+"""The QEMU engine: boots and restores microVMs, by KVM where that works and by TCG elsewhere (see `accelerators`)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import os
 import shutil
 import socket
 from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from rethaw.engines import cgroups as cgroup_layout
 from rethaw.engines.base import CAPABILITIES, NOTHING_LAZY, OPEN_FILES, LazySection, ProbeReport, SandboxSpec
 from rethaw.engines.home import Home
-from rethaw.engines.microvm import initramfs, layout, machine, memory, tsc
+from rethaw.engines.microvm import accelerators, initramfs, layout, machine, memory
+from rethaw.engines.microvm.accelerators import TCG, Accelerator
 from rethaw.engines.microvm.assets import REMEDY, Assets, Kernel, disk_id
 from rethaw.engines.microvm.qmp import Qmp
 from rethaw.engines.microvm.sandbox import DISK, MAP, MEMORY, SECTIONS, STATE, Made, QemuSandbox
@@ -31,6 +33,15 @@ HOST_SLACK = 192 * MIB  # QEMU itself, 64 MiB of translated code among it
 START_TIMEOUT_S = 120.0
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a guest is made of. `disks`: base and layer of its image."""
+
+    kernel: Kernel
+    disks: tuple[Path, Path]
+    accelerator: Accelerator
+
+
 class QemuEngine:
     """See `engines.base.Engine`. `assets`: where kernel and disks of images are kept, shared by whoever likes."""
 
@@ -38,14 +49,17 @@ class QemuEngine:
     fixed_memory = True
     lazy = frozenset({MEMORY})
 
-    def __init__(self, data_dir: Path, assets: Path | None = None) -> None:
+    def __init__(self, data_dir: Path, assets: Path | None = None, accelerator: Accelerator | None = None) -> None:
+        """`accelerator`: whether it works or not; None: the best one that does."""
         data_dir = data_dir.absolute()
         self._home = Home(data_dir, run="vm", mark="guest=", program=machine.QEMU)
         self.assets = Assets(assets or data_dir / "engines" / "microvm")
         self._cgroups = cgroup_layout.detect()
         self._opening = asyncio.Lock()
         self._build: str | None = None
-        self._cpu = hashlib.sha256(b"qemu tcg max").hexdigest()
+        self._choosing = asyncio.Lock()
+        self._accelerator = accelerator
+        self.why_not_kvm = ""
         self._turns = asyncio.Semaphore(os.cpu_count() or 1)  # more at once would only make each of them late
         self._files = memory.Files(self._in_background)
         self._shelves = Shelves[QemuSandbox](self._created, self._discard, self._in_background)
@@ -62,7 +76,6 @@ class QemuEngine:
                 if found is None:
                     raise EngineUnusable(f"{machine.QEMU} is not installed", remedy=REMEDY)
                 kernel = await self.assets.kernel()
-                await asyncio.to_thread(tsc.khz)
                 binary = await asyncio.to_thread(lambda: hashlib.sha256(Path(found).read_bytes()))
                 binary.update(kernel.digest.encode())
                 self._build = binary.hexdigest()
@@ -77,22 +90,49 @@ class QemuEngine:
         return await self.build()
 
     async def fits(self, build: str, cpu: str) -> bool:
-        self._check(build, cpu, await self.build())
+        await self._fitting(build, cpu)
         return True
 
-    def _check(self, build: str, cpu: str, own: str) -> None:
+    async def _fitting(self, build: str, cpu: str) -> Accelerator:
+        """What a snapshot can go on with. Raises EngineMismatch."""
+        own = await self.build()
         if build != own:
             raise EngineMismatch(
                 f"this snapshot was taken by another QEMU or guest kernel ({build}, here {own[:12]})",
                 remedy="restore it where it was taken, or install that version",
                 build=build,
             )
-        if cpu != self._cpu:
+        if cpu == TCG.cpu:  # it is the same everywhere
+            return TCG
+        best = await self.accelerator()
+        if cpu != best.cpu:
+            without = f"; here without KVM: {self.why_not_kvm}" if self.why_not_kvm else ""
             raise EngineMismatch(
-                f"this snapshot was taken on another kind of CPU ({cpu[:12]}, here {self._cpu[:12]})",
+                f"this snapshot was taken on another kind of CPU ({cpu[:12]}, here {best.cpu[:12]}{without})",
                 remedy="restore it on a machine with the CPU it was taken on",
                 cpu=cpu,
             )
+        return best
+
+    async def accelerator(self) -> Accelerator:
+        """What runs new guests. The first time, where there is /dev/kvm, a probe guest's verdict may take a while."""
+        async with self._choosing:
+            if self._accelerator is None:
+                build = await self.build()
+                found = await accelerators.choose(self.assets.directory, build, self._try_kvm)
+                self._accelerator, self.why_not_kvm = found
+        return self._accelerator
+
+    async def _try_kvm(self) -> str:
+        from rethaw.engines.microvm import probe  # it needs this module
+
+        other = QemuEngine(self._home.data_dir, self.assets.directory, accelerators.kvm())
+        try:
+            report = await probe.probe(other, accelerators.PROBE_S)
+        finally:
+            await other.close()
+        works = report.ok and report.notes.get("clock_frozen") is True
+        return "" if works else f"a guest with /dev/kvm: {report.detail}"
 
     async def prune_builds(self, keep: set[str]) -> list[str]:
         return []
@@ -101,14 +141,15 @@ class QemuEngine:
 
     async def boot(self, spec: SandboxSpec) -> QemuSandbox:
         kernel = await self._open()
+        accelerator = await self.accelerator()
         faults.point("engine.boot.before")
         blank = await self.assets.blank(DISK_BYTES)
         shared = await self.assets.image(spec)
         async with self._turns:
-            return await self._booted(spec, kernel, shared, blank)
+            return await self._booted(spec, Parts(kernel, shared, accelerator), blank)
 
-    async def _booted(self, spec: SandboxSpec, kernel: Kernel, shared: tuple[Path, Path], blank: Path) -> QemuSandbox:
-        sandbox = await self._start(spec, kernel, shared, blank, blank.stat().st_size, None)
+    async def _booted(self, spec: SandboxSpec, parts: Parts, blank: Path) -> QemuSandbox:
+        sandbox = await self._start(spec, parts, blank, blank.stat().st_size, None)
         try:
             await sandbox.connect(START_TIMEOUT_S)
             try:
@@ -133,7 +174,7 @@ class QemuEngine:
         lazy: Mapping[str, LazySection] = NOTHING_LAZY,
     ) -> QemuSandbox:
         kernel = await self._open()
-        self._check(build, cpu, await self.build())
+        accelerator = await self._fitting(build, cpu)
         for name in SECTIONS:
             if name not in lazy and (name not in sections or not sections[name].is_file()):
                 raise EngineError(f"section {name} is missing", remedy="restore an older snapshot")
@@ -150,13 +191,12 @@ class QemuEngine:
                 remedy="restore it where it was taken",
             )
         async with self._turns:
-            return await self._restored(spec, kernel, shared, pages, sections, lazy.get(MEMORY))
+            return await self._restored(spec, Parts(kernel, shared, accelerator), pages, sections, lazy.get(MEMORY))
 
     async def _restored(
         self,
         spec: SandboxSpec,
-        kernel: Kernel,
-        shared: tuple[Path, Path],
+        parts: Parts,
         pages: layout.Layout,
         sections: dict[str, Path],
         lazy: LazySection | None,
@@ -168,12 +208,12 @@ class QemuEngine:
             file = await self._files.lazily(lazy, pages.memory_bytes, pages.memory)
         else:
             file = self._files.find(sections[MEMORY], pages.memory_bytes)
-        if file is None and not anew and pages.disk_bytes == DISK_BYTES:
+        if file is None and not anew and pages.disk_bytes == DISK_BYTES and parts.accelerator is self._accelerator:
             sandbox = ahead = self._shelves.take(spec)
         try:
             if sandbox is None:
                 file = file or self._files.make(pages.memory_bytes)
-                sandbox = await self._start(spec, kernel, shared, None, pages.disk_bytes, file)
+                sandbox = await self._start(spec, parts, None, pages.disk_bytes, file)
             await self._go_on(sandbox, pages, sections)
             faults.point("engine.restore.after")
         except BaseException as error:
@@ -189,7 +229,7 @@ class QemuEngine:
         else:
             return sandbox
         # What died while it waited says nothing about the next one.
-        return await self._restored(spec, kernel, shared, pages, sections, None, anew=True)
+        return await self._restored(spec, parts, pages, sections, None, anew=True)
 
     async def _go_on(self, sandbox: QemuSandbox, pages: layout.Layout, sections: dict[str, Path]) -> None:
         """What waits for a snapshot gets it. Pages and disk are filled in while QEMU starts: it reads neither before."""
@@ -212,10 +252,9 @@ class QemuEngine:
 
     async def _created(self, spec: SandboxSpec) -> QemuSandbox:
         """One that waits for a snapshot."""
-        kernel = await self._open()
-        shared = await self.assets.image(spec)
+        parts = Parts(await self._open(), await self.assets.image(spec), await self.accelerator())
         file = self._files.make(_size(spec))
-        sandbox = await self._start(spec, kernel, shared, None, DISK_BYTES, file)
+        sandbox = await self._start(spec, parts, None, DISK_BYTES, file)
         try:
             await sandbox.connect(START_TIMEOUT_S)
         except BaseException:
@@ -226,8 +265,7 @@ class QemuEngine:
     async def _start(
         self,
         spec: SandboxSpec,
-        kernel: Kernel,
-        shared: tuple[Path, Path],
+        parts: Parts,
         disk: Path | None,
         disk_bytes: int,
         file: memory.File | None,
@@ -252,12 +290,12 @@ class QemuEngine:
                     memory.copy_disk(disk, own)
                 saved = kept(os.memfd_create("saved", os.MFD_CLOEXEC), ours)
                 state = None if file is None else kept(os.memfd_create("state", os.MFD_CLOEXEC), ours)
-                image_fd = kept(os.open(kernel.image, os.O_RDONLY | os.O_CLOEXEC), theirs)
+                image_fd = kept(os.open(parts.kernel.image, os.O_RDONLY | os.O_CLOEXEC), theirs)
                 initrd = kept(os.memfd_create("initrd", os.MFD_CLOEXEC), theirs)
                 with os.fdopen(os.dup(initrd), "wb") as f:
-                    f.write(kernel.initramfs.read_bytes())
+                    f.write(parts.kernel.initramfs.read_bytes())
                     f.write(initramfs.of_one(_config(spec), spec.hostname))
-                base, layer = (kept(os.open(path, os.O_RDONLY | os.O_CLOEXEC), theirs) for path in shared)
+                base, layer = (kept(os.open(path, os.O_RDONLY | os.O_CLOEXEC), theirs) for path in parts.disks)
                 pairs = {name: socket.socketpair() for name in machine.SOCKETS}
                 for here, there in pairs.values():
                     theirs.callback(there.close)
@@ -266,12 +304,14 @@ class QemuEngine:
                 fds = {name: there.fileno() for name, (_, there) in pairs.items()}
                 held = None if file is None else file.fd
                 files = machine.Files(image_fd, initrd, held, base, layer, own, saved, state, fds)
-                argv = machine.command(directory, size, files)
+                argv = machine.command(directory, size, files, parts.accelerator)
                 groups = [path for path in group.directories if path.is_dir()]
-                pid = machine.start(argv, machine.new_user(), files.all(), directory / "stderr", groups)
+                pid = machine.start(
+                    argv, machine.new_user(), files.all(), directory / "stderr", groups, parts.accelerator.group
+                )
                 ours.pop_all()
                 sockets = {name: here for name, (here, _) in pairs.items()}
-                disks = tuple(disk_id(path) for path in shared)
+                disks = tuple(disk_id(path) for path in parts.disks)
                 return Made(directory, pid, group, sockets, file, size, own, saved, state, disks)
 
         group: cgroup_layout.Group | None = None
@@ -290,7 +330,9 @@ class QemuEngine:
         build = self._build
         assert build is not None
         log_file = self._home.logs / f"sandbox-{id}.log"
-        sandbox = QemuSandbox(id, spec, made, log_file, build, self._cpu, self._live.discard, self._files.release)
+        sandbox = QemuSandbox(
+            id, spec, made, log_file, build, parts.accelerator.cpu, self._live.discard, self._files.release
+        )
         self._live.add(sandbox)
         return sandbox
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rethaw.engines.microvm import tsc
+from rethaw.engines.microvm.accelerators import Accelerator
 from rethaw.model.errors import EngineError, EngineUnusable
 
 QEMU = "qemu-system-x86_64"
@@ -46,19 +46,18 @@ class Files:
         return found + [fd for fd in (self.memory, self.state) if fd is not None]
 
 
-def command(directory: Path, size: int, files: Files) -> list[str]:
+def command(directory: Path, size: int, files: Files, accelerator: Accelerator) -> list[str]:
     """QEMU's command line. `size`: bytes of memory; `directory` is only a name, by which orphans are found."""
     argv = [
         QEMU, "-name", f"guest={directory}",
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-M", "microvm,acpi=on,pic=on,pit=on,rtc=on,isa-serial=on,usb=off,pcie=off,memory-backend=ram",
-        "-accel", "tcg,tb-size=64",
-        "-cpu", "max",
+        *accelerator.options,
         "-smp", "1", "-m", f"size={size}b",
         "-object", _memory(size, files.memory),
         "-kernel", _path(files.kernel), "-initrd", _path(files.initrd),
-        "-append", f"{_CMDLINE} tsc_early_khz={tsc.khz()}",
+        "-append", _CMDLINE + accelerator.kernel_arguments(),
     ]  # fmt: skip
     for name, fd in files.sockets.items():
         argv += ["-chardev", f"socket,id={name},fd={fd}"]
@@ -98,8 +97,10 @@ def start(
     descriptors: Sequence[int],
     errors: Path,
     groups: Sequence[Path],
+    member: int | None = None,
 ) -> int:
-    """The pid of the process, which is our child and in the cgroups `groups`. Blocking, some milliseconds.
+    """The pid of the process, which is our child and in the cgroups `groups`. `member`: a group of users that it belongs
+    to. Blocking, some milliseconds.
 
     Raises EngineUnusable, EngineError.
     """
@@ -118,7 +119,14 @@ def start(
         f"--regid={user}",
         "--no-new-privs",
     ]
-    wrapped += ["--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--pdeathsig=keep", "--", *argv]
+    wrapped += [
+        "--clear-groups" if member is None else f"--groups={member}",
+        "--inh-caps=-all",
+        "--bounding-set=-all",
+        "--pdeathsig=keep",
+        "--",
+        *argv,
+    ]
     try:
         with errors.open("ab") as err:
             process = subprocess.Popen(

@@ -42,6 +42,7 @@ SECTIONS = (MEMORY, DISK, MAP, STATE)
 PAGED = frozenset({MEMORY, DISK})
 STATE_MOST = 16 << 20  # bytes
 ANSWER_S, SYNC_S = 20.0, 60.0
+_LAST_WORDS_S = 1.0  # until the end of a machine is noticed whose socket is closed
 _ENTROPY = 64
 _UNREADABLE = (errno.EIO, errno.ENOTCONN, errno.ECONNABORTED)
 _ADDRESS = re.compile(r"\bis (0x[0-9a-f]{1,16})\b")
@@ -119,7 +120,13 @@ class QemuSandbox:
         reader, self._control = await machine.streams(self._made.sockets["control"])
         self.reader, self.writer = await machine.streams(self._made.sockets["channel"])
         self._listening = self._loop.create_task(self._listen(reader))
-        self._qmp = await self._or_death(Qmp.connect(self._made.sockets["qmp"], timeout_s))
+        try:
+            self._qmp = await self._or_death(Qmp.connect(self._made.sockets["qmp"], timeout_s))
+        except EngineError as error:
+            await asyncio.wait([self._exit], timeout=_LAST_WORDS_S)
+            if self._exit.done():
+                raise EngineError(f"sandbox {self.id} died: {self._exit.result().detail}") from error
+            raise
         return self._qmp
 
     async def touch_less(self, qmp: Qmp) -> None:
