@@ -1,14 +1,15 @@
-"""What does a lazy restore cost? `python -m benchmarks.lazy --json`; needs root and FUSE (libfuse3-3).
+"""What does a lazy restore cost a guest? `python -m benchmarks.lazy --json`, as root; needs QEMU and FUSE (libfuse3-3).
 
-A guest's memory of 1 GiB (`--mib`), made from a seed: half of it zeros, in stretches, the rest as a Python heap has it.
-It is saved in one snapshot. Then a process gets it, maps it privately and touches 50 MB of it (`--touched-mb`): runs of 16
-pages at random places that are not zeros, in random order. Three ways take turns, medians over `--rounds`:
+A microVM of 1 GiB (`--mib`) runs a program with a heap of 600 MiB (`--heap-mib`) that compresses to about half. It is saved
+and stored. Then it is restored again and again, and touches 50 MB of its heap (`--touched-mb`), in runs of 16 pages at places that
+differ each time. Milliseconds from the wish to restore it, with a machine created ahead, to its answer, medians over `--rounds`; the ways take turns:
 
-`lazy_ms_p50`: a new file of the FUSE server, of which the kernel holds nothing. `eager_ms_p50`: all pages read from the
-packs into /dev/shm, then scattered into a memfd, as an eager restore does. `raw_ms_p50`: the whole memory lies in /dev/shm
-already. `lazy_over_raw`: lazy over raw. `read_over_touched`: bytes that the server decompressed over
-bytes touched. `prefetch_ms_p50`: lazy, after the pages of an earlier round were asked for in advance, with the asking.
-`open_ms_p50`: the part of lazy before the first page is touched. Packs are in the kernel's page cache in all of them.
+`raw_ms_p50`: its memory lies in memory as it is, in the file of another clone. `lazy_ms_p50`: pages come from the store's
+packs when they are touched, and what the session touched in its last life is asked for in advance: the same heap pages, as
+an agent goes on with what it worked on. `cold_ms_p50`: lazy, with nothing known about the session. `eager_ms_p50`: all of
+it is read from the packs, then laid out in memory. `lazy_over_raw`, `cold_over_raw`: by raw. Packs are in the kernel's page
+cache in all of them. `boot_ms`: of the guest once, to its program's first word, without making the heap.
+`python -m benchmarks.lazy_pages` has the pages alone, without a guest.
 """
 
 from __future__ import annotations
@@ -16,187 +17,220 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import mmap
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.store import heap_pages
-from numpy.typing import NDArray
+from benchmarks.pause import tell
 
-from rethaw.engines.microvm import layout
-from rethaw.snapshots import decode, manifest
-from rethaw.snapshots.lazy import READ_AHEAD_KIB, LazyFile, LazyFiles
-from rethaw.snapshots.pages import PAGE
+from rethaw.engines.base import Capture, SandboxSpec
+from rethaw.engines.microvm.engine import QemuEngine
+from rethaw.engines.microvm.sandbox import QemuSandbox
+from rethaw.images.builder import ImageStore
+from rethaw.model.types import ImageSpec, SnapshotInfo
 from rethaw.snapshots.store import SnapshotStore
+from rethaw.testing.server import image_cache
 
 MIB = 1 << 20
-MEMORY = "memory.img"
-STRETCH, RUN = 64, 16  # pages
-SNAPSHOT = "snap_lazy"
-Ints = NDArray[np.int32]
+RUN = 16  # pages
+RUN_BYTES = RUN * 4096
+PROGRAM = """
+import random, sys
+RUN = 65536
+def fill(mib):
+    block = random.Random(1).randbytes(1 << 19).hex().encode()
+    heap = bytearray(mib << 20)
+    for at in range(0, len(heap), 1 << 20):
+        shift = at >> 20
+        heap[at:at + (1 << 20)] = block[shift:] + block[:shift]
+    for at in range(0, len(heap), 4096):
+        heap[at:at + 4] = at.to_bytes(4, "little")
+    return heap
+print("ready", flush=True)
+heap = fill(int(sys.stdin.readline()))
+print("filled", flush=True)
+for line in sys.stdin:
+    total = 0
+    for run in line.split():
+        at = int(run) * RUN
+        total += sum(heap[at + 1:at + RUN:4096])
+    print(total, flush=True)
+"""
 
 
 def _now_ms() -> float:
     return time.perf_counter() * 1000
 
 
-def touch(fd: int, size: int, offsets: NDArray[np.int64]) -> int:
-    """Map it and read a word of each page at `offsets`."""
-    with mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
-        words = np.frombuffer(mapped, dtype=np.uint64)
-        total = int(np.bitwise_xor.reduce(words[offsets // 8]))
-        del words
-    return total
-
-
 class Bench:
-    def __init__(self, base: Path, args: argparse.Namespace) -> None:
-        self.base, self.shm = base, Path(tempfile.mkdtemp(prefix="rethaw-bench-lazy-", dir="/dev/shm"))
-        self.size = args.mib * MIB
-        self.rng = np.random.default_rng(args.seed)
-        stretches = self.size // PAGE // STRETCH
-        used = np.sort(self.rng.permutation(stretches)[: stretches // 2])
-        self.numbers = (used[:, None] * STRETCH + np.arange(STRETCH)).reshape(-1).astype(np.int32)
-        self.table: Ints = np.full(self.size // PAGE, -1, dtype=np.int32)
-        self.table[self.numbers] = np.arange(len(self.numbers), dtype=np.int32)
-        self.runs = int(args.touched_mb * 1e6) // (RUN * PAGE)
-        self.store = SnapshotStore(base, kept_bytes=0)
+    def __init__(self, work: Path, data: Path, rootfs: Path, args: argparse.Namespace) -> None:
+        argv = ("/usr/bin/python3", "-c", PROGRAM)
+        # What the guest's kernel gets beside it, see the engine.
+        program = (args.mib - 64) * 16 // 17 * MIB
+        self.spec = SandboxSpec("bench", rootfs, program, 512, argv, (("PATH", "/usr/bin"),))
+        self.engine = QemuEngine(work / "data", image_cache() / "microvm")
+        self.work, self.data, self.args = work, data, args
+        self.store = SnapshotStore(data, kept_bytes=0, lazy_from=1)
         self.store.open()
-        self.pool = ThreadPoolExecutor(4)
-        self.whole = self.shm / "whole"
+        self.rng = np.random.default_rng(args.seed)
 
-    async def save(self) -> None:
-        staged = await self.store.stage(SNAPSHOT, len(self.numbers) * PAGE)
-        with (staged / MEMORY).open("wb") as f:
-            for start in range(0, len(self.numbers), 8192):
-                heap_pages(self.rng, min(8192, len(self.numbers) - start)).tofile(f)
-        with self.whole.open("wb+", buffering=0) as f:
-            f.truncate(self.size)
-            layout.scatter(staged / MEMORY, self.numbers, f.fileno())
-        meta: dict[str, Any] = {"parent": None, "image": "i"}
-        self.digest = (await self.store.write(SNAPSHOT, {MEMORY: staged / MEMORY}, (MEMORY,), meta)).digest
-        self.store.drop_staged(SNAPSHOT)
-
-    def places(self) -> NDArray[np.int64]:
-        """Offsets of the pages that one round touches."""
-        some = self.rng.permutation(len(self.numbers) // RUN)[: self.runs]
-        pages = self.numbers.reshape(-1, RUN)[some].astype(np.int64)
-        return (pages * PAGE).reshape(-1)
-
-    async def lazy(self, files: LazyFiles, offsets: NDArray[np.int64], prefetch: list[Any] | None = None) -> Any:
-        """Milliseconds until it is open and in all, the sum, and the file."""
+    async def save(self) -> float:
+        """Milliseconds of the boot."""
         began = _now_ms()
-        path = self.store.manifest_path(SNAPSHOT)
-        file = await files.open(SNAPSHOT, path, MEMORY, self.size, self.table, self.digest)
-        opened = _now_ms()
-        asking = None if prefetch is None else asyncio.create_task(files.prefetch(file, prefetch))
-        total = await asyncio.to_thread(self._touched, file, offsets)
+        box = await self.engine.boot(self.spec)
+        await self._hear(box, b"ready\n")
+        booted = _now_ms() - began
+        box.writer.write(b"%d\n" % self.args.heap_mib)
+        await self._hear(box, b"filled\n")
+        staged = await self.store.stage("snap_lazy", self.args.mib * MIB)
+        saved = await box.capture(staged)
+        await box.destroy()
+        sections = {name: staged / name for name in saved.sections}
+        written = await self.store.write("snap_lazy", sections, saved.paged, {"parent": None, "image": "i"})
+        self.saved, self.raw_bytes = saved, written.raw_bytes
+        self.info = SnapshotInfo(
+            id="snap_lazy", session="s_1", parent=None, line=1, attempt=1, seq=1, generation="g", engine="qemu",
+            engine_build=saved.engine_build, cpu=saved.cpu, image="i", path=written.path, digest=written.digest,
+            sections=written.sections, resync="00", why="exchange", paused_ms=0, durable_ms=0,
+            raw_bytes=written.raw_bytes, stored_bytes=written.stored_bytes,
+        )  # fmt: skip
+        self.store.drop_staged("snap_lazy")
+        return booted
+
+    async def _hear(self, box: QemuSandbox, expected: bytes) -> None:
+        said = await asyncio.wait_for(box.reader.readline(), 600)
+        if said != expected:
+            raise RuntimeError(f"the guest said {said!r}, not {expected!r}")
+
+    def places(self) -> list[int]:
+        runs = self.args.heap_mib * MIB // RUN_BYTES
+        return self.rng.permutation(runs)[: int(self.args.touched_mb * 1e6) // RUN_BYTES].tolist()
+
+    async def _ready(self) -> None:
+        """A machine is created ahead, as it is for a session that sleeps."""
+        await self.engine.prepare(self.spec, 1)
+        deadline = time.monotonic() + 60
+        while not self.engine.ahead(self.spec):
+            if time.monotonic() > deadline:
+                raise RuntimeError("no machine was created ahead")
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # what the last life left is cleared away
+
+    async def _touch(self, box: QemuSandbox, places: list[int]) -> bytes:
+        box.writer.write(" ".join(map(str, places)).encode() + b"\n")
+        return await asyncio.wait_for(box.reader.readline(), 600)
+
+    async def _restored(self, sections: dict[str, Path], saved: Capture, lazy: Any = None) -> QemuSandbox:
+        more = {} if lazy is None else {"lazy": lazy}
+        return await self.engine.restore(
+            self.spec, sections, build=saved.engine_build, cpu=saved.cpu, clock=saved.clock, **more
+        )
+
+    async def lazy(self, places: list[int], forget: bool = False) -> tuple[float, bytes]:
+        await self._ready()
+        if forget:
+            (self.data / "snapshots" / "working" / self.info.session).unlink(missing_ok=True)
+        began = _now_ms()
+        loaded = await self.store.load_lazily(self.info, self.engine.lazy)
+        if not loaded.lazy:
+            raise RuntimeError("it was not read lazily")
+        box = await self._restored(loaded.sections, self.saved, loaded.lazy)
+        loaded.done()
+        said = await self._touch(box, places)
         took = _now_ms() - began
-        if asking is not None:
-            await asking
-        return opened - began, took, total, file
+        await self._end(box)
+        return took, said
 
-    def _touched(self, file: LazyFile, offsets: NDArray[np.int64]) -> int:
-        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return touch(fd, self.size, offsets)
-        finally:
-            os.close(fd)
-
-    def eager(self, offsets: NDArray[np.int64]) -> tuple[float, int]:
+    async def eager(self, places: list[int]) -> tuple[float, bytes]:
+        self.store.drop_staged(self.info.id)
+        await self._ready()
         began = _now_ms()
-        found = manifest.decode(self.store.manifest_path(SNAPSHOT).read_bytes(), SNAPSHOT, self.store.keys)
-        section = self.shm / MEMORY
-        decode.load(found, {MEMORY: section}, self.store.packs, self.pool)
-        fd = os.memfd_create("memory", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, self.size)
-            layout.scatter(section, self.numbers, fd)
-            total = touch(fd, self.size, offsets)
-            return _now_ms() - began, total
-        finally:
-            os.close(fd)
-            section.unlink()
+        box = await self._restored(await self.store.load(self.info), self.saved)
+        said = await self._touch(box, places)
+        took = _now_ms() - began
+        self.store.done(self.info.id)
+        self.store.drop_staged(self.info.id)
+        await self._end(box)
+        return took, said
 
-    def raw(self, offsets: NDArray[np.int64]) -> tuple[float, int]:
+    async def raw(self, sections: dict[str, Path], places: list[int]) -> tuple[float, bytes]:
+        await self._ready()
         began = _now_ms()
-        fd = os.open(self.whole, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return touch(fd, self.size, offsets), _now_ms() - began
-        finally:
-            os.close(fd)
+        box = await self._restored(sections, self.saved)
+        said = await self._touch(box, places)
+        took = _now_ms() - began
+        await self._end(box)
+        return took, said
 
-    async def measure(self, rounds: int, read_ahead: int) -> dict[str, Any]:
-        times: dict[str, list[float]] = {name: [] for name in ("lazy", "open", "prefetch", "eager", "raw")}
-        read: list[float] = []
-        files = await LazyFiles.start(self.shm / "files", self.base / "snapshots" / "store", read_ahead_kib=read_ahead)
-        try:
-            for number in range(
-                rounds + 1
-            ):  # the first one warms up what a node has warm: indexes, page cache of packs
-                offsets = self.places()
-                before = (await files.stats())["raw"]
-                opened, lazy, first, file = await self.lazy(files, offsets)
-                ratio = ((await files.stats())["raw"] - before) / (len(offsets) * PAGE)
-                recorded = await file.touched()
-                await file.close()
-                _, prefetched, second, file = await self.lazy(files, offsets, recorded)
-                await file.close()
-                eager, third = await asyncio.to_thread(self.eager, offsets)
-                fourth, raw = await asyncio.to_thread(self.raw, offsets)
-                if not first == second == third == fourth:
-                    raise RuntimeError("the ways do not read the same")
-                if number:
-                    read.append(ratio)
-                    for name, took in zip(times, (lazy, opened, prefetched, eager, raw), strict=True):
-                        times[name].append(took)
-        finally:
-            await files.close()
+    async def _end(self, box: QemuSandbox) -> None:
+        await box.destroy()
+        await box.cleaned()
+
+    async def measure(self, rounds: int) -> dict[str, Any]:
+        booted = await self.save()
+        times: dict[str, list[float]] = {name: [] for name in ("raw", "lazy", "cold", "eager")}
+        for number in range(rounds + 1):  # the first one opens packs and makes what restores share
+            places = self.places()
+            eager, first = await self.eager(places)
+            cold, second = await self.lazy(places, forget=True)
+            lazy, third = await self.lazy(places)
+            sections = await self.store.load(self.info)
+            other = await self._restored(sections, self.saved)  # whose memory file is shared
+            raw, fourth = await self.raw(sections, places)
+            await self._end(other)
+            self.store.done(self.info.id)
+            if not first == second == third == fourth:
+                raise RuntimeError("the ways do not read the same")
+            if number:
+                for name, took in zip(times, (raw, lazy, cold, eager), strict=True):
+                    times[name].append(took)
         out: dict[str, Any] = {f"{name}_ms_p50": round(statistics.median(some), 1) for name, some in times.items()}
-        out["lazy_over_raw"] = round(out["lazy_ms_p50"] / max(out["raw_ms_p50"], 0.1), 2)
-        out["read_over_touched"] = round(statistics.median(read), 2)
-        return out
+        out["lazy_over_raw"] = round(out["lazy_ms_p50"] / out["raw_ms_p50"], 2)
+        out["cold_over_raw"] = round(out["cold_ms_p50"] / out["raw_ms_p50"], 2)
+        return {**out, "raw_mib": self.raw_bytes // MIB, "boot_ms": round(booted)}
 
-    def close(self) -> None:
-        self.pool.shutdown()
+    async def close(self) -> None:
+        await self.engine.close()
+        await self.store.close_lazy()
         self.store.close()
-        shutil.rmtree(self.shm, ignore_errors=True)
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    base = Path(tempfile.mkdtemp(prefix="rethaw-bench-lazy-", dir=args.dir))
-    bench = Bench(base, args)
-    out: dict[str, Any] = {"memory_mib": args.mib, "touched_mb": args.touched_mb, "read_ahead_kib": args.read_ahead}
+    os.environ.setdefault("RETHAW_IMAGES", str(image_cache()))
+    images = ImageStore(image_cache())
+    _, rootfs = await images.compose(await images.ensure(ImageSpec(), tell))
+    work = Path(tempfile.mkdtemp(prefix="rethaw-bench-", dir="/dev/shm"))
+    data = Path(tempfile.mkdtemp(prefix="rethaw-bench-lazy-", dir=args.dir))
+    bench = Bench(work, data, rootfs, args)
+    out: dict[str, Any] = {"memory_mib": args.mib, "heap_mib": args.heap_mib, "touched_mb": args.touched_mb}
     try:
-        await bench.save()
-        return {
-            **out,
-            **await bench.measure(args.rounds, args.read_ahead),
-            "load_average": round(os.getloadavg()[0], 1),
-        }
+        return {**out, **await bench.measure(args.rounds), "load_average": round(os.getloadavg()[0], 1)}
     finally:
-        bench.close()
-        shutil.rmtree(base, ignore_errors=True)
+        await bench.close()
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(data, ignore_errors=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lazy", description=__doc__)
     parser.add_argument("--json", action="store_true", help="nothing but the JSON object")
     parser.add_argument("--mib", type=int, default=1024, help="memory of the guest")
+    parser.add_argument("--heap-mib", type=int, default=600, help="heap of its program")
     parser.add_argument("--touched-mb", type=float, default=50.0)
-    parser.add_argument("--read-ahead", type=int, default=READ_AHEAD_KIB, help="KiB around a page that is touched")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the store's disk is")
     args = parser.parse_args()
+    if os.geteuid() != 0:
+        parser.error("needs root")
+    if args.heap_mib + 128 > args.mib or args.touched_mb * 1e6 > args.heap_mib * MIB:
+        parser.error(f"--heap-mib {args.heap_mib} does not fit in --mib {args.mib}, or --touched-mb not in it")
     numbers = asyncio.run(measure(args))
     if not args.json:
         for name, value in numbers.items():

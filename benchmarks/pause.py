@@ -83,14 +83,14 @@ async def one(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
 async def measure(sizes: list[int], changed: list[float], rounds: int) -> dict[str, Any]:
     os.environ.setdefault("RETHAW_IMAGES", str(image_cache()))
     images = ImageStore(image_cache())
-    _, rootfs = await images.compose(await images.ensure(ImageSpec(), _tell))
+    _, rootfs = await images.compose(await images.ensure(ImageSpec(), tell))
     numbers: dict[str, Any] = {"engine": "qemu", "sizes_mib": sizes, "rounds": rounds}
     found = {mib: await one(rootfs, mib, changed, rounds) for mib in sizes}
     for mb in changed:

@@ -161,6 +161,8 @@ class Broken:
 
     async def prefetch(self) -> None: ...
 
+    def touched(self, pages: Any) -> None: ...
+
     async def close(self) -> None:
         self.users -= 1
 

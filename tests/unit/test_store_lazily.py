@@ -137,7 +137,7 @@ def test_only_the_newest_working_sets_are_kept(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(lazily, "_SETS", 3)
     sets = lazily.WorkingSets(tmp_path / "working")
     for n in range(5):
-        sets.write(f"s_{n}", [(n, 2), (7, 1)])
+        sets.write(f"s_{n}", np.array([(n, 2), (7, 1)], dtype=np.int32))
         os.utime(tmp_path / "working" / f"s_{n}", (n, n))
     assert [list(sets.read(f"s_{n}")) for n in range(5)] == [[], [], *([(n, 2), (7, 1)] for n in (2, 3, 4))]
     assert list(sets.read("../x")) == []

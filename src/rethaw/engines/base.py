@@ -238,6 +238,10 @@ class LazyFile(Protocol):
         """Let what will probably be touched be read ahead. After it was mapped: a mapping may drop what was read."""
         ...
 
+    def touched(self, pages: NDArray[np.intp]) -> None:
+        """Pages of it that the guest has got, as ascending numbers: what a later `prefetch` is for."""
+        ...
+
     async def close(self) -> None:
         """One user less. Descriptors and mappings stay good."""
         ...

@@ -44,6 +44,8 @@ class _Open:
     file: LazyFile
     session: str
     users: int = 0
+    prefetched: bool = False
+    touched: NDArray[np.int32] | None = None  # pairs of first page and count
 
 
 @dataclass
@@ -61,6 +63,11 @@ class Handle:
     async def prefetch(self) -> None:
         """Let what an earlier life of the session touched be read ahead. After the file was mapped."""
         await self._owner.prefetch(self._open)
+
+    def touched(self, pages: NDArray[np.intp]) -> None:
+        firsts = np.flatnonzero(np.diff(pages, prepend=-2) != 1)
+        counts = np.diff(np.append(firsts, len(pages)))
+        self._open.touched = np.stack([pages[firsts], counts], axis=1).astype(np.int32)
 
     async def close(self) -> None:
         if not self._closed:
@@ -96,12 +103,12 @@ class WorkingSets:
                 return [(first, count) for first, count in pairs.tolist()]
         return ()
 
-    def write(self, session: str, ranges: Ranges) -> None:
+    def write(self, session: str, ranges: NDArray[np.int32]) -> None:
         """Blocking."""
         partial = self._home / f".{session}"
         with contextlib.suppress(OSError):
             self._home.mkdir(mode=0o700, exist_ok=True)
-            np.array(ranges, dtype="<i4").tofile(partial)
+            ranges.astype("<i4").tofile(partial)
             partial.rename(self._home / session)
             found = sorted(self._home.iterdir(), key=lambda path: path.stat().st_mtime)
             for path in found[:-_SETS]:
@@ -166,11 +173,13 @@ class Lazily:
     async def prefetch(self, opened: _Open) -> None:
         ranges = await asyncio.to_thread(self._working.read, opened.session)
         if ranges and self._files is not None:
+            opened.prefetched = True
             with contextlib.suppress(OSError):
                 await self._files.prefetch(opened.file, ranges)
 
     async def release(self, opened: _Open) -> None:
-        """One user less; with the last one the file goes, and what was touched of it is remembered."""
+        """One user less; with the last one the file goes, and what was touched of it is remembered: as its users say, or what
+        the kernel read, unless that was asked for in advance."""
         opened.users -= 1
         if opened.users:
             return
@@ -178,8 +187,11 @@ class Lazily:
             if found is opened:
                 del self._shared[key]
         with contextlib.suppress(Unavailable):
-            touched = await opened.file.touched()
-            await asyncio.to_thread(self._working.write, opened.session, touched)
+            if opened.touched is not None:
+                await asyncio.to_thread(self._working.write, opened.session, opened.touched)
+            elif not opened.prefetched:
+                touched = await opened.file.touched()
+                await asyncio.to_thread(self._working.write, opened.session, np.array(touched, dtype=np.int32))
         await opened.file.close()
 
     async def close(self) -> None:

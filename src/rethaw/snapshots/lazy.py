@@ -7,9 +7,11 @@ A process without rights gets at a file by a descriptor that it inherits (/proc/
 server for as long as it lives: when the server dies, a page that was not read before is a SIGBUS for its readers. Later
 files come from a new server. A node that was killed takes its server with it, and what it left goes with the next start.
 
-Around a page that is touched the kernel reads some more (128 KiB; with 1 MiB more is read than saved). But where a process
+Around a page that is touched the kernel reads nothing: the server gives it what lies in the same frame. But where a process
 asked for huge pages (MADV_HUGEPAGE), as QEMU does for a guest's memory, it reads 4 MiB. MADV_NOHUGEPAGE takes that back,
 in that process, before the guest runs.
+
+A server that hangs is asked for an answer now and then (`_WATCH_S`), and ended when none comes.
 """
 
 from __future__ import annotations
@@ -42,9 +44,10 @@ log = logging.getLogger("rethaw.snapshots")
 
 _START_S = 20.0
 _CALL_S = 60.0
+_WATCH_S = (2.0, 15.0)  # between two questions whether it lives, and for the answer
 _END_S = 5.0
 _LINE = 1 << 28
-READ_AHEAD_KIB = 128
+READ_AHEAD_KIB = 0
 _KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "FUSE_LIBRARY_PATH", "LANG")
 
 Ranges = Sequence[tuple[int, int]]  # first page, number of pages
@@ -67,6 +70,7 @@ class _Server:
         self._said: deque[str] = deque(maxlen=5)
         self.ended = asyncio.Event()
         self._tasks = [asyncio.create_task(self._answers()), asyncio.create_task(self._complaints())]
+        self._watching: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(self._pidfd, self._died)
 
     @classmethod
@@ -93,6 +97,7 @@ class _Server:
                 server._send({"op": "init", **init})
                 await server.call({"op": "ping"})
                 await asyncio.to_thread(_read_ahead, mount, read_ahead)
+            server._watching = asyncio.create_task(server._watch())
         except TimeoutError:
             await server.close()
             raise Unavailable(f"the server of lazy files was not ready within {_START_S:.0f} s") from None
@@ -107,18 +112,26 @@ class _Server:
     def _send(self, message: dict[str, Any]) -> None:
         self._in.write(json.dumps(message).encode() + b"\n")
 
-    async def call(self, message: dict[str, Any]) -> dict[str, Any]:
+    async def _watch(self) -> None:
+        while not self.ended.is_set():
+            await asyncio.sleep(_WATCH_S[0])
+            with contextlib.suppress(Unavailable):
+                await self.call({"op": "ping"}, _WATCH_S[1])
+
+    async def call(self, message: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
         """Its answer, good or bad. Raises Unavailable."""
+        timeout_s = _CALL_S if timeout_s is None else timeout_s
         if not self.alive():
             raise self._gone()
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting.append(answer)  # stays there if nobody waits any more: answers come in order
         self._send(message)
         try:
-            return await asyncio.wait_for(answer, _CALL_S)
+            return await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
-            self._kill()
-            raise Unavailable(f"the server of lazy files did not answer within {_CALL_S:.0f} s") from None
+            log.warning("the server of lazy files does not answer and is ended")
+            await self._kill()
+            raise Unavailable(f"the server of lazy files did not answer within {timeout_s:.0f} s") from None
 
     def _gone(self) -> Unavailable:
         said = "".join(f": {line}" for line in list(self._said)[-1:])
@@ -154,6 +167,8 @@ class _Server:
 
     async def _after(self) -> None:
         """What it said last is read, then its mount goes, in which it left everybody alone."""
+        if self._watching is not None:
+            self._watching.cancel()
         await asyncio.wait(self._tasks[:2], timeout=_END_S)
         await self._process.wait()
         for answer in (*self._waiting, self._ready):
@@ -164,9 +179,10 @@ class _Server:
         await asyncio.to_thread(_clear, self.mount)
         self.ended.set()
 
-    def _kill(self) -> None:
+    async def _kill(self) -> None:
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        await asyncio.to_thread(_clear, self.mount)  # ends what it may itself be waiting for
 
     async def close(self) -> None:
         """The process has ended and its mount is gone."""
@@ -174,7 +190,7 @@ class _Server:
         try:
             await asyncio.wait_for(self.ended.wait(), _END_S)
         except TimeoutError:
-            self._kill()
+            await self._kill()
             await self.ended.wait()
         finally:
             if self.ended.is_set() and self._pidfd >= 0:
@@ -326,6 +342,8 @@ class LazyFiles:
             })  # fmt: skip
             if not answer["ok"]:
                 raise _refused(snapshot, answer)
+            number = (await asyncio.to_thread(file.path.stat)).st_ino
+            await server.call({"op": "inode", "name": name, "number": number})
         except BaseException as error:
             self._files.pop(name, None)
             if isinstance(error, asyncio.CancelledError):

@@ -6,6 +6,7 @@ The node starts it, as root, and talks to it in lines of JSON over stdin and std
 
     {"op": "init", "store": DIRECTORY, "active": key id or null, "keys": [hex, ...]}        first of all, no answer
     {"op": "open", "name", "snapshot", "manifest", "digest": hex or null, "section", "size", "table"}
+    {"op": "inode", "name", "number"}      by which the kernel knows the file
     {"op": "close", "name"}       allows `unlink` of the file, which the node does next
     {"op": "touched", "name"}     pages that were read, in order of first read: {"ranges": [[first, count], ...]}
     {"op": "stats"}               bytes that the kernel asked for, that were decompressed, that were read from packs
@@ -20,7 +21,13 @@ Files never change, so the kernel keeps what it read for all who map them. Who o
 map it only privately: no process changes what another one sees. A page of a damaged pack is an I/O error (a SIGBUS where
 it is mapped), never zeros. When stdin ends, the node is gone: the mount is detached and the process ends.
 
-It must never touch its own files: killed in the middle of that, it would wait for itself and stay for good. And it must
+The kernel is told to read nothing around a page that is touched, since it does not know where frames begin. A page alone
+that it asks for is one that a reader waits for: before it gets that, it is given the pages that lie around it in the frame
+(FUSE_NOTIFY_STORE). To store a page waits for whoever is reading it right now. So only some of the threads may do that at
+once, each for other pages, and the others go on answering reads.
+
+It must never touch its own files: killed in the middle of that, it would wait for itself and stay for good (which a store may do as well; aborting the connection ends that, see
+`detach`). And it must
 never answer a read with less than there is: the kernel would take that for the end of the file.
 """
 
@@ -36,6 +43,7 @@ import os
 import re
 import resource
 import stat
+import struct
 import sys
 import threading
 import traceback
@@ -47,25 +55,30 @@ from rethaw.snapshots.decode import PackDamaged
 from rethaw.snapshots.keys import Keyring
 from rethaw.snapshots.lazypages import Content, Opener
 from rethaw.snapshots.pack import Damaged
+from rethaw.snapshots.pages import PAGE
 
 PACKAGE, NEWER = "libfuse3-3", " (libfuse3-4 from Debian 13 on)"
 _THREADS = 10
 _BACKGROUND = 128  # reads ahead that the kernel may have under way
 _FOREVER_S = 1e6  # names and sizes do not change
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
-_MNT_DETACH, _NOFOLLOW = 2, 8
+_MNT_FORCE, _MNT_DETACH, _NOFOLLOW = 1, 2, 8
+_STORING = _THREADS // 2  # threads that may store pages at once
+_STORE = 4  # FUSE_NOTIFY_STORE
+_HEAD, _STORED = struct.Struct("<IiQ"), struct.Struct("<QQII")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def detach(below: Path) -> None:
-    """Unmount what is mounted at or below `below`, whoever still uses it, dead or not. Raises OSError."""
+    """Unmount what is mounted at or below `below`, whoever still uses it, dead or not. What a process waits for there ends
+    with an error, also if the server itself waits. Raises OSError."""
     found: list[str] = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), line.split()[4])
         if point == str(below) or point.startswith(f"{below}/"):
             found.append(point)
     for point in reversed(found):
-        if _libc.umount2(os.fsencode(point), _MNT_DETACH | _NOFOLLOW) != 0:
+        if _libc.umount2(os.fsencode(point), _MNT_FORCE | _MNT_DETACH | _NOFOLLOW) != 0:
             number = ctypes.get_errno()
             if number not in (errno.EINVAL, errno.ENOENT):  # somebody else was quicker
                 raise OSError(number, os.strerror(number), point)
@@ -94,6 +107,53 @@ def _keep_thread() -> None:
         _thread.kept = ctypes.pythonapi.PyGILState_Ensure()
 
 
+class _Store:
+    """Gives the kernel pages that it did not ask for."""
+
+    def __init__(self) -> None:
+        self._device: int | None = None
+        self._free = threading.Semaphore(_STORING)
+        self._lock = threading.Lock()
+        self._busy: set[tuple[int, int]] = set()  # files and first pages that are being stored
+
+    def around(self, content: Content, offset: int) -> None:
+        """Pages around the one at `offset`, which is about to be answered."""
+        first, after = content.around(offset)
+        page, key = offset // PAGE, (content.inode, first)
+        if content.inode and after - first > 1 and self._free.acquire(blocking=False):
+            try:
+                with self._lock:
+                    if key in self._busy:
+                        return
+                    self._busy.add(key)
+                try:
+                    for begin, end in ((page + 1, after), (first, page)):
+                        if end > begin:
+                            self._write(content, begin * PAGE, content.read(begin * PAGE, (end - begin) * PAGE))
+                finally:
+                    with self._lock:
+                        self._busy.discard(key)
+            except (Damaged, PackDamaged, RethawError, OSError):
+                return  # whoever needs one of them asks for it
+            finally:
+                self._free.release()
+
+    def _write(self, content: Content, offset: int, data: bytes) -> None:
+        if self._device is None:
+            self._device = _fuse_device()
+        body = _STORED.pack(content.inode, offset, len(data), 0)
+        os.writev(self._device, [_HEAD.pack(_HEAD.size + len(body) + len(data), _STORE, 0), body, data])
+
+
+def _fuse_device() -> int:
+    """libfuse's descriptor. Raises OSError."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":  # noqa: PTH115
+                return int(name)
+    raise OSError(errno.ENODEV, "no connection to the kernel")
+
+
 class Files:
     """What libfuse calls, from several threads, by the names it knows. OSError becomes the answer."""
 
@@ -106,6 +166,7 @@ class Files:
         self._handles: dict[int, tuple[str, Content]] = {}
         self._numbers = itertools.count(1)
         self._told: set[tuple[str, str]] = set()
+        self._store = _Store()
         self.asked_bytes = 0
 
     def add(self, name: str, content: Content) -> None:
@@ -159,7 +220,10 @@ class Files:
         name, content = self._handles[handle.fh]
         self.asked_bytes += size
         try:
-            return content.read(offset, size)
+            data = content.read(offset, size)
+            if size == PAGE:
+                self._store.around(content, offset)
+            return data
         except (Damaged, PackDamaged, RethawError, OSError) as error:
             if (name, str(error)) not in self._told:
                 self._told.add((name, str(error)))
@@ -238,6 +302,9 @@ class Server:
                 ),
             )
             return {"path": str(self._mount / name)}
+        if op == "inode":
+            self.files.get(name).inode = message["number"]
+            return {}
         if op == "touched":
             return {"ranges": self.files.get(name).touched()}
         if op == "close":
@@ -250,12 +317,19 @@ class Server:
         return {}
 
 
+def library() -> Any:
+    """libfuse 3, also where 2 is installed beside it, which would be taken first. Raises ImportError, OSError."""
+    os.environ.setdefault("FUSE_LIBRARY_NAME", "fuse3")
+    found = importlib.import_module("mfusepy")  # it has no types
+    if found.fuse_version_major != 3:
+        raise OSError(f"libfuse {found.fuse_version_major} was found, 3 is needed")
+    return found
+
+
 def main() -> None:
     server = Server(Path(sys.argv[1]))
     try:
-        fuse = importlib.import_module("mfusepy")  # it has no types
-        if fuse.fuse_version_major != 3:
-            raise OSError(f"libfuse {fuse.fuse_version_major} was found, 3 is needed")
+        fuse = library()
     except (ImportError, OSError) as error:
         server.tell(
             event="failed", why=f"libfuse 3 cannot be used: {error}", remedy=f"apt-get install {PACKAGE}{NEWER}"

@@ -18,6 +18,7 @@ from rethaw.snapshots.pack import Damaged, Index
 from rethaw.snapshots.pages import PAGE
 
 _CACHE_BYTES = 64 << 20
+AROUND = 16  # pages, as in a frame
 _ZEROS = bytes(1 << 20)
 
 
@@ -86,10 +87,12 @@ class Content:
 
     def __init__(self, size: int, whole: _Spots, delta: _Spots, sources: dict[int, _Source], frames: Frames) -> None:
         self.size = size
+        self.inode = 0  # by which the kernel knows it, once that is known
         self._whole, self._delta = whole, delta
         self._sources, self._frames = sources, frames
         self._starts = np.ones(len(whole.owner), dtype=np.bool_)
         self._starts[1:] = ~(whole.follow() & delta.follow())
+        self._breaks = np.append(np.flatnonzero(self._starts), len(whole.owner))
         self._seen = np.zeros(len(whole.owner), dtype=np.bool_)
         self._order: list[list[int]] = []
         self._lock = threading.Lock()
@@ -106,6 +109,14 @@ class Content:
         parts[-1] = parts[-1][: len(parts[-1]) - (after * PAGE - end)]
         parts[0] = parts[0][offset - first * PAGE :]
         return b"".join(parts)
+
+    def around(self, offset: int) -> tuple[int, int]:
+        """The pages that come with the one at `offset` at no further cost, its own included: first and after the last. Those
+        that follow each other in its frame, at most AROUND of them."""
+        page = offset // PAGE
+        at = int(np.searchsorted(self._breaks, page, side="right"))
+        aligned = page - page % AROUND
+        return max(int(self._breaks[at - 1]), aligned), min(int(self._breaks[at]), aligned + AROUND)
 
     def _run(self, first: int, after: int) -> memoryview:
         """Pages that follow each other in their frames."""

@@ -208,9 +208,15 @@ class QemuEngine:
             file = await self._files.lazily(lazy, pages.memory_bytes, pages.memory)
         else:
             file = self._files.find(sections[MEMORY], pages.memory_bytes)
-        if file is None and not anew and pages.disk_bytes == DISK_BYTES and parts.accelerator is self._accelerator:
+        if not anew and pages.disk_bytes == DISK_BYTES and parts.accelerator is self._accelerator:
             sandbox = ahead = self._shelves.take(spec)
         try:
+            if sandbox is not None and file is not None:
+                try:
+                    await sandbox.take(file)
+                except BaseException:
+                    self._files.release(file)
+                    raise
             if sandbox is None:
                 file = file or self._files.make(pages.memory_bytes)
                 sandbox = await self._start(spec, parts, None, pages.disk_bytes, file)
@@ -229,7 +235,7 @@ class QemuEngine:
         else:
             return sandbox
         # What died while it waited says nothing about the next one.
-        return await self._restored(spec, parts, pages, sections, None, anew=True)
+        return await self._restored(spec, parts, pages, sections, lazy, anew=True)
 
     async def _go_on(self, sandbox: QemuSandbox, pages: layout.Layout, sections: dict[str, Path]) -> None:
         """What waits for a snapshot gets it. Pages and disk are filled in while QEMU starts: it reads neither before."""

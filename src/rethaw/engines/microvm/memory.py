@@ -132,24 +132,25 @@ def _fill(fd: int, section: Path, pages: layout.Pages) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
 
 
-def written(pid: int, start: int, size: int) -> NDArray[np.intp]:
-    """Numbers of the pages that the guest has written."""
+def mapped(pid: int, start: int, size: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Numbers of the pages that the guest has written, and of all that it has got: also of its file."""
     with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as f:
         data = os.pread(f.fileno(), size // PAGE * 8, start // PAGE * 8)
     entries = np.frombuffer(data, dtype=np.uint64)
     if len(entries) != size // PAGE:
         raise EngineError(f"the page map of QEMU process {pid} cannot be read")
     swapped = ((entries & _SWAPPED) != 0) & ((entries & _KIND) != _MARKER)
-    return np.flatnonzero((((entries & _PRESENT) != 0) | swapped) & ((entries & _OF_FILE) == 0))
+    there = ((entries & _PRESENT) != 0) | swapped
+    return np.flatnonzero(there & ((entries & _OF_FILE) == 0)), np.flatnonzero(there)
 
 
 class Memory:
-    """The memory of one guest on its way into snapshots: `size` bytes at `start` of the process `pid`. `held`: the file
-    that it was mapped from, if there is one, with the pages `known`. Blocking."""
+    """The memory of one guest on its way into snapshots: `size` bytes at `start` of the process `pid`. `file`: what
+    it was mapped from, if there is one, with the pages `known`. Blocking."""
 
-    def __init__(self, pid: int, start: int, size: int, held: int | None, known: layout.Pages) -> None:
+    def __init__(self, pid: int, start: int, size: int, file: File | None, known: layout.Pages) -> None:
         self._pid, self._start, self._size = pid, start, size
-        self._held, self._known = held, known
+        self._file, self._known = file, known
         self._place = np.full(size // PAGE, -1, dtype=np.intp)  # of each page in the file, the same in every save
         self._place[known] = np.arange(len(known))
         self._order = [known]
@@ -169,19 +170,21 @@ class Memory:
         pages = np.empty(0, dtype=np.intp)
         if self._tracker is not None:
             self._tracker.changed()  # before anything is read
-            pages = written(self._pid, self._start, self._size)
+            pages, got = mapped(self._pid, self._start, self._size)
+            if self._file is not None and self._file.lazy is not None:
+                self._file.lazy.touched(got)
         stale = np.zeros(self._size // PAGE, dtype=bool)
         stale[pages] = True
         same = np.flatnonzero(~stale[self._known])
         with target.open("wb", buffering=0) as f:
-            if self._held is not None:
-                layout.gather(self._held, 0, self._known[same], same, f.fileno())
+            if self._file is not None:
+                layout.gather(self._file.fd, 0, self._known[same], same, f.fileno())
             self._copy(pages, f.fileno())
 
     def rest(self, target: Path) -> layout.Pages:
         """Once it stands still: what changed since `ahead`. All pages in the file, in its order."""
         tracker = self._tracker
-        pages = written(self._pid, self._start, self._size) if tracker is None else tracker.changed()
+        pages = mapped(self._pid, self._start, self._size)[0] if tracker is None else tracker.changed()
         with target.open("r+b", buffering=0) as f:
             self._copy(pages, f.fileno())
         return np.concatenate(self._order)

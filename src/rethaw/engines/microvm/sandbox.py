@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -88,7 +88,8 @@ class QemuSandbox:
         self.spec = spec
         self.pid = made.pid
         self.group = made.group
-        self.made = self._made = made
+        self._made = made
+        self._prefetching: asyncio.Task[None] | None = None
         self.known: Pages = NONE  # what its memory file has
         self._build, self._cpu = build, cpu
         self._forget = forget
@@ -111,6 +112,10 @@ class QemuSandbox:
         self._pidfd = os.pidfd_open(made.pid)
         self._loop.add_reader(self._pidfd, self._died)
 
+    @property
+    def made(self) -> Made:
+        return self._made
+
     # ------------------------------------------------------------------ its beginning
 
     async def connect(self, timeout_s: float) -> Qmp:
@@ -129,6 +134,20 @@ class QemuSandbox:
             raise
         return self._qmp
 
+    async def take(self, file: File) -> None:
+        """One that was created ahead gets another memory file, before it goes on from a snapshot. Raises EngineError."""
+        qmp = self._qmp
+        assert qmp is not None
+        start = await self._memory_start(qmp)
+        theirs = await self._or_death(qmp.give(file.fd))
+        try:
+            await asyncio.to_thread(tracking.map_over, self.pid, start, self._made.size, theirs)
+        except OSError as error:
+            raise EngineError(f"sandbox {self.id} cannot get another memory: {error}") from error
+        former, self._made = self._made.memory, replace(self._made, memory=file)
+        if former is not None:
+            self._release(former)
+
     async def touch_less(self, qmp: Qmp) -> None:
         """Of a memory that is read when it is touched."""
         lazy = self._made.memory and self._made.memory.lazy
@@ -138,7 +157,7 @@ class QemuSandbox:
                 await asyncio.to_thread(tracking.small_pages, self.pid, start, self._made.size)
             except OSError as error:
                 log.info("QEMU process %d reads its memory in large pieces: %s", self.pid, error)
-            await lazy.prefetch()
+            self._prefetching = self._loop.create_task(lazy.prefetch())
 
     async def started(self, timeout_s: float) -> None:
         """Until the guest's own starter has started the program."""
@@ -292,8 +311,7 @@ class QemuSandbox:
         if self._pages is None:
             made = self._made
             start = await self._memory_start(qmp)
-            held = None if made.memory is None else made.memory.fd
-            self._pages = await asyncio.to_thread(Memory, self.pid, start, made.size, held, self.known)
+            self._pages = await asyncio.to_thread(Memory, self.pid, start, made.size, made.memory, self.known)
         return self._pages
 
     def _copy_rest(self, directory: Path, pages: Memory) -> Layout:
@@ -392,6 +410,8 @@ class QemuSandbox:
             await asyncio.shield(self._cleaning)
 
     async def _clean(self) -> None:
+        if self._prefetching is not None:
+            self._prefetching.cancel()
         if self._execs is not None:
             self._execs.close()
         for writer in (getattr(self, "_control", None), getattr(self, "writer", None), self._qmp):

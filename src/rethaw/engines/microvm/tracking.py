@@ -30,7 +30,8 @@ _SEIZE, _INTERRUPT, _GET, _SET, _STEP, _DETACH = 0x4206, 0x4207, 12, 13, 9, 17
 _SYSCALL = b"\x0f\x05"
 _NONE = (1 << 64) - 1
 _STOP_S = 2.0
-_NR_IOCTL, _NR_CLOSE, _NR_MADVISE, _NR_USERFAULTFD = 16, 3, 28, 323
+_NR_IOCTL, _NR_CLOSE, _NR_MMAP, _NR_MADVISE, _NR_USERFAULTFD = 16, 3, 9, 28, 323
+_READ_WRITE, _PRIVATE_FIXED = 3, 0x12
 _NOHUGEPAGE = 15
 _CLOEXEC, _USER_MODE_ONLY = 0o2000000, 1
 _UFFD_API, _WP_ASYNC = 0xAA, 1 << 15
@@ -98,7 +99,7 @@ class _Stopped:
         """Raises OSError as the call itself would."""
         now = _Registers.from_buffer_copy(self._saved)
         now.rip, now.rax, now.orig_rax = self._at, number, _NONE
-        for name, value in zip(("rdi", "rsi", "rdx"), arguments, strict=False):
+        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
             setattr(now, name, value)
         _ptrace(_SET, self._pid, ctypes.addressof(now))
         _ptrace(_STEP, self._pid)
@@ -141,6 +142,12 @@ def small_pages(pid: int, start: int, size: int) -> None:
     touched has the kernel read 4 MiB of it. Raises OSError. Blocking, about 1 ms."""
     with _stopped(pid) as thread:
         thread.call(_NR_MADVISE, start, size, _NOHUGEPAGE)
+
+
+def map_over(pid: int, start: int, size: int, fd: int) -> None:
+    """Map the process's own descriptor `fd` privately, in place of what it has there. Raises OSError. Blocking, about 1 ms."""
+    with _stopped(pid) as thread:
+        thread.call(_NR_MMAP, start, size, _READ_WRITE, _PRIVATE_FIXED, fd, 0)
 
 
 class Tracker:
