@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from test_engine import (  # the same cases, on the fixture below
 from rethaw.engines.base import Engine, SandboxSpec
 from rethaw.engines.microvm.accelerators import Accelerator
 from rethaw.engines.microvm.engine import QemuEngine
+from rethaw.engines.microvm.memory import File
+from rethaw.engines.microvm.sandbox import QemuSandbox
 from rethaw.model.errors import EngineError, EngineMismatch, Unavailable
 
 pytestmark = pytest.mark.root
@@ -228,3 +231,46 @@ async def test_a_snapshot_goes_on_with_the_accelerator_it_was_taken_under(
             await engine.fits(saved.engine_build, "0" * 64)
     finally:
         await other.close()
+
+
+async def test_a_clone_of_one_that_lives_goes_into_a_machine_created_ahead_and_shares_its_memory(
+    boot: Boot, engine: QemuEngine, spec: SandboxSpec, staging: Path
+) -> None:
+    box = await boot()
+    await ask(box, "data = bytes(range(256)) * 40_000")
+    saved = await box.capture(staging / "one")
+    first = await boot(await restored(engine, spec, saved))
+    await engine.prepare(spec, 1)
+    await until(lambda: engine.ahead(spec) == 1, 20)
+    ahead = {path.name for path in engine.run_dir.glob("sb_*")}
+    await engine.prepare(spec, 1)
+    second = await boot(await restored(engine, spec, saved))
+    assert second.id in ahead
+    assert second.made.memory is first.made.memory
+    await ask(second, "data = data[::-1]")
+    assert await ask(first, "data == bytes(range(256)) * 40_000") is True
+    assert await ask(second, "data == (bytes(range(256)) * 40_000)[::-1]") is True
+    again = await second.capture(staging / "two")
+    await first.destroy()
+    third = await boot(await restored(engine, spec, again))
+    assert await ask(third, "data == (bytes(range(256)) * 40_000)[::-1]") is True
+
+
+async def test_a_machine_created_ahead_that_dies_while_it_takes_a_memory_is_replaced(
+    boot: Boot, engine: QemuEngine, spec: SandboxSpec, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = await (await boot()).capture(staging / "one")
+    first = await boot(await restored(engine, spec, saved))
+    await engine.prepare(spec, 1)
+    await until(lambda: engine.ahead(spec) == 1, 20)
+    real = QemuSandbox.take
+
+    async def killed(self: QemuSandbox, file: File) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        await real(self, file)
+
+    monkeypatch.setattr(QemuSandbox, "take", killed)
+    second = await boot(await restored(engine, spec, saved))
+    assert await ask(second, "1 + 1") == 2
+    memory = first.made.memory
+    assert memory is not None and memory.users == 2, "the one that died has given it back"

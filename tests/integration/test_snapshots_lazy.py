@@ -499,3 +499,123 @@ async def test_where_there_is_no_fuse(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file").touch()
     with pytest.raises(RethawError, match="cannot be used"):
         await LazyFiles.start(tmp_path / "file" / "lazy", tmp_path)
+
+
+async def test_libfuse_2_beside_3_does_not_stand_in_its_way() -> None:
+    """The binding takes what is called just `fuse` first."""
+    code = """
+import ctypes.util
+real = ctypes.util.find_library
+ctypes.util.find_library = lambda name: "libfuse.so.2" if name == "fuse" else real(name)
+from rethaw.snapshots import lazyd
+print(lazyd.library().fuse_version_major)
+"""
+    done = await asyncio.to_thread(child, code)
+    assert done.stdout.strip() == "3", done.stderr
+
+
+async def test_what_lies_in_the_frame_of_a_touched_page_comes_with_it_and_nothing_else(place: Place) -> None:
+    files = await place.start()
+    memory = noise(1, 64)  # does not compress: frames of 16 pages in order
+    file = await place.open(await place.save(memory), [*range(64), *[-1] * 64])
+    with file.path.open("rb") as f:
+        mapped = mmap.mmap(f.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        for page, first in ((37, 32), (100, 96)):
+            before = (await files.stats())["asked"]
+            assert mapped[page * PAGE] == laid_out(memory, [*range(64), *[-1] * 64])[page * PAGE]
+            assert (await files.stats())["asked"] - before == PAGE
+            content = laid_out(memory, [*range(64), *[-1] * 64])[first * PAGE : (first + 16) * PAGE]
+            assert mapped[first * PAGE : (first + 16) * PAGE] == content
+            assert (await files.stats())["asked"] - before == PAGE, "they were there"
+        assert (
+            sorted(await file.touched()) == [(32, 5), (37, 11), (96, 4), (100, 12)]
+            or sum(count for _, count in await file.touched()) == 32
+        )
+        mapped.close()
+
+
+TOUCHING = """
+import hashlib, mmap, os, random, sys, threading
+fd, pages, seed = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+mapped = mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+with open(sys.argv[4], "rb") as f:
+    expected = f.read()
+print("ready", flush=True)
+def touch(rng):
+    order = list(range(pages))
+    rng.shuffle(order)
+    for page in order:
+        at = page * 4096
+        if mapped[at:at + 4096] != expected[at:at + 4096]:
+            os.write(1, b"wrong\\n")
+threads = [threading.Thread(target=touch, args=(random.Random(seed * 10 + n),)) for n in range(4)]
+for one in threads: one.start()
+for one in threads: one.join()
+print("done", flush=True)
+"""
+
+
+async def _touching(file: LazyFile, expected: Path, pages: int, count: int) -> list[subprocess.Popen[bytes]]:
+    out: list[subprocess.Popen[bytes]] = []
+    fd = os.open(file.path, os.O_RDONLY)
+    for seed in range(count):
+        arguments = ["-c", TOUCHING, str(fd), str(pages), str(seed), str(expected)]
+        out.append(subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, pass_fds=[fd]))  # noqa: ASYNC220
+    os.close(fd)
+    for process in out:
+        assert process.stdout is not None
+        assert await asyncio.to_thread(process.stdout.readline) == b"ready\n"
+    return out
+
+
+async def test_many_who_touch_the_same_frames_at_once(place: Place, tmp_path: Path) -> None:
+    """Pages that are stored wait for those who read them, and the other way round: nobody waits for ever."""
+    files = await place.start()
+    pages = 2000
+    memory = noise(1, pages // 2) + bytes(100 * PAGE) + noise(2, pages // 2 - 100)
+    (tmp_path / "expected").write_bytes(memory)
+    file = await place.open(await place.save(memory), range(pages))
+    processes = await _touching(file, tmp_path / "expected", pages, 3)
+    await files.prefetch(file, [(n, 40) for n in range(0, pages - 40, 50)])
+    for process in processes:
+        out, _ = await asyncio.wait_for(asyncio.to_thread(process.communicate), 60)
+        assert out == b"done\n" and process.returncode == 0
+    assert files.alive() and place.damage == []
+
+
+async def test_a_server_that_is_killed_while_many_touch_its_pages(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the middle of storing pages, when it waits for itself."""
+    monkeypatch.setattr(lazy, "_WATCH_S", (0.1, 1.0))
+    await place.start()
+    pages = 4000
+    memory = noise(1, pages)
+    (tmp_path / "expected").write_bytes(memory)
+    snapshot = await place.save(memory)
+    for generation in range(6):
+        file = await place.open(snapshot, range(pages))
+        processes = await _touching(file, tmp_path / "expected", pages, 2)
+        await asyncio.sleep(0.01 * generation)
+        for pid in servers(place.directory):
+            os.kill(int(pid), signal.SIGKILL)
+        for process in processes:
+            out, _ = await asyncio.wait_for(asyncio.to_thread(process.communicate), 30)
+            assert b"wrong" not in out and process.returncode in (-signal.SIGBUS, 0)
+        end = time.monotonic() + 30
+        while mounts(place.directory) or servers(place.directory):
+            assert time.monotonic() < end
+            await asyncio.sleep(0.01)
+
+
+async def test_a_server_that_hangs_is_ended(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy, "_WATCH_S", (0.05, 0.5))
+    await place.start()
+    file = await place.open(await place.save(noise(1, 64)), range(64))
+    (pid,) = servers(place.directory)
+    os.kill(int(pid), signal.SIGSTOP)
+    end = time.monotonic() + 15
+    while file.alive() or mounts(place.directory):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
+    assert await reading((await place.open(file.snapshot, range(64))).path) == noise(1, 64)

@@ -173,3 +173,26 @@ async def test_without_fuse_all_is_read(store: SnapshotStore, monkeypatch: pytes
         assert not loaded.lazy and loaded.sections[MEMORY].read_bytes() == content[MEMORY]
         loaded.done()
     assert tried == [1]  # it is looked for again after a while, not at each restore
+
+
+async def test_a_working_set_does_not_grow_by_what_was_prefetched(store: SnapshotStore, tmp_path: Path) -> None:
+    """What the kernel read in a life is what it was asked for in advance as well: only the guest's own page map tells."""
+    info = await saved(store, {MEMORY: heap(1, PAGES), KERNEL: b"k"})
+    sets = lazily.WorkingSets(tmp_path / "snapshots" / "working")
+
+    async def life(*pages: int, told: bool) -> set[int]:
+        handle = await opened((await store.load_lazily(info, [MEMORY])).lazy[MEMORY])
+        await handle.prefetch()
+        with handle.path.open("rb", buffering=0) as f:
+            for page in pages:
+                os.pread(f.fileno(), PAGE, page * PAGE)
+        if told:
+            handle.touched(np.array(sorted(pages), dtype=np.intp))
+        await handle.close()
+        return {n for first, count in sets.read(info.session) for n in range(first, first + count)}
+
+    first = await life(3, told=False)
+    assert 3 in first and 200 not in first
+    assert await life(200, told=False) == first, "a life that told nothing, of which much was prefetched"
+    assert await life(199, 200, 40, told=True) == {40, 199, 200}
+    assert await life(told=True) == set()

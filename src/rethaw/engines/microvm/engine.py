@@ -230,11 +230,11 @@ class QemuEngine:
                 raise Unavailable(
                     "what gives the guest's memory ended meanwhile", remedy="it is tried again"
                 ) from error
-            if ahead is None or ahead.alive() or not isinstance(error, EngineError):
+            if ahead is None or not isinstance(error, EngineError):
                 raise
         else:
             return sandbox
-        # What died while it waited says nothing about the next one.
+        # Whatever went wrong with a machine that had waited says nothing about a new one.
         return await self._restored(spec, parts, pages, sections, lazy, anew=True)
 
     async def _go_on(self, sandbox: QemuSandbox, pages: layout.Layout, sections: dict[str, Path]) -> None:
