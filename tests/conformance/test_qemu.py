@@ -274,3 +274,38 @@ async def test_a_machine_created_ahead_that_dies_while_it_takes_a_memory_is_repl
     assert await ask(second, "1 + 1") == 2
     memory = first.made.memory
     assert memory is not None and memory.users == 2, "the one that died has given it back"
+
+
+async def test_a_disk_that_is_written_between_the_copy_and_the_pause_is_copied_again(
+    boot: Boot, engine: Engine, spec: SandboxSpec, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it is not: a pause does not grow with what is on the disk."""
+    copies: list[Path] = []
+    real = QemuSandbox._copy_disk
+
+    def counted(self: QemuSandbox, directory: Path) -> Any:
+        copies.append(directory)
+        return real(self, directory)
+
+    monkeypatch.setattr(QemuSandbox, "_copy_disk", counted)
+    box = await boot()
+    await ask(box, "import os; f = open('/srv/file', 'wb'); f.write(b'a' * 5_000_000); f.flush()")
+    await box.precopy(staging / "calm")
+    await ask(box, "f.write(b'b' * 1000); f.flush()")  # which the guest's kernel keeps in memory
+    calm = await box.capture(staging / "calm")
+    assert copies == [staging / "calm"]
+    await box.precopy(staging / "busy")
+    await ask(box, "f.write(b'c' * 5_000_000); f.flush(); os.fsync(f.fileno())")
+    busy = await box.capture(staging / "busy")
+    assert copies == [staging / "calm", staging / "busy", staging / "busy"]
+    await box.precopy(staging / "cut")
+    await ask(box, "os.ftruncate(f.fileno(), 1000); os.fsync(f.fileno())")
+    cut = await box.capture(staging / "cut")
+    for saved, size in ((calm, 5_001_000), (busy, 10_001_000), (cut, 1000)):
+        again = await boot(await restored(engine, spec, saved))
+        # From the disk, not from what the guest's kernel has of it in memory.
+        await ask(again, "os.sync(); open('/proc/sys/vm/drop_caches', 'w').write('3')")
+        assert await ask(again, "len(open('/srv/file', 'rb').read())") == size
+        content = "(b'a' * 5_000_000 + b'b' * 1000 + b'c' * 5_000_000)"
+        assert await ask(again, f"open('/srv/file', 'rb').read() == {content}[:{size}]") is True
+        await again.destroy()

@@ -296,11 +296,13 @@ class QemuEngine:
                     memory.copy_disk(disk, own)
                 saved = kept(os.memfd_create("saved", os.MFD_CLOEXEC), ours)
                 state = None if file is None else kept(os.memfd_create("state", os.MFD_CLOEXEC), ours)
-                image_fd = kept(os.open(parts.kernel.image, os.O_RDONLY | os.O_CLOEXEC), theirs)
-                initrd = kept(os.memfd_create("initrd", os.MFD_CLOEXEC), theirs)
-                with os.fdopen(os.dup(initrd), "wb") as f:
-                    f.write(parts.kernel.initramfs.read_bytes())
-                    f.write(initramfs.of_one(_config(spec), spec.hostname))
+                image_fd = initrd = None
+                if file is None:
+                    image_fd = kept(os.open(parts.kernel.image, os.O_RDONLY | os.O_CLOEXEC), theirs)
+                    initrd = kept(os.memfd_create("initrd", os.MFD_CLOEXEC), theirs)
+                    with os.fdopen(os.dup(initrd), "wb") as f:
+                        f.write(parts.kernel.initramfs.read_bytes())
+                        f.write(initramfs.of_one(_config(spec), spec.hostname))
                 base, layer = (kept(os.open(path, os.O_RDONLY | os.O_CLOEXEC), theirs) for path in parts.disks)
                 pairs = {name: socket.socketpair() for name in machine.SOCKETS}
                 for here, there in pairs.values():

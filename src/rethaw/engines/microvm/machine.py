@@ -21,6 +21,7 @@ from rethaw.model.errors import EngineError, EngineUnusable
 QEMU = "qemu-system-x86_64"
 PORTS = ("control", "channel", "errors", "exec")
 SOCKETS = (*PORTS, "console", "qmp")
+OWN = "own"  # what QEMU calls a sandbox's own disk
 _JOIN = 'n=$0; while [ "$n" -gt 0 ]; do echo $$ > "$1/cgroup.procs" || exit 1; shift; n=$((n - 1)); done; exec "$@"'
 _FIRST_USER = 0x70000000  # host users that nobody has; one for each sandbox
 _CMDLINE = "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t rdinit=/init random.trust_cpu=on mitigations=off"
@@ -28,11 +29,12 @@ _CMDLINE = "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t rdinit=/init random
 
 @dataclass(frozen=True)
 class Files:
-    """Descriptors for QEMU. `state`: with one it waits for `migrate-incoming` to go on from there and from what is in `memory` by
+    """Descriptors for QEMU. `kernel`, `initrd`: of one that boots; 14 MiB that a restored one would keep for nothing. `state`:
+    with one it waits for `migrate-incoming` to go on from there and from what is in `memory` by
     then; `saved`: where states are saved to."""
 
-    kernel: int
-    initrd: int
+    kernel: int | None
+    initrd: int | None
     memory: int | None
     base: int
     layer: int
@@ -42,8 +44,8 @@ class Files:
     sockets: dict[str, int]
 
     def all(self) -> list[int]:
-        found = [self.kernel, self.initrd, self.base, self.layer, self.own, self.saved, *self.sockets.values()]
-        return found + [fd for fd in (self.memory, self.state) if fd is not None]
+        found = [self.base, self.layer, self.own, self.saved, *self.sockets.values()]
+        return found + [fd for fd in (self.kernel, self.initrd, self.memory, self.state) if fd is not None]
 
 
 def command(directory: Path, size: int, files: Files, accelerator: Accelerator) -> list[str]:
@@ -56,14 +58,15 @@ def command(directory: Path, size: int, files: Files, accelerator: Accelerator) 
         *accelerator.options,
         "-smp", "1", "-m", f"size={size}b",
         "-object", _memory(size, files.memory),
-        "-kernel", _path(files.kernel), "-initrd", _path(files.initrd),
-        "-append", _CMDLINE + accelerator.kernel_arguments(),
     ]  # fmt: skip
+    if files.kernel is not None and files.initrd is not None:
+        argv += ["-kernel", _path(files.kernel), "-initrd", _path(files.initrd)]
+        argv += ["-append", _CMDLINE + accelerator.kernel_arguments()]
     for name, fd in files.sockets.items():
         argv += ["-chardev", f"socket,id={name},fd={fd}"]
     argv += ["-mon", "chardev=qmp,mode=control", "-serial", "chardev:console"]
     fixed, own = "read-only=on", "read-only=off,discard=unmap"
-    for name, fd, options in (("base", files.base, fixed), ("layer", files.layer, fixed), ("own", files.own, own)):
+    for name, fd, options in (("base", files.base, fixed), ("layer", files.layer, fixed), (OWN, files.own, own)):
         argv += ["-add-fd", f"fd={fd},set={fd}"]
         argv += ["-blockdev", f"driver=file,node-name={name}f,filename=/dev/fdset/{fd},locking=off,cache.no-flush=on,"
                  f"{options}"]  # fmt: skip

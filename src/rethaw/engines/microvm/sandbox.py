@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -107,6 +107,7 @@ class QemuSandbox:
         self._execs: Execs | None = None
         self._pages: Memory | None = None  # from the first save on
         self._ahead: Path | None = None  # where the next save has begun
+        self._disk_ahead: tuple[int, Pages] | None = None  # writes until its disk was copied there, and what was copied
         self.log = GuestLog(log_file, made.sockets["errors"].detach())
         self._console = GuestLog(log_file.with_name(f"console-{id}.log"), made.sockets["console"].detach())
         self._pidfd = os.pidfd_open(made.pid)
@@ -226,8 +227,29 @@ class QemuSandbox:
             raise EngineError(f"{directory} is not empty", remedy="save into a new directory")
         memory = await self._memory(qmp)
         await self._tell("sync", "synced", SYNC_S)
+        writes = await self._disk_writes(qmp)
+        self._disk_ahead = writes, await asyncio.to_thread(self._copy_disk, directory)
         await asyncio.to_thread(memory.ahead, directory / MEMORY)
         self._ahead = directory
+
+    async def _disk_writes(self, qmp: Qmp) -> int:
+        """How often its disk was written, as far as that has ended: more later, if one is under way."""
+        said = await self._or_death(qmp.run("query-blockstats"))
+        for found in cast("list[dict[str, Any]]", said) if isinstance(said, list) else []:
+            stats = found.get("stats")
+            if found.get("node-name") == machine.OWN and isinstance(stats, dict):
+                counted = cast("dict[str, object]", stats)
+                numbers = [
+                    counted.get(name) for name in ("wr_operations", "unmap_operations", "zone_append_operations")
+                ]
+                return sum(number for number in numbers if isinstance(number, int))
+        raise EngineError(f"QEMU does not say how often the disk of sandbox {self.id} was written")
+
+    def _copy_disk(self, directory: Path) -> Pages:
+        with (directory / DISK).open("wb", buffering=0) as f:
+            disk = layout.written(self._made.own)
+            layout.gather(self._made.own, 0, disk, np.arange(len(disk)), f.fileno())
+        return disk
 
     def _check_memory(self, error: OSError) -> None:
         """A guest with pages that nobody can give any more would never be saved again, and die at the next of them."""
@@ -271,7 +293,8 @@ class QemuSandbox:
                 await self._or_death(
                     qmp.run("xen-save-devices-state", filename=f"/proc/self/fd/{self._made.saved}", live=False)
                 )
-                pages = await asyncio.to_thread(self._copy_rest, directory, memory)
+                same = self._disk_ahead is not None and await self._disk_writes(qmp) == self._disk_ahead[0]
+                pages = await asyncio.to_thread(self._copy_rest, directory, memory, same)
             finally:
                 await self._or_death(qmp.run("cont"))
         finally:
@@ -314,11 +337,11 @@ class QemuSandbox:
             self._pages = await asyncio.to_thread(Memory, self.pid, start, made.size, made.memory, self.known)
         return self._pages
 
-    def _copy_rest(self, directory: Path, pages: Memory) -> Layout:
+    def _copy_rest(self, directory: Path, pages: Memory, same_disk: bool) -> Layout:
+        """`same_disk`: nobody wrote there since it was copied, which is so nearly always: the guest's kernel has just been
+        made to write what it had, and keeps what comes after in its memory for some seconds."""
         whole = pages.rest(directory / MEMORY)
-        with (directory / DISK).open("wb", buffering=0) as f:
-            disk = layout.written(self._made.own)
-            layout.gather(self._made.own, 0, disk, np.arange(len(disk)), f.fileno())
+        disk = self._disk_ahead[1] if same_disk and self._disk_ahead is not None else self._copy_disk(directory)
         return Layout(self._made.size, os.fstat(self._made.own).st_size, whole, disk)
 
     # ------------------------------------------------------------------ programs beside the guest's own
