@@ -619,3 +619,21 @@ async def test_a_server_that_hangs_is_ended(place: Place, monkeypatch: pytest.Mo
         assert time.monotonic() < end
         await asyncio.sleep(0.01)
     assert await reading((await place.open(file.snapshot, range(64))).path) == noise(1, 64)
+
+
+async def test_a_server_that_dies_just_after_it_opened_a_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    await place.start()
+    snapshot = await place.save(noise(1, 16))
+    real = lazy._inode
+
+    def killing(path: Path) -> int:
+        for pid in servers(place.directory):
+            os.kill(int(pid), signal.SIGKILL)
+        until(lambda: not servers(place.directory))
+        return real(path)
+
+    monkeypatch.setattr(lazy, "_inode", killing)
+    with pytest.raises(Unavailable, match="ended"):
+        await place.open(snapshot, range(16))
+    monkeypatch.setattr(lazy, "_inode", real)
+    assert await reading((await place.open(snapshot, range(16))).path) == noise(1, 16)

@@ -198,6 +198,14 @@ class _Server:
                 self._pidfd = -1
 
 
+def _inode(path: Path) -> int:
+    """By which the kernel knows it. Raises Unavailable."""
+    try:
+        return path.stat().st_ino
+    except OSError as error:
+        raise Unavailable("the server of lazy files ended", remedy="open the file again") from error
+
+
 def _read_ahead(mount: Path, kib: int) -> None:
     """How much the kernel reads around a page that is touched. Where it does not let us say so, it is its default."""
     device = mount.stat().st_dev
@@ -342,8 +350,7 @@ class LazyFiles:
             })  # fmt: skip
             if not answer["ok"]:
                 raise _refused(snapshot, answer)
-            number = (await asyncio.to_thread(file.path.stat)).st_ino
-            await server.call({"op": "inode", "name": name, "number": number})
+            await server.call({"op": "inode", "name": name, "number": await asyncio.to_thread(_inode, file.path)})
         except BaseException as error:
             self._files.pop(name, None)
             if isinstance(error, asyncio.CancelledError):
