@@ -378,6 +378,19 @@ def test_stopping_the_server_in_order_suspends_and_starting_it_resumes(tmp_path:
         assert session.result()["payload"] == "on"
 
 
+def test_a_wait_that_begins_as_the_server_stops_does_not_undo_its_suspending(tmp_path: Path) -> None:
+    """It was told that the session waits after it was told that it is being suspended: it came back as after a crash."""
+    with house() as home:
+        home.server.stop()
+        home.server.restart(faults="saver.quiesce=delay:0.5")
+        session = home.agent(WAITER, idle_suspend_s=None)
+        session.until_output("waiting")
+        assert home.server.stop() == 0
+        home.server.restart(faults="")
+        session.until("resume", lambda s: s.view["state"] in ("running", "waiting"))
+        assert session.view["crashes"] == 0
+
+
 def test_a_snapshot_asked_for_while_it_starts_is_taken(home: House) -> None:
     session = home.agent(WAITER, idle_suspend_s=None)
     taken = session.post("snapshots")

@@ -84,7 +84,7 @@ class Node:
         try:
             if life is not None and not life.ended.done():
                 control = self._parts.control
-                await control.report(life.fence, StateChange(state=State.SUSPENDING, reason=Reason.NODE_STOPPED))
+                await supervisor.suspending(life, Reason.NODE_STOPPED)
                 await life.saver.save("suspend", run_on=False)
                 waits = life.calls.unanswered()
                 change = StateChange(state=State.SUSPENDED, reason=Reason.NODE_STOPPED, waits=waits)

@@ -322,9 +322,7 @@ class Supervisor:
         life, control = wish.life, self._parts.control
         if life is not self._life or life.ended.done() or not self._still_wanted(wish):
             return
-        async with self._reporting:
-            await control.report(life.fence, StateChange(state=State.SUSPENDING, reason=wish.reason))
-            self._reported = State.SUSPENDING
+        await self.suspending(life, wish.reason)
         try:
             await life.saver.save("suspend", run_on=False)
         except Fenced:
@@ -354,6 +352,12 @@ class Supervisor:
         await self._drop(life)
         if wish.reason is Reason.PROVIDER_HOLD and not life.gateway.held():
             await control.wake(life.fence, Reason.PROVIDER_HOLD)
+
+    async def suspending(self, life: Life, reason: Reason) -> None:
+        """Tell that it is being suspended, after which nobody tells any more that it waits."""
+        async with self._reporting:
+            await self._parts.control.report(life.fence, StateChange(state=State.SUSPENDING, reason=reason))
+            self._reported = State.SUSPENDING
 
     def _still_wanted(self, wish: _Freeze) -> bool:
         if wish.reason is Reason.PROVIDER_HOLD:
