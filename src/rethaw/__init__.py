@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from rethaw.guest.acontext import AsyncContext
     from rethaw.guest.context import Context
+    from rethaw.guest.local import AsyncLocalContext, LocalContext
     from rethaw.guest.protocol import Message, Signal
     from rethaw.model import errors
     from rethaw.model.errors import (
@@ -53,10 +54,12 @@ _WHERE = {
     "agent": "rethaw.sdk.agents",
     "AsyncClient": "rethaw.sdk.aclient",
     "AsyncContext": "rethaw.guest.acontext",
+    "AsyncLocalContext": "rethaw.guest.local",
     "AsyncSession": "rethaw.sdk.aclient",
     "Client": "rethaw.sdk.client",
     "Context": "rethaw.guest.context",
     "Image": "rethaw.sdk.images",
+    "LocalContext": "rethaw.guest.local",
     "Message": "rethaw.guest.protocol",
     "Session": "rethaw.sdk.client",
     "Signal": "rethaw.guest.protocol",
@@ -65,9 +68,9 @@ _WHERE = {
 _IN_GUEST = ("Agent", "agent", "Image")  # these have a light form in sandboxes, where the SDK is not
 
 __all__ = [
-    "Agent", "AmbiguousId", "AsyncClient", "AsyncContext", "AsyncSession", "ChannelBroken", "Client", "Conflict",
+    "Agent", "AmbiguousId", "AsyncClient", "AsyncContext", "AsyncLocalContext", "AsyncSession", "ChannelBroken", "Client", "Conflict",
     "Context", "EngineError", "EngineMismatch", "EngineUnusable", "Fenced", "Image", "ImageError", "InvalidInput",
-    "KeyReused", "Message", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError", "Session", "SessionFailed",
+    "KeyReused", "LocalContext", "Message", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError", "Session", "SessionFailed",
     "Signal", "SnapshotUnusable", "StorageFull", "TooLarge", "Unauthorized", "Unavailable", "WaitTimeout",
     "__version__", "agent", "errors",
 ]  # fmt: skip

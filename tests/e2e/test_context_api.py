@@ -340,6 +340,32 @@ def test_what_context_refuses_names_the_value_and_leaves_the_session_as_it_was(h
     assert session.outbox() == ["well"]
 
 
+YIELDS = agents.add("""
+def main(ctx):
+    yield {"before": 1}
+    got = ctx.wait("go").payload
+    yield {"after": got}
+    return "ended"
+""")
+YIELDS_ASYNC = agents.add("""
+async def main(ctx):
+    yield {"before": 1}
+    got = (await ctx.wait("go")).payload
+    yield {"after": got}
+""")
+
+
+@pytest.mark.parametrize(("code", "result"), [(YIELDS, "ended"), (YIELDS_ASYNC, None)], ids=["plain", "async"])
+def test_what_a_generator_yields_goes_out_once_also_across_a_crash(home: House, code: str, result: object) -> None:
+    session = agents.start(home, code)
+    session.until("the wait", lambda s: s.events("wait.opened"))
+    session.post("snapshots")
+    session.crash()
+    session.signal("go", 5)
+    assert session.result() == result
+    assert session.outbox() == [{"before": 1}, {"after": 5}]
+
+
 SHARED = agents.add("""
 def main(ctx):
     def sender(n):

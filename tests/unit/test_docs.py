@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rethaw import LocalContext
 from rethaw.cli.app import build
 from rethaw.cli.arguments import separate
 from rethaw.cli.table import COMMANDS
@@ -82,6 +83,30 @@ def test_agents_of_the_docs_are_found(where: str, code: str, tmp_path: Path) -> 
     file.write_text(code)
     found = find(file)
     assert found.spec(found.package().digest).entry == f"documented_agent.py::{found.function.__name__}"
+
+
+def test_tests_of_the_docs_pass(tmp_path: Path) -> None:
+    """Those that stand there as a file of their own, beside the other files that are named."""
+    tests = 0
+    for _, code in blocks("python"):
+        if named := re.match(r"# (\w+\.py)\n", code):
+            (tmp_path / named[1]).write_text(code)
+            tests += named[1].startswith("test_")
+    assert tests
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", tmp_path, tmp_path],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert f"{tests} passed" in done.stdout
+
+
+def test_steps_of_the_docs_run_locally(tmp_path: Path) -> None:
+    (code,) = [code for _, code in blocks("python") if code.startswith("# steps.py")]
+    (tmp_path / "steps.py").write_text(code)
+    ctx = LocalContext()
+    assert ctx.run(find(tmp_path / "steps.py"), n=2) == 2
+    assert ctx.outbox == ["step 0", "step 1"]
 
 
 def commands(code: str) -> Iterator[list[str]]:

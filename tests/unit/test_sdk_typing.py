@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 CODE = """
+from collections.abc import AsyncIterator, Generator
 import rethaw
 from rethaw import Image
 
@@ -19,6 +20,19 @@ async def ask(ctx: rethaw.AsyncContext, question: str, n: int = 1) -> str:
 def plain(ctx: rethaw.Context, a: int) -> dict[str, int]:
     return {"a": a}
 
+@rethaw.agent
+def steps(ctx: rethaw.Context, n: int) -> Generator[str, None, int]:
+    yield "one"
+    return n
+
+@rethaw.agent()
+async def told(ctx: rethaw.AsyncContext) -> AsyncIterator[str]:
+    yield "one"
+
+reveal_type(steps.start(n=1).result())
+reveal_type(told.start().result())
+reveal_type(steps.local(n=1))
+reveal_type(ask.local("x"))
 reveal_type(ask.start)
 reveal_type(ask.start("x", n=2).result())
 reveal_type(plain.with_options(key="k").start(a=1))
@@ -29,6 +43,10 @@ plain.start()
 plain.start(a=1, b=2)
 """
 REVEALED = [
+    "int",
+    "None",
+    "int",
+    "str",
     "(question: str, n: int = 1) -> Session[str]",
     "str",
     "Session[dict[str, int]]",

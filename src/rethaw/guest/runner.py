@@ -52,15 +52,32 @@ def run(function: Callable[..., Any]) -> None:
     """Call it with its Context and the session's arguments, and report what it returns."""
     context = Context()
     args = context.ready() if protocol.frozen_before_call() else context.args
-    if inspect.iscoroutinefunction(function):
-        value = asyncio.run(_run_async(function, args))
-    else:
-        value = function(context, **args)
-    context.result(value)
+    context.result(call(function, context, AsyncContext, args))
 
 
-async def _run_async(function: Callable[..., Any], args: Dict[str, Any]) -> Any:
-    return await function(AsyncContext(), **args)
+def call(
+    function: Callable[..., Any], context: Context, for_async: Callable[[], AsyncContext], args: Dict[str, Any]
+) -> Any:
+    """What `function` returns. What a generator yields goes into the outbox, one message each; its `return` is the
+    result. `for_async`: makes the Context of an `async def`, in the loop that runs it."""
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        return asyncio.run(_call_async(function, for_async, args))
+    if not inspect.isgeneratorfunction(function):
+        return function(context, **args)
+    steps = function(context, **args)
+    while True:
+        try:
+            context.send(next(steps))
+        except StopIteration as end:
+            return end.value
+
+
+async def _call_async(function: Callable[..., Any], for_async: Callable[[], AsyncContext], args: Dict[str, Any]) -> Any:
+    context = for_async()
+    if not inspect.isasyncgenfunction(function):
+        return await function(context, **args)
+    async for message in function(context, **args):
+        await context.send(message)
 
 
 def main() -> int:

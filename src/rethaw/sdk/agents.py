@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
@@ -223,6 +223,13 @@ class Agent(Generic[P, R_co]):
         client.blobs.put(package.data)
         return cast("Session[R_co]", client.sessions.start(self.spec(package.digest), given, key=self.key))
 
+    def local(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """Run it in this process, without a server and without durability, for a debugger. Nothing comes into its inbox; to
+        give it messages and signals and to see what it sends, call it with a `rethaw.LocalContext`."""
+        import rethaw
+
+        return cast("R_co", rethaw.LocalContext().run(self.function, **self.arguments(*args, **kwargs)))
+
     @property
     def aio(self) -> AsyncAgent[P, R_co]:
         """The same calls as coroutines."""
@@ -252,6 +259,10 @@ class AsyncAgent(Generic[P, R_co]):
 @overload
 def agent(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /) -> Agent[P, R]: ...
 @overload
+def agent(function: Callable[Concatenate[Any, P], Generator[Any, Any, R]], /) -> Agent[P, R]: ...
+@overload
+def agent(function: Callable[Concatenate[Any, P], AsyncIterator[Any]], /) -> Agent[P, None]: ...
+@overload
 def agent(function: Callable[Concatenate[Any, P], R], /) -> Agent[P, R]: ...
 @overload
 def agent(
@@ -274,7 +285,8 @@ def agent(
     engine: str | None = None,
 ) -> _Decorator: ...
 def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
-    """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments.
+    """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments. An `async
+    def` gets an AsyncContext. What a generator yields are messages to the outbox, what it returns is the result.
 
     `memory`: what the sandbox may use. `idle_suspend`: how long it may wait for something before it is suspended
     (None: never). `durability`: what an answer of the model survives once the agent sees it: "local" (this node's
@@ -296,6 +308,10 @@ class _Decorator:
 
     @overload
     def __call__(self, function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /) -> Agent[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], Generator[Any, Any, R]], /) -> Agent[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], AsyncIterator[Any]], /) -> Agent[P, None]: ...
     @overload
     def __call__(self, function: Callable[Concatenate[Any, P], R], /) -> Agent[P, R]: ...
     def __call__(self, function: Any, /) -> Any:
