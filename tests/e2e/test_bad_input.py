@@ -410,6 +410,10 @@ def test_an_unprivileged_user_needs_nothing_but_the_token(home: House, tmp_path:
     assert as_nobody(home.server, "ls", cwd=tmp_path, env=env).returncode == 0
     up = as_nobody(home.server, "up", cwd=tmp_path, env={"RETHAW_DATA_DIR": str(tmp_path / "d")})
     refused(up, 2, "root", "sudo")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    up = as_nobody(home.server, "up", cwd=tmp_path, env={"RETHAW_DATA_DIR": str(closed / "d")})
+    refused(up, 2, str(closed / "d"), "Permission denied", "sudo")
 
 
 # ---------------------------------------------------------------- provider without a key

@@ -262,6 +262,41 @@ async def test_a_context_survives_fork() -> None:
         assert len(g.ops("emit")) == 101
 
 
+FORK_AMONG_THREADS = """
+import os, threading, time
+from rethaw.guest import context
+class Slowly:
+    def __getattr__(self, name):
+        return getattr(os, name)
+    def getpid(self):  # where the connections are taken and given back
+        time.sleep(0.0005)
+        return os.getpid()
+context.os = Slowly()
+c = context.Context()
+stop = threading.Event()
+def busy():
+    while not stop.is_set():
+        c.emit("busy")
+threads = [threading.Thread(target=busy) for _ in range(6)]
+for thread in threads: thread.start()
+for n in range(40):
+    pid = os.fork()
+    if pid == 0:
+        c.emit("forked", number=n)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+stop.set()
+for thread in threads: thread.join()
+"""
+
+
+async def test_a_context_survives_fork_while_other_threads_use_it() -> None:
+    """A lock that one of them held just then stayed held in the child for ever."""
+    async with guest() as g:
+        await g.start_python(FORK_AMONG_THREADS)
+        assert (await asyncio.wait_for(g.exit, 60))["code"] == 0, g.output["stderr"]
+
+
 async def test_on_restore_in_threads_and_tasks(g: Guest) -> None:
     seen: list[tuple[str, str]] = []
     context, other = Context(g.socket), AsyncContext(g.socket)

@@ -57,7 +57,7 @@ class Context:
 
     def __init__(self, path: Optional[str] = None) -> None:
         self._path = protocol.socket_path(path)
-        self._lock = threading.Lock()
+        # Taken from and given back to without a lock: one that another thread held at a fork would stay held in the child.
         self._free: List[Connection] = []
         self._pid = os.getpid()
         self._info: Optional[Dict[str, Any]] = None
@@ -201,15 +201,15 @@ class Context:
         except BaseException:
             connection.close()  # its answer would be taken for the next call's; guestd cancels the call
             raise
-        with self._lock:
+        if self._pid == os.getpid():
             self._free.append(connection)
         return protocol.answer_of(answer)
 
     def _take(self) -> Connection:
-        with self._lock:
-            if self._pid != os.getpid():  # after a fork: those connections are the parent's
-                self._free = []
-                self._pid = os.getpid()
-            if self._free:
-                return self._free.pop()
-        return Connection(self._path)
+        if self._pid != os.getpid():  # after a fork: those connections are the parent's
+            self._free = []
+            self._pid = os.getpid()
+        try:
+            return self._free.pop()
+        except IndexError:
+            return Connection(self._path)

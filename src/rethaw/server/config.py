@@ -131,7 +131,12 @@ def _data_dir(text: str | None, where: str) -> Path:
     path = Path(text or "").expanduser()
     if not path.is_absolute() or path == Path("/") or "\0" in str(path):
         raise InvalidInput(f"{where} = {text!r} is not a directory of its own", remedy="write an absolute path")
-    if path.exists() and not path.is_dir():
+    try:
+        is_other = path.exists() and not path.is_dir()
+    except OSError as e:
+        remedy = "run it as root (sudo), or check the permissions of the directories above"
+        raise InvalidInput(f"{where} = {text!r} cannot be looked at: {e.strerror}", remedy=remedy) from e
+    if is_other:
         raise InvalidInput(f"{where} = {text!r} is not a directory", remedy="name another path")
     return path
 
