@@ -24,10 +24,7 @@ SOCKETS = (*PORTS, "console", "qmp")
 OWN = "own"  # what QEMU calls a sandbox's own disk
 _JOIN = 'n=$0; while [ "$n" -gt 0 ]; do echo $$ > "$1/cgroup.procs" || exit 1; shift; n=$((n - 1)); done; exec "$@"'
 _FIRST_USER = 0x70000000  # host users that nobody has; one for each sandbox
-# init_on_free: memory that the guest has given back is of zeros, which a snapshot does not have: a third less is stored.
-_CMDLINE = (
-    "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t rdinit=/init random.trust_cpu=on mitigations=off init_on_free=1"
-)
+_CMDLINE = "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t rdinit=/init random.trust_cpu=on mitigations=off"
 
 
 @dataclass(frozen=True)
