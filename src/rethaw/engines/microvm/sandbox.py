@@ -44,6 +44,14 @@ STATE_MOST = 16 << 20  # bytes
 ANSWER_S, SYNC_S = 20.0, 60.0
 _LAST_WORDS_S = 1.0  # until the end of a machine is noticed whose socket is closed
 _ENTROPY = 64
+# What changes a disk, or may have before it failed. Later QEMUs have the last one.
+_WRITES = (
+    "wr_operations",
+    "unmap_operations",
+    "failed_wr_operations",
+    "failed_unmap_operations",
+    "zone_append_operations",
+)
 _UNREADABLE = (errno.EIO, errno.ENOTCONN, errno.ECONNABORTED)
 _ADDRESS = re.compile(r"\bis (0x[0-9a-f]{1,16})\b")
 T = TypeVar("T")
@@ -239,9 +247,7 @@ class QemuSandbox:
             stats = found.get("stats")
             if found.get("node-name") == machine.OWN and isinstance(stats, dict):
                 counted = cast("dict[str, object]", stats)
-                numbers = [
-                    counted.get(name) for name in ("wr_operations", "unmap_operations", "zone_append_operations")
-                ]
+                numbers = [counted.get(name) for name in _WRITES]
                 return sum(number for number in numbers if isinstance(number, int))
         raise EngineError(f"QEMU does not say how often the disk of sandbox {self.id} was written")
 
