@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -88,13 +89,9 @@ def small_disk(home: House) -> Iterator[Path]:
 
 def fill(point: Path) -> Path:
     filler = point / "filler"
-    with filler.open("wb") as file:
-        try:
-            while True:
-                file.write(b"\1" * (1 << 16))
-                file.flush()
-        except OSError:
-            pass
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):  # with a buffer, closing it would fail
+        while True:
+            file.write(b"\1" * (1 << 16))
     return filler
 
 
