@@ -192,7 +192,8 @@ async def test_a_pipe_in_place_of_the_wanted_host_name_does_not_keep_the_starter
     name = await ask(box, "__import__('socket').gethostname()")
     await ask(box, "os.kill(1, 10)")
     await box.capture(staging / "pipe")
-    await ask(box, "os.unlink('/run/rethaw/hostname'); os.symlink('/etc/hostname', '/run/rethaw/hostname')")
+    await ask(box, "os.unlink('/run/rethaw/hostname'); open('/run/elsewhere', 'w').write('linked-name')")
+    await ask(box, "os.symlink('/run/elsewhere', '/run/rethaw/hostname')")
     await ask(box, "os.kill(1, 10)")
     await box.capture(staging / "link")
     assert await ask(box, "__import__('socket').gethostname()") == name

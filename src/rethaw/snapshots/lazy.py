@@ -130,7 +130,7 @@ class _Server:
             return await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
             log.warning("the server of lazy files does not answer and is ended")
-            await self._kill()
+            self._kill()
             raise Unavailable(f"the server of lazy files did not answer within {timeout_s:.0f} s") from None
 
     def _gone(self) -> Unavailable:
@@ -179,10 +179,11 @@ class _Server:
         await asyncio.to_thread(_clear, self.mount)
         self.ended.set()
 
-    async def _kill(self) -> None:
+    def _kill(self) -> None:
+        """Blocking, some system calls: the threads that could make them may all wait for this server."""
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        await asyncio.to_thread(_clear, self.mount)  # ends what it may itself be waiting for
+        _clear(self.mount)  # ends what it may itself be waiting for
 
     async def close(self) -> None:
         """The process has ended and its mount is gone."""
@@ -190,7 +191,7 @@ class _Server:
         try:
             await asyncio.wait_for(self.ended.wait(), _END_S)
         except TimeoutError:
-            await self._kill()
+            self._kill()
             await self.ended.wait()
         finally:
             if self.ended.is_set() and self._pidfd >= 0:

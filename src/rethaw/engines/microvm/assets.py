@@ -1,6 +1,7 @@
 """What all microVMs of a machine share, made once and named by digest: a kernel, its initramfs, disks of images.
 
 DIRECTORY/kernel-PACKAGE/vmlinuz, initramfs      from Debian's cloud kernel and busybox
+DIRECTORY/kvm.json                               whether guests run by KVM here, see `accelerators`
 DIRECTORY/blank-MIB.ext4                         an empty disk, sparse
 DIRECTORY/image-DIGEST-PLACE.ext4                an image's root filesystem, sparse
 DIRECTORY/layer-DIGEST-PLACE.ext4                what a tree has beyond the image it was made from: guestd, the agent's code
