@@ -282,23 +282,37 @@ async def test_a_disk_that_is_written_between_the_copy_and_the_pause_is_copied_a
 ) -> None:
     """Else it is not: a pause does not grow with what is on the disk."""
     copies: list[Path] = []
-    real = QemuSandbox._copy_disk
+    writes: list[int] = []
+    copy, count = QemuSandbox._copy_disk, QemuSandbox._disk_writes
 
-    def counted(self: QemuSandbox, directory: Path) -> Any:
+    def copied(self: QemuSandbox, directory: Path) -> Any:
         copies.append(directory)
-        return real(self, directory)
+        return copy(self, directory)
 
-    monkeypatch.setattr(QemuSandbox, "_copy_disk", counted)
+    async def counted(self: QemuSandbox, qmp: Any) -> int:
+        writes.append(await count(self, qmp))
+        return writes[-1]
+
+    monkeypatch.setattr(QemuSandbox, "_copy_disk", copied)
+    monkeypatch.setattr(QemuSandbox, "_disk_writes", counted)
     box = await boot()
     await ask(box, "import os; f = open('/srv/file', 'wb'); f.write(b'a' * 5_000_000); f.flush()")
-    await box.precopy(staging / "calm")
-    await ask(box, "f.write(b'b' * 1000); f.flush()")  # which the guest's kernel keeps in memory
-    calm = await box.capture(staging / "calm")
-    assert copies == [staging / "calm"]
+    for n in range(10):  # a guest's kernel writes when it likes, at the latest five seconds after the program did
+        directory = staging / f"calm-{n}"
+        await box.precopy(directory)
+        await ask(box, "f.seek(5_000_000); f.write(b'b' * 1000); f.flush()")  # which the kernel keeps in memory
+        calm = await box.capture(directory)
+        quiet = writes[-1] == writes[-2]
+        assert copies.count(directory) == (1 if quiet else 2)
+        if quiet:
+            break
+    else:
+        pytest.fail(f"the guest wrote to its disk in each pause: {writes}")
+    copies.clear()
     await box.precopy(staging / "busy")
     await ask(box, "f.write(b'c' * 5_000_000); f.flush(); os.fsync(f.fileno())")
     busy = await box.capture(staging / "busy")
-    assert copies == [staging / "calm", staging / "busy", staging / "busy"]
+    assert copies == [staging / "busy", staging / "busy"]
     await box.precopy(staging / "cut")
     await ask(box, "os.ftruncate(f.fileno(), 1000); os.fsync(f.fileno())")
     cut = await box.capture(staging / "cut")
