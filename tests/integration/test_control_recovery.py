@@ -588,3 +588,22 @@ async def test_a_fresh_boot_does_not_hear_the_waits_of_the_former_attempt(w: Wor
 
 async def state_is(w: World, session: str, state: State) -> Any:
     return (await w.control.session(session)).state == state
+
+
+async def test_what_is_published_without_a_snapshot_is_published_once(w: World) -> None:
+    """Durability "relaxed": the agent that comes back sends it again, by the same call."""
+    session, fence = await w.start()
+    await w.save(fence)
+    await send(w, fence, 1)
+    await w.control.publish(fence, (await w.control.session(session)).last_seq)
+    assert await outbox(w, session) == [(1, b"1")]
+    await die(w, fence)
+    with pytest.raises(Fenced):
+        await w.control.publish(fence, 1)
+    _, fence = await w.back(session)
+    for _ in range(2):
+        await send(w, fence, 1)
+        await send(w, fence, 2)
+        await w.control.publish(fence, (await w.control.session(session)).last_seq)
+    await w.save(fence)
+    assert await outbox(w, session) == [(1, b"1"), (2, b"2")]

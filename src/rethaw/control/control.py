@@ -169,6 +169,9 @@ class Control:
     async def consume(self, fence: Fence, attempt: int, number: int) -> None:
         await self._fenced(fence, lambda conn, row: inbox.consume(conn, row, attempt, number))
 
+    async def publish(self, fence: Fence, upto: int) -> None:
+        await self._fenced(fence, lambda conn, row: outbox.publish(conn, row, upto))
+
     async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
         await self._fenced(fence, lambda conn, row: reports.set_degraded(conn, row, degraded, detail, durability))
 

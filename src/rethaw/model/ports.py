@@ -197,6 +197,11 @@ class ControlPlane(Protocol):
         """The guest's inbox cursor moved to `number`: event message.consumed."""
         ...
 
+    async def publish(self, fence: Fence, upto: int) -> None:
+        """Make what the guest sent with seq <= `upto` visible outside now, whatever a crash may take back (durability
+        "relaxed")."""
+        ...
+
     async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
         """Saving keeps failing, or works again: row flag and event."""
         ...

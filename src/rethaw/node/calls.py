@@ -161,6 +161,8 @@ class Calls:
         event = await self._append(
             NewEvent(type=EventType.MESSAGE_SENT, data={"message": new_id("m")}, body=payload, key=f"send:{call}")
         )
+        if self._saver.relaxed:
+            await self._parts.control.publish(self._fence, event.seq)
         self._saver.ask("outbox")
         return {"message": event.data["message"]}
 
