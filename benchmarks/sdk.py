@@ -1,7 +1,8 @@
 """How long does an answer take? `python -m benchmarks.sdk --json`, as root; needs runsc.
 
 A message is sent with the SDK to an agent that echoes it (`for m in ctx.messages(): ctx.send(m.payload)`, no model), until the
-echo is in the client's hands, one at a time.
+echo is in the client's hands, one at a time, half a second apart: a snapshot that a message asked for is over when the next one
+comes.
 
 `running_ms`: to an agent with `durability="relaxed"`, whose messages wait for no snapshot. `live_ms`: to one with the default
 durability, until the echo is seen as an event of the session's stream, before it is safe from a crash. `published_ms`: until it is in
@@ -27,6 +28,7 @@ from rethaw.testing import processes
 from rethaw.testing.chaos.run import code_archive
 from rethaw.testing.server import RunningServer
 
+APART_S = 0.5
 AGENT = """
 def echo(ctx):
     for message in ctx.messages():
@@ -41,6 +43,15 @@ def started(client: Client, code: str, durability: Durability, engine: Any, idle
     session = client.sessions.start(spec)
     echoed(session, 0)
     return session
+
+
+def spaced(session: Session[Any], count: int) -> list[float]:
+    """`echoed` of 1 to `count`, half a second apart."""
+    times: list[float] = []
+    for number in range(1, count + 1):
+        time.sleep(APART_S)
+        times.append(echoed(session, number))
+    return times
 
 
 def echoed(session: Session[Any], number: int) -> float:
@@ -69,6 +80,7 @@ def seen_live(session: Session[Any], first: int, count: int) -> list[float]:
     seen.get(timeout=60)  # the stream is open
     times: list[float] = []
     for number in range(first + 1, first + 1 + count):
+        time.sleep(APART_S)
         begun = time.perf_counter()
         session.send(number)
         while (found := seen.get(timeout=60))[0] != number:
@@ -98,10 +110,10 @@ def measure(messages: int, wakes: int, engine: str) -> dict[str, Any]:
     with RunningServer() as server, Client(server.url, server.token) as client:
         code = client.blobs.put(code_archive(agent=AGENT.encode()))
         relaxed = started(client, code, Durability.RELAXED, engine, None)
-        running = [echoed(relaxed, n) for n in range(1, messages + 1)]
+        running = spaced(relaxed, messages)
         relaxed.cancel(now=True)
         safe = started(client, code, Durability.LOCAL, engine, None)
-        published = [echoed(safe, n) for n in range(1, messages + 1)]
+        published = spaced(safe, messages)
         live = seen_live(safe, messages + 1, messages)
         safe.cancel(now=True)
         sleeper = started(client, code, Durability.RELAXED, engine, 0.2)
@@ -128,7 +140,7 @@ def measure(messages: int, wakes: int, engine: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sdk", description=__doc__)
     parser.add_argument("--json", action="store_true", help="nothing but the JSON object")
-    parser.add_argument("--messages", type=int, default=100)
+    parser.add_argument("--messages", type=int, default=40)
     parser.add_argument("--wakes", type=int, default=10, help="messages to the suspended agent")
     parser.add_argument("--engine", choices=("gvisor", "qemu"), default="gvisor")
     args = parser.parse_args()

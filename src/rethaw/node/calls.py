@@ -163,7 +163,8 @@ class Calls:
         )
         if self._saver.relaxed:
             await self._parts.control.publish(self._fence, event.seq)
-        self._saver.ask("outbox")
+        else:
+            self._saver.ask("outbox")
         return {"message": event.data["message"]}
 
     async def _emit(self, call: str, body: Body) -> Any:
