@@ -197,8 +197,8 @@ class ControlPlane(Protocol):
         """The guest's inbox cursor moved to `number`: event message.consumed."""
         ...
 
-    async def publish(self, fence: Fence, upto: int) -> None:
-        """Make what the guest sent with seq <= `upto` visible outside now, whatever a crash may take back (durability
+    async def publish(self, fence: Fence, sent: NewEvent) -> Event:
+        """Append a message.sent and make it visible outside at once, whatever a crash may take back (durability
         "relaxed")."""
         ...
 
