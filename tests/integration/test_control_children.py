@@ -248,7 +248,7 @@ async def test_one_that_cannot_be_created_any_more_has_failed(w: World) -> None:
 
 
 async def test_an_agent_spawns_itself(w: World) -> None:
-    session, fence = await w.start(BOSS)
+    _, fence = await w.start(BOSS)
     child = await spawn(w, fence, agent="boss")
     await w.save(fence)
     await w.loops.fire()
