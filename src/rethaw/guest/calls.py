@@ -363,7 +363,8 @@ class Calls:
     def _took(self, parts: List[Dict[str, Any]], answer: bytes) -> None:
         """The address of a signal that came has had its use."""
         try:
-            part = parts[lean.loads(answer)["ok"]["part"]]
+            index: object = lean.loads(answer)["ok"]["part"]
+            part = parts[index] if isinstance(index, int) else {}
         except (ValueError, LookupError, TypeError, RecursionError):
             return
         if part.get("kind") == "signal":
