@@ -9,9 +9,10 @@ import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rethaw.control import (
+    children,
     forks,
     imports,
     inbox,
@@ -21,6 +22,7 @@ from rethaw.control import (
     recovery,
     reports,
     rows,
+    self_forks,
     sessions,
     stats,
     templates,
@@ -38,6 +40,7 @@ from rethaw.model.enums import Durability, EventType, Reason, State
 from rethaw.model.errors import Conflict, InvalidInput, NotFound, WaitTimeout
 from rethaw.model.ids import new_generation, new_id
 from rethaw.model.types import (
+    AgentFork,
     AgentSpec,
     Assignment,
     Event,
@@ -167,6 +170,35 @@ class Control:
 
     async def cancel_wait(self, fence: Fence, attempt: int, wait: str) -> None:
         await self._fenced(fence, lambda conn, row: waits.cancel(conn, row, attempt, wait))
+
+    async def spawn(self, fence: Fence, attempt: int, call: str, agent: str, args: dict[str, Any]) -> str:
+        return await self._fenced(
+            fence, lambda conn, row: children.spawn(conn, row, attempt, call, agent, args, self.policy)
+        )
+
+    async def tell_child(
+        self,
+        fence: Fence,
+        attempt: int,
+        call: str,
+        child: str,
+        act: Literal["message", "cancel"],
+        payload: bytes | None,
+    ) -> None:
+        await self._fenced(fence, lambda conn, row: children.tell(conn, row, attempt, call, child, act, payload))
+
+    async def forked(self, fence: Fence, attempt: int, call: str) -> AgentFork | None:
+        return await self._fenced(fence, lambda conn, row: self_forks.known(conn, row, attempt, call))
+
+    async def fork_self(self, fence: Fence, attempt: int, call: str, snapshot: str) -> AgentFork:
+        ident, generation = new_id("s"), new_generation()
+        made = await self._fenced(
+            fence, lambda conn, row: self_forks.fork(conn, row, attempt, call, snapshot, ident, generation)
+        )
+        faults.point("control.fork_self.made")
+        if made.session == ident:
+            await self._run(lambda conn: sessions.place(conn, ident, self.policy))
+        return made
 
     async def consume(self, fence: Fence, attempt: int, number: int) -> None:
         await self._fenced(fence, lambda conn, row: inbox.consume(conn, row, attempt, number))

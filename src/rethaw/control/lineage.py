@@ -16,6 +16,8 @@ AGENT_EVENTS = [
     EventType.EXCHANGE_ADOPTED.value,
     EventType.MESSAGE_SENT.value,
     EventType.MESSAGE_CONSUMED.value,
+    EventType.CHILD_SPAWNED.value,
+    EventType.CHILD_TOLD.value,
     EventType.WAIT_OPENED.value,
     EventType.EMITTED.value,
     EventType.SESSION_RESULT.value,

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from rethaw.control import rows, sessions, waits
+from rethaw.control import children, rows, sessions, waits
 from rethaw.control.control import Control
 from rethaw.control.rows import Conn
 from rethaw.control.wakeups import ANY, TIMER_CHANNEL
@@ -81,6 +81,7 @@ class ControlLoops:
             "SELECT id FROM sessions WHERE cancel_by <= clock_timestamp() LIMIT %s",
             lambda s: run(lambda conn: sessions.end_cancel(conn, s)),
         )
+        await children.work(self._control.transactions, self._policy)
 
     async def reap(self) -> None:
         """Recover what lost its node. A lease counts as run out only once this process has seen the database for a full

@@ -94,6 +94,7 @@ class Row:
     inbox_base: int
     outbox_base: int
     high_attempt: int
+    parent: str | None
 
     @property
     def loop(self) -> Loop:
@@ -221,4 +222,6 @@ def view(row: Row) -> SessionView:
         crashes=row.crashes,
         forked_from=row.forked_from,
         forked_seq=row.fork_seq if row.forked_from is not None else None,
+        parent=row.parent,
+        deadline=row.give_up_at,
     )

@@ -18,6 +18,10 @@ from rethaw.model.errors import AmbiguousId, Conflict, InvalidInput, KeyReused, 
 from rethaw.model.types import MIB, AgentSpec, NewEvent
 
 _UNPLACED = (State.CREATED, State.QUEUED)
+# Its parent never heard of its end and cannot find it any more.
+_GONE = """UPDATE children SET state = 'ended', ended_at = clock_timestamp(),
+    outcome = '{"state": "cancelled", "reason": "cancelled", "detail": "it was removed"}'
+    WHERE child = %s AND state <> 'ended'"""
 
 
 def canonical(value: Any) -> str:
@@ -277,6 +281,7 @@ async def erase(conn: Conn, session: str, force: bool) -> dict[str, Any]:
                 state=row.state,
             )
         row = await finish(conn, row, State.CANCELLED, reason=Reason.CANCELLED)
+    await conn.execute(_GONE, (session,))
     await conn.execute("UPDATE snapshots SET erased = true WHERE session = %s", (session,))
     await conn.execute("DELETE FROM assignments WHERE session = %s AND action <> 'kill'", (session,))
     await erase_in(conn, session)

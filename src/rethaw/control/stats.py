@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from rethaw.control import placement, rows
+from rethaw.control import arrivals, placement, rows
 from rethaw.control.rows import POLICY_REASONS, Conn
 from rethaw.control.sessions import no_room
 from rethaw.model.enums import Desired, State
@@ -27,7 +28,7 @@ async def stored(conn: Conn, session: str) -> dict[str, int]:
 async def why(conn: Conn, session: str) -> dict[str, Any]:
     """Waiting for what, since when, what wakes it, the last snapshot, where it would resume."""
     row = await rows.load(conn, session)
-    waiting = [_wait(r) for r in await _open_waits(conn, session, row.attempt)]
+    waiting = [told for r in await _open_waits(conn, session, row.attempt) for told in _waits(r)]
     for found in await _open_exchanges(conn, session):
         waiting.append(
             {
@@ -98,6 +99,16 @@ async def _open_exchanges(conn: Conn, session: str) -> list[dict[str, Any]]:
     )
 
 
+def _waits(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One wait; of one for several things each of them."""
+    if found["parts"] is None:
+        yield _wait(found)
+        return
+    plan = arrivals.plan_of(found["parts"])
+    for part, deadline in zip(plan.parts, plan.deadlines, strict=True):
+        yield _wait({**found, "kind": part.kind, "name": part.name, "deadline": deadline or plan.until})
+
+
 def _wait(found: dict[str, Any]) -> dict[str, Any]:
     deadline: datetime | None = found["deadline"]
     by = f"{deadline.isoformat(timespec='seconds')}" if deadline is not None else None
@@ -106,6 +117,7 @@ def _wait(found: dict[str, Any]) -> dict[str, Any]:
         "inbox": f"a message (rethaw send {session} ...)",
         "signal": f"signal {name!r} (rethaw signal {session} {name})",
         "timer": "time",
+        "child": f"the end of its child {name}",
     }[found["kind"]]
     if by is not None:
         wakes = f"time: {by}" if found["kind"] == "timer" else f"{wakes}, or time: {by}"

@@ -21,6 +21,12 @@ class Agent:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
+    def local(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the plain function with a Context in memory."""
+        from rethaw.guest.local import LocalContext
+
+        return LocalContext().run(self.function, **kwargs)
+
     @property
     def name(self) -> str:
         return str(self.options.get("name") or self.__name__)

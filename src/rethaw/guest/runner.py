@@ -34,7 +34,8 @@ def load(entry: str, directory: Path) -> Callable[..., Any]:
         raise InvalidInput(f"{path} is not a Python file", remedy="its name has to end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.parent))
+    for place in {str(directory): None, str(path.parent): None}:
+        sys.path.insert(0, place)
     spec.loader.exec_module(module)
     everything = vars(module)
     agents = {key: value for key, value in everything.items() if isinstance(value, Agent)}

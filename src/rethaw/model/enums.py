@@ -112,6 +112,8 @@ class EventType(StrEnum):
     MESSAGE_CONSUMED = "message.consumed"  # cursor moved {number}
     MESSAGE_SENT = "message.sent"  # outbox, provisional until a snapshot holds it {message, number}; body: payload
     MESSAGE_PUBLISHED = "message.published"  # {message}: visible outside
+    CHILD_SPAWNED = "child.spawned"  # created once a snapshot holds it {child, agent}; body: {agent, args}
+    CHILD_TOLD = "child.told"  # a message to it or its cancelling {child, act, id}; body: payload
     WAIT_OPENED = "wait.opened"
     WAIT_COMPLETED = "wait.completed"
     WAIT_CANCELLED = "wait.cancelled"

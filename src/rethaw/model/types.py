@@ -35,6 +35,10 @@ class ImageSpec(Wire):
 EngineName = Literal["gvisor", "qemu"]
 
 
+def _empty(value: dict[str, Any]) -> bool:
+    return not value
+
+
 class AgentSpec(Wire):
     """An agent's definition. `code` is the digest of a tar.gz of files that appear under /app."""
 
@@ -57,6 +61,7 @@ class AgentSpec(Wire):
     keep_bytes: int = 5 * 1024 * MIB  # ... as long as they add up to no more than this; needed and pinned ones always
     engine: EngineName | None = None  # None: the node's default
     template: Literal["none", "auto"] = "none"  # auto: the first start of it makes a template, later ones begin there
+    agents: dict[str, AgentSpec] = Field(default_factory=dict[str, "AgentSpec"], exclude_if=_empty)  # what it may spawn
 
 
 # ---------------------------------------------------------------- the log
@@ -229,6 +234,8 @@ class SessionView(Wire):
     crashes: int = 0
     forked_from: str | None = None  # the session whose log is this one's up to `forked_seq`
     forked_seq: int | None = None
+    parent: str | None = None  # the session whose agent spawned it
+    deadline: datetime | None = None  # it is ended then (max_duration)
 
 
 class Template(Wire):
@@ -239,6 +246,14 @@ class Template(Wire):
     snapshot: str | None = None
     ready_by: str | None = None
     created_at: datetime
+
+
+class AgentFork(Wire):
+    """What a fork that an agent made of itself is told: `forked` in the new session, not in the one it came from."""
+
+    session: str  # the new one
+    parent: str
+    forked: bool
 
 
 class Boot(Wire):
@@ -265,17 +280,30 @@ class Assignment(Wire):
     revision: int  # grows with each new assignment to this node
 
 
+class WaitPart(Wire):
+    """One of the things that a wait of kind "any" or "all" is for. kind "signal": `name`, and as `wait` the id of the wait
+    whose address was given out, if any. kind "child": `name` is the session's id."""
+
+    kind: Literal["inbox", "signal", "timer", "child"]
+    name: str | None = None
+    wait: str | None = None
+    after: int = 0
+    timeout_s: float | None = None
+
+
 class WaitSpec(Wire):
     """A wait that the guest opened. `id` is counted in guest memory and scoped by attempt ("2.17").
 
     Repeated with equal kind, name and timeout it keeps its first deadline; with others the old one is cancelled.
-    kind "inbox": `after` is the guest's cursor. kind "timer": `timeout_s` is the time. kind "signal": `name`."""
+    kind "inbox": `after` is the guest's cursor. kind "timer": `timeout_s` is the time. kind "signal": `name`.
+    kind "any": until the first of `parts`, "all": until each of them (children only)."""
 
     id: str
-    kind: Literal["inbox", "signal", "timer"]
+    kind: Literal["inbox", "signal", "timer", "any", "all"]
     name: str | None = None
     after: int = 0
     timeout_s: float | None = None
+    parts: tuple[WaitPart, ...] = ()
 
 
 class WaitState(Wire):
@@ -290,6 +318,8 @@ class WaitState(Wire):
     payload: bytes | None = None
     url: str | None = None  # one-time callback address of a signal wait
     deadline: datetime | None = None
+    part: int | None = None  # kind "any": which of its parts came
+    outcome: dict[str, Any] | None = None  # of a child: {state, reason, detail}; its result is `payload`
 
 
 class Message(Wire):

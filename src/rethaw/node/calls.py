@@ -18,13 +18,14 @@ from rethaw.model.enums import EventType
 from rethaw.model.errors import InvalidInput, RethawError, TooLarge
 from rethaw.model.ids import new_id
 from rethaw.model.ports import GuestStream
-from rethaw.model.types import MESSAGE_LIMIT, Boot, Event, Fence, NewEvent, WaitSpec, WaitState
+from rethaw.model.types import MESSAGE_LIMIT, AgentFork, Boot, Event, Fence, NewEvent, WaitPart, WaitSpec, WaitState
+from rethaw.node import history
 from rethaw.node.parts import Parts
 from rethaw.node.saver import Saver
 
 log = logging.getLogger("rethaw.node")
 _BODY_LIMIT = MESSAGE_LIMIT + 64 * 1024  # payload plus the call around it
-_WAITS = {"receive", "wait", "sleep"}
+_WAITS = {"receive", "wait", "wait_any", "sleep"}
 _PAYLOADS = {"emit": "data", "result": "value"}  # the member whose exact text is kept; "payload" elsewhere
 _RAW = "\0raw"  # where that text stands in a parsed call; only ours is of type bytes
 
@@ -55,6 +56,7 @@ class Calls:
         self._saver = saver
         self._owner = owner
         self._snapshots: dict[str, asyncio.Future[str]] = {}
+        self._forks: dict[str, asyncio.Future[AgentFork]] = {}
         self._saved: dict[str, str] = {}
         self.waiting: dict[str, float] = {}
         self._wait_ids: dict[str, str] = {}
@@ -65,6 +67,12 @@ class Calls:
             "send": self._send,
             "emit": self._emit,
             "wait": self._wait,
+            "wait_any": self._wait_any,
+            "spawn": self._spawn,
+            "child_send": self._child_send,
+            "child_cancel": self._child_cancel,
+            "fork": self._fork,
+            "deadline": self._deadline,
             "signal_url": self._signal_url,
             "sleep": self._sleep,
             "snapshot": self._snapshot,
@@ -186,7 +194,13 @@ class Calls:
         await self._parts.control.consume(self._fence, self._attempt, int(body["number"]))
         return {}
 
+    async def _deadline(self, call: str, body: Body) -> Any:
+        at = (await self._parts.control.session(self._fence.session)).deadline
+        return {"deadline": None if at is None else at.isoformat()}
+
     async def _history(self, call: str, body: Body) -> Any:
+        if body.get("form") is not None:
+            return await history.page(self._parts.log, self._fence, body)
         after, limit = int(body.get("after", 0)), min(int(body.get("limit", 200)), 500)
         events = await self._parts.log.read(self._fence.session, after=after, limit=limit)
         return {
@@ -221,6 +235,42 @@ class Calls:
     async def _save(self) -> str:
         return (await self._saver.save("requested")).id
 
+    # ------------------------------------------------------------ other sessions
+
+    async def _spawn(self, call: str, body: Body) -> Any:
+        wanted = json.loads(_payload(body))
+        child = await self._parts.control.spawn(
+            self._fence, self._attempt, call, str(wanted["agent"]), dict(wanted["args"])
+        )
+        self._saver.ask("spawn")
+        return {"child": child}
+
+    async def _child_send(self, call: str, body: Body) -> Any:
+        payload = _payload(body)
+        await self._parts.control.tell_child(self._fence, self._attempt, call, str(body["child"]), "message", payload)
+        self._saver.ask("child")
+        return {}
+
+    async def _child_cancel(self, call: str, body: Body) -> Any:
+        await self._parts.control.tell_child(self._fence, self._attempt, call, str(body["child"]), "cancel", None)
+        self._saver.ask("child")
+        return {}
+
+    async def _fork(self, call: str, body: Body) -> Any:
+        made = self._forks.get(call)
+        if made is None or (made.done() and (made.cancelled() or made.exception() is not None)):
+            # As with `_snapshot`: the save cancels this handler. The call is open in the snapshot, so both sides ask again.
+            made = self._forks[call] = asyncio.ensure_future(self._fork_self(call))
+        return (await asyncio.shield(made)).model_dump()
+
+    async def _fork_self(self, call: str) -> AgentFork:
+        control = self._parts.control
+        known = await control.forked(self._fence, self._attempt, call)
+        if known is not None:
+            return known
+        snapshot = self._saved.get(call) or (await self._saver.save("fork")).id
+        return await control.fork_self(self._fence, self._attempt, call, snapshot)
+
     # ------------------------------------------------------------ waits
 
     async def _until(self, spec: WaitSpec) -> WaitState:
@@ -241,6 +291,12 @@ class Calls:
         state = await self._until(
             WaitSpec(id=_wait_id(call, body), kind="signal", name=str(body["name"]), timeout_s=_seconds(body))
         )
+        return _arrived(state)
+
+    async def _wait_any(self, call: str, body: Body) -> Any:
+        parts = tuple(_part(part) for part in body["parts"])
+        kind = "all" if body.get("all") else "any"
+        state = await self._until(WaitSpec(id=_wait_id(call, body), kind=kind, parts=parts, timeout_s=_seconds(body)))
         return _arrived(state)
 
     async def _sleep(self, call: str, body: Body) -> Any:
@@ -264,6 +320,17 @@ class Calls:
         return {}
 
 
+def _part(body: Body) -> WaitPart:
+    seconds = body.get("seconds")
+    return WaitPart(
+        kind=body["kind"],
+        name=body.get("name"),
+        wait=body.get("wait"),
+        after=int(body.get("after") or 0),
+        timeout_s=None if seconds is None else float(seconds),
+    )
+
+
 def _wait_id(call: str, body: Body) -> str:
     return str(body.get("wait") or call)
 
@@ -282,5 +349,7 @@ def _payload(body: Body) -> bytes:
 def _arrived(state: WaitState) -> Any:
     if state.timed_out:
         return {"timeout": True}
-    fields = {"number": state.number, "id": state.item, "name": state.name}
+    fields: Body = {"number": state.number, "id": state.item, "name": state.name}
+    if state.part is not None:
+        fields |= {"part": state.part, "outcome": state.outcome}
     return embed(fields, state.payload if state.payload is not None else b"null")

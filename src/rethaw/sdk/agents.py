@@ -184,7 +184,10 @@ class Agent(Generic[P, R_co]):
 
     def spec(self, code: str) -> AgentSpec:
         """The wire form; `code` is the digest of the uploaded package."""
-        return self.options.spec(entry=self.entry, code=code)
+        from rethaw.sdk.beside import specs
+
+        spec, others = self.options.spec(entry=self.entry, code=code), specs(self, code)
+        return spec.model_copy(update={"agents": others}) if others else spec
 
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments by name, checked against the function and for being JSON. Raises InvalidInput."""
