@@ -46,6 +46,7 @@ from rethaw.model.types import (
     NodeInfo,
     SessionView,
     SnapshotInfo,
+    StartOptions,
     StateChange,
     Template,
     WaitSpec,
@@ -174,10 +175,12 @@ class Control:
 
     # ------------------------------------------------------------ people
 
-    async def create(self, agent: AgentSpec, args: dict[str, Any], key: str | None = None) -> tuple[SessionView, bool]:
+    async def create(
+        self, agent: AgentSpec, args: dict[str, Any], key: str | None = None, options: StartOptions | None = None
+    ) -> tuple[SessionView, bool]:
         """Start a session, and whether it is new. A known `key` gives the existing one, or KeyReused."""
         session = new_id("s")
-        row, new = await self._run(lambda conn: sessions.create(conn, session, agent, args, key, self.policy))
+        row, new = await self._run(lambda conn: sessions.create(conn, session, agent, args, key, self.policy, options))
         return rows.view(row), new
 
     async def resolve(self, text: str) -> str:
@@ -261,12 +264,12 @@ class Control:
         return await self._run(templates.every)
 
     async def start_auto(
-        self, agent: AgentSpec, args: dict[str, Any], key: str | None
+        self, agent: AgentSpec, args: dict[str, Any], key: str | None, options: StartOptions | None = None
     ) -> tuple[SessionView, bool] | None:
         """A session from the agent's own template, and whether it is new; None when there is none to start from."""
         session, generation = new_id("s"), new_generation()
         found = await self._run(
-            lambda conn: templates.start_auto(conn, session, generation, agent, args, key, self.policy)
+            lambda conn: templates.start_auto(conn, session, generation, agent, args, key, self.policy, options)
         )
         return None if found is None else await self._forked(*found)
 
@@ -275,16 +278,18 @@ class Control:
         for name in await self._run(lambda conn: templates.outdated(conn, agent)):
             await self.drop_template(name)
 
-    async def start_template(self, name: str, payload: bytes, key: str | None) -> tuple[SessionView, bool]:
+    async def start_template(
+        self, name: str, payload: bytes, key: str | None, options: StartOptions | None = None
+    ) -> tuple[SessionView, bool]:
         """A session forked from a template, and whether it is new."""
         session, generation = new_id("s"), new_generation()
         row, new = await self._run(
-            lambda conn: templates.start(conn, name, session, generation, payload, key, self.policy)
+            lambda conn: templates.start(conn, name, session, generation, payload, key, self.policy, options)
         )
         return await self._forked(row, new)
 
     async def _forked(self, row: Row, new: bool) -> tuple[SessionView, bool]:
-        if row.state == State.RESUMING:
+        if row.state in (State.QUEUED, State.RESUMING):
             await self._run(lambda conn: sessions.place(conn, row.id, self.policy))
         return await self.session(row.id), new
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from rethaw.control import rows, sessions, waits
 from rethaw.control.control import Control
 from rethaw.control.rows import Conn
-from rethaw.control.wakeups import ANY, TIMER_CHANNEL
+from rethaw.control.wakeups import ANY, QUEUE_CHANNEL, TIMER_CHANNEL
 from rethaw.model.errors import NotFound
 
 log = logging.getLogger("rethaw.control")
@@ -22,8 +22,13 @@ _BATCH = 200
 _SOONEST = """
 SELECT extract(epoch FROM min(at) - clock_timestamp()) AS left FROM (
     SELECT min(deadline) AS at FROM waits WHERE state = 'open' AND deadline IS NOT NULL
+    UNION ALL SELECT min(expires_at) FROM session_specs WHERE expires_at IS NOT NULL
     UNION ALL SELECT min(give_up_at) FROM sessions WHERE give_up_at IS NOT NULL
     UNION ALL SELECT min(cancel_by) FROM sessions WHERE cancel_by IS NOT NULL) t"""
+
+_NEXT_DELAY = """
+SELECT extract(epoch FROM min(not_before) - clock_timestamp()) AS left FROM session_specs
+WHERE slot = 'waiting' AND not_before > clock_timestamp()"""
 
 
 class ControlLoops:
@@ -41,13 +46,13 @@ class ControlLoops:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._forever("timers", self._time))
             group.create_task(self._forever("leases", self.reap))
-            group.create_task(self._forever("placement", self._control.place_waiting))
+            group.create_task(self._forever("placement", self._place))
 
     async def _forever(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
                 await work()
-                if name != "timers":
+                if name == "leases":
                     await asyncio.sleep(self._policy.poll_s)
             except Exception as error:
                 log.warning("%s: %s", name, error, exc_info=not isinstance(error, OSError))
@@ -65,6 +70,18 @@ class ControlLoops:
         left = found["left"] if found else None
         return self._policy.poll_s if left is None else min(self._policy.poll_s, max(0.005, float(left)))
 
+    async def _place(self) -> None:
+        """Place who can be, then wait until a slot or a node may be free, or somebody's delay is over."""
+        with self._control.hub.subscribe(QUEUE_CHANNEL, ANY) as sooner:
+            began = time.monotonic()
+            await self._control.place_waiting()
+            # Many who find no room are not asked again at each session's end.
+            await asyncio.sleep(min(self._policy.poll_s, 2 * (time.monotonic() - began - 0.05)))
+            found = await self._control.transactions.run(lambda conn: rows.one(conn, _NEXT_DELAY))
+            left = found["left"] if found else None
+            limit = self._policy.poll_s if left is None else min(self._policy.poll_s, max(0.005, float(left)))
+            await sooner.wait(limit)
+
     async def fire(self) -> None:
         """Everything whose time has come."""
         run = self._control.transactions.run
@@ -80,6 +97,10 @@ class ControlLoops:
         await self._each(
             "SELECT id FROM sessions WHERE cancel_by <= clock_timestamp() LIMIT %s",
             lambda s: run(lambda conn: sessions.end_cancel(conn, s)),
+        )
+        await self._each(
+            "SELECT session AS id FROM session_specs WHERE expires_at <= clock_timestamp() LIMIT %s",
+            lambda s: run(lambda conn: sessions.expire(conn, s)),
         )
 
     async def reap(self) -> None:
