@@ -32,6 +32,12 @@ VALUES = frozenset(
         "--template",
         "--engine",
         "--workdir",
+        "--queue",
+        "--priority",
+        "--delay",
+        "--ttl",
+        "--concurrency-key",
+        "--tag",
     }
 )
 

@@ -73,9 +73,21 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("template ls", "template:ls", "List templates."),
         Command("template rm", "template:rm", "Remove a template.", "NAME"),
     ),
+    "Queues": (
+        Command("queue ls", "queue:ls", "List queues."),
+        Command("queue set", "queue:set_", "Limit how many sessions run at once.", "NAME [--limit N] [--key-limit N]"),
+        Command("queue show", "queue:show", "Show a queue and who is next.", "NAME"),
+        Command("queue pause", "queue:pause", "Start nothing from a queue.", "NAME"),
+        Command("queue resume", "queue:resume", "Start from a paused queue again.", "NAME"),
+        Command("queue rm", "queue:rm", "Forget a queue's limits.", "NAME"),
+    ),
     "More": (Command("version", "look:version", "Print the version of this program and of the server."),),
 }
-GROUP_HELP = {"snapshot": "Snapshots of a session.", "template": "Warm agents that sessions are started from."}
+GROUP_HELP = {
+    "snapshot": "Snapshots of a session.",
+    "template": "Warm agents that sessions are started from.",
+    "queue": "How many sessions run at once, and who is next.",
+}
 
 COMMANDS: tuple[Command, ...] = tuple(command for group in GROUPS.values() for command in group)
 

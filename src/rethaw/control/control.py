@@ -12,12 +12,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from rethaw.control import (
+    finding,
     forks,
     imports,
     inbox,
     leases,
     outbox,
     placement,
+    queues,
     recovery,
     reports,
     rows,
@@ -72,6 +74,7 @@ class Control:
     ) -> None:
         self.policy = policy or Policy()
         self.transactions = Transactions(db, hub)
+        self.queues = queues.Queues(self.transactions)
         self.hub = hub
         self._log = log
         self._addresses = Addresses(public_url, secret or os.urandom(32))
@@ -197,7 +200,14 @@ class Control:
         self, state: State | None = None, agent: str | None = None, limit: int = 100, cursor: str | None = None
     ) -> tuple[list[SessionView], str | None]:
         """Sessions, newest first, and the cursor of the next page."""
-        found, following = await self._run(lambda conn: sessions.find(conn, state, agent, limit, cursor))
+        wanted = finding.Filter(states=() if state is None else (state,), agent=agent)
+        return await self.find(wanted, limit, cursor)
+
+    async def find(
+        self, wanted: finding.Filter, limit: int = 100, cursor: str | None = None
+    ) -> tuple[list[SessionView], str | None]:
+        """Sessions that `wanted` fits, newest first, and the cursor of the next page."""
+        found, following = await self._run(lambda conn: finding.find(conn, wanted, limit, cursor))
         return [rows.view(row) for row in found], following
 
     async def suspend(self, session: str) -> SessionView:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rethaw.control import rows, wakeups
 from rethaw.control.rows import Conn, Row
+from rethaw.control.wakeups import Transactions
 from rethaw.model.errors import Conflict, InvalidInput, NotFound
 from rethaw.model.starting import (
     DEFAULT_QUEUE,
@@ -345,3 +346,22 @@ async def remove(conn: Conn, name: str) -> Queue:
         )
     await conn.execute("DELETE FROM queues WHERE name = %s", (name,))
     return found
+
+
+class Queues:
+    """What the API asks on people's behalf."""
+
+    def __init__(self, transactions: Transactions) -> None:
+        self._run = transactions.run
+
+    async def every(self) -> list[Queue]:
+        return await self._run(every)
+
+    async def get(self, name: str) -> Queue:
+        return await self._run(lambda conn: get(conn, name))
+
+    async def change(self, name: str, changes: dict[str, Any]) -> Queue:
+        return await self._run(lambda conn: change(conn, name, changes))
+
+    async def remove(self, name: str) -> Queue:
+        return await self._run(lambda conn: remove(conn, name))

@@ -126,8 +126,8 @@ def _row(values: dict[str, Any]) -> Row:
     return Row(**values)
 
 
-async def select(conn: Conn, where: LiteralString, params: Sequence[Any] = ()) -> list[Row]:
-    """Rows of `sessions` (as `s`) that `where`, the rest of the statement, finds."""
+async def select(conn: Conn, where: LiteralString, params: Sequence[Any] | dict[str, Any] = ()) -> list[Row]:
+    """Rows of `sessions` (as `s`, its spec as `p`) that `where`, the rest of the statement, finds."""
     return [_row(values) for values in await many(conn, _SELECT + where.encode(), params)]
 
 

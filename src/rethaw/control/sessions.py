@@ -174,19 +174,6 @@ async def resolve(conn: Conn, text: str, *, table: str = "sessions", prefix: str
     raise NotFound(f"there is no {kind} {text!r}", remedy="`rethaw ls` shows those there are")
 
 
-async def find(
-    conn: Conn, state: State | None, agent: str | None, limit: int, cursor: str | None
-) -> tuple[list[Row], str | None]:
-    """Newest first; the second is the cursor of the next page."""
-    found = await rows.select(
-        conn,
-        """WHERE (%s::text IS NULL OR s.state = %s) AND (%s::text IS NULL OR s.agent_name = %s)
-           AND (%s::text IS NULL OR s.id < %s) ORDER BY s.id DESC LIMIT %s""",
-        (state, state, agent, agent, cursor, cursor, limit + 1),
-    )
-    return found[:limit], found[limit - 1].id if len(found) > limit else None
-
-
 def _not_over(row: Row, what: str) -> None:
     if row.state.final:
         raise Conflict(
@@ -338,9 +325,7 @@ async def expire(conn: Conn, session: str) -> None:
     row = await queues.overdue(conn, session)
     if row is not None:
         why = await obstacle(conn, row, counted=True)
-        await finish(
-            conn, row, State.FAILED, reason=Reason.EXPIRED, detail=f"it could not start within its ttl: {why}"
-        )
+        await finish(conn, row, State.FAILED, reason=Reason.EXPIRED, detail=f"it could not start within its ttl: {why}")
 
 
 async def give_up(conn: Conn, session: str) -> None:
