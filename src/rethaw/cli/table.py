@@ -81,12 +81,27 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("queue resume", "queue:resume", "Start from a paused queue again.", "NAME"),
         Command("queue rm", "queue:rm", "Forget a queue's limits.", "NAME"),
     ),
+    "Schedules": (
+        Command(
+            "schedule create",
+            "schedule:create",
+            "Start sessions by the clock.",
+            "NAME --cron LINE|--every TIME FILE.py[::AGENT] [--ARG VALUE ...]",
+        ),
+        Command("schedule ls", "schedule:ls", "List schedules."),
+        Command("schedule show", "schedule:show", "Show a schedule and its last times.", "NAME"),
+        Command("schedule pause", "schedule:pause", "Start nothing by a schedule.", "NAME"),
+        Command("schedule resume", "schedule:resume", "Go on with a paused schedule.", "NAME"),
+        Command("schedule trigger", "schedule:trigger", "Start a session of a schedule now.", "NAME"),
+        Command("schedule rm", "schedule:rm", "Remove a schedule.", "NAME"),
+    ),
     "More": (Command("version", "look:version", "Print the version of this program and of the server."),),
 }
 GROUP_HELP = {
     "snapshot": "Snapshots of a session.",
     "template": "Warm agents that sessions are started from.",
     "queue": "How many sessions run at once, and who is next.",
+    "schedule": "Sessions that start by the clock.",
 }
 
 COMMANDS: tuple[Command, ...] = tuple(command for group in GROUPS.values() for command in group)

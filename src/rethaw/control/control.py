@@ -23,6 +23,7 @@ from rethaw.control import (
     recovery,
     reports,
     rows,
+    schedules,
     sessions,
     stats,
     templates,
@@ -75,6 +76,7 @@ class Control:
         self.policy = policy or Policy()
         self.transactions = Transactions(db, hub)
         self.queues = queues.Queues(self.transactions)
+        self.schedules = schedules.Schedules(self.transactions, lambda: self.policy)
         self.hub = hub
         self._log = log
         self._addresses = Addresses(public_url, secret or os.urandom(32))
@@ -182,6 +184,7 @@ class Control:
         self, agent: AgentSpec, args: dict[str, Any], key: str | None = None, options: StartOptions | None = None
     ) -> tuple[SessionView, bool]:
         """Start a session, and whether it is new. A known `key` gives the existing one, or KeyReused."""
+        schedules.check_key(key)
         session = new_id("s")
         row, new = await self._run(lambda conn: sessions.create(conn, session, agent, args, key, self.policy, options))
         return rows.view(row), new
@@ -277,6 +280,7 @@ class Control:
         self, agent: AgentSpec, args: dict[str, Any], key: str | None, options: StartOptions | None = None
     ) -> tuple[SessionView, bool] | None:
         """A session from the agent's own template, and whether it is new; None when there is none to start from."""
+        schedules.check_key(key)
         session, generation = new_id("s"), new_generation()
         found = await self._run(
             lambda conn: templates.start_auto(conn, session, generation, agent, args, key, self.policy, options)
@@ -292,6 +296,7 @@ class Control:
         self, name: str, payload: bytes, key: str | None, options: StartOptions | None = None
     ) -> tuple[SessionView, bool]:
         """A session forked from a template, and whether it is new."""
+        schedules.check_key(key)
         session, generation = new_id("s"), new_generation()
         row, new = await self._run(
             lambda conn: templates.start(conn, name, session, generation, payload, key, self.policy, options)

@@ -9,11 +9,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import LiteralString
 
-from rethaw.control import rows, sessions, waits
+from rethaw.control import rows, schedules, sessions, waits
 from rethaw.control.control import Control
 from rethaw.control.rows import Conn
-from rethaw.control.wakeups import ANY, QUEUE_CHANNEL, TIMER_CHANNEL
+from rethaw.control.wakeups import ANY, QUEUE_CHANNEL, SCHEDULE_CHANNEL, TIMER_CHANNEL
 from rethaw.model.errors import NotFound
 
 log = logging.getLogger("rethaw.control")
@@ -47,6 +48,7 @@ class ControlLoops:
             group.create_task(self._forever("timers", self._time))
             group.create_task(self._forever("leases", self.reap))
             group.create_task(self._forever("placement", self._place))
+            group.create_task(self._forever("schedules", self._schedules))
 
     async def _forever(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -66,9 +68,7 @@ class ControlLoops:
 
     async def _until_next(self) -> float:
         """Seconds until the next deadline that is known, at most `poll_s`."""
-        found = await self._control.transactions.run(lambda conn: rows.one(conn, _SOONEST))
-        left = found["left"] if found else None
-        return self._policy.poll_s if left is None else min(self._policy.poll_s, max(0.005, float(left)))
+        return max(0.005, await self._left(_SOONEST))
 
     async def _place(self) -> None:
         """Place who can be, then wait until a slot or a node may be free, or somebody's delay is over."""
@@ -77,10 +77,19 @@ class ControlLoops:
             await self._control.place_waiting()
             # Many who find no room are not asked again at each session's end.
             await asyncio.sleep(min(self._policy.poll_s, 2 * (time.monotonic() - began - 0.05)))
-            found = await self._control.transactions.run(lambda conn: rows.one(conn, _NEXT_DELAY))
-            left = found["left"] if found else None
-            limit = self._policy.poll_s if left is None else min(self._policy.poll_s, max(0.005, float(left)))
-            await sooner.wait(limit)
+            await sooner.wait(max(0.005, await self._left(_NEXT_DELAY)))
+
+    async def _schedules(self) -> None:
+        """Start what is due by schedules, then wait for the next time."""
+        with self._control.hub.subscribe(SCHEDULE_CHANNEL, ANY) as sooner:
+            if not await self._control.schedules.fire():
+                await sooner.wait(max(0.005, await self._left(schedules.SOONEST)))
+
+    async def _left(self, query: LiteralString) -> float:
+        """Seconds until what `query` finds, at most `poll_s`."""
+        found = await self._control.transactions.run(lambda conn: rows.one(conn, query))
+        left = found["left"] if found else None
+        return self._policy.poll_s if left is None else min(self._policy.poll_s, float(left))
 
     async def fire(self) -> None:
         """Everything whose time has come."""

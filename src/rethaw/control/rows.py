@@ -33,7 +33,9 @@ async def many(
         return await cursor.fetchall() if cursor.description else []
 
 
-async def one(conn: Conn, query: LiteralString | sql.Composed, params: Sequence[Any] = ()) -> dict[str, Any] | None:
+async def one(
+    conn: Conn, query: LiteralString | sql.Composed, params: Sequence[Any] | dict[str, Any] = ()
+) -> dict[str, Any] | None:
     """The first row of `query`."""
     found = await many(conn, query, params)
     return found[0] if found else None

@@ -17,6 +17,7 @@ from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
 from rethaw.sdk.listing import PAGE, Page, When, wanted
 from rethaw.sdk.queues import AsyncQueues
+from rethaw.sdk.schedules import AsyncSchedules
 from rethaw.sdk.snapshots import AsyncSnapshots
 from rethaw.sdk.sse import Parser
 from rethaw.sdk.starting import starting
@@ -54,6 +55,7 @@ class AsyncClient:
         self.snapshots = AsyncSnapshots(self)
         self.templates = AsyncTemplates(self)
         self.queues = AsyncQueues(self)
+        self.schedules = AsyncSchedules(self)
 
     @property
     def url(self) -> str:

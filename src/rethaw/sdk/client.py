@@ -16,6 +16,7 @@ from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
 from rethaw.sdk.listing import PAGE, Page, When, wanted
 from rethaw.sdk.queues import Queues
+from rethaw.sdk.schedules import Schedules
 from rethaw.sdk.snapshots import Snapshots
 from rethaw.sdk.sse import Parser
 from rethaw.sdk.starting import starting
@@ -53,6 +54,7 @@ class Client:
         self.snapshots = Snapshots(self)
         self.templates = Templates(self)
         self.queues = Queues(self)
+        self.schedules = Schedules(self)
 
     @property
     def url(self) -> str:
