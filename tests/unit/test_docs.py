@@ -15,7 +15,7 @@ import pytest
 
 from rethaw import LocalContext
 from rethaw.cli.app import build
-from rethaw.cli.arguments import separate
+from rethaw.cli.arguments import prepared
 from rethaw.cli.table import COMMANDS
 from rethaw.gateway import providers
 from rethaw.model.enums import EventType
@@ -127,8 +127,7 @@ def test_shell_examples_are_commands(where: str, code: str) -> None:
     app = build()
     for words in commands(code):
         if words not in ([], ["--help"]):
-            told = ["run", *separate(words[1:])] if words[0] == "run" else words
-            app.parse_args(told, exit_on_error=False, print_error=False)
+            app.parse_args(prepared(words), exit_on_error=False, print_error=False)
 
 
 def test_links_lead_somewhere() -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from rethaw.model.types import AgentSpec, Message, SessionView, SnapshotInfo
+from rethaw.model.types import AgentSpec, Message, SessionView, SnapshotInfo, StartOptions
 
 
 class _Body(BaseModel):
@@ -19,6 +19,7 @@ class StartBody(_Body):
     agent: AgentSpec
     args: dict[str, Any] = Field(default_factory=dict[str, Any])
     key: str | None = None
+    options: StartOptions = Field(default_factory=StartOptions)
 
 
 class CancelBody(_Body):

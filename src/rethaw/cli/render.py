@@ -86,6 +86,8 @@ def show_lines(detail: Detail) -> list[str]:
         ("state", color(state_text(view), state_color(view.state.value))),
         ("detail", plain(view.detail or "")),
         ("key", plain(view.key or "")),
+        ("queue", _queue(view)),
+        ("tags", plain(" ".join(view.tags))),
         ("forked from", f"{view.forked_from} at event {view.forked_seq}" if view.forked_from else ""),
         ("created", f"{view.created_at.astimezone():%Y-%m-%d %H:%M:%S} ({ago(view.created_at)} ago)"),
         ("memory", human_bytes(view.agent.memory_bytes)),
@@ -97,6 +99,15 @@ def show_lines(detail: Detail) -> list[str]:
     ]
     lines = [f"{name:<11} {value}" for name, value in rows if value]
     return [*lines, "", durability(stats)]
+
+
+def _queue(view: SessionView) -> str:
+    """Nothing of one that was started as most are."""
+    said = [f"priority {view.priority}"] if view.priority else []
+    said += [f"concurrency key {view.concurrency_key!r}"] if view.concurrency_key is not None else []
+    said += [f"not before {view.not_before.astimezone():%Y-%m-%d %H:%M:%S}"] if view.not_before else []
+    said += [f"fails if not started by {view.expires_at.astimezone():%Y-%m-%d %H:%M:%S}"] if view.expires_at else []
+    return plain(", ".join([view.queue or "default", *said])) if said or view.queue not in ("", "default") else ""
 
 
 def _model(stats: Stats) -> str:

@@ -73,12 +73,39 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("template ls", "template:ls", "List templates."),
         Command("template rm", "template:rm", "Remove a template.", "NAME"),
     ),
+    "Queues": (
+        Command("queue ls", "queue:ls", "List queues."),
+        Command("queue set", "queue:set_", "Limit how many sessions run at once.", "NAME [--limit N] [--key-limit N]"),
+        Command("queue show", "queue:show", "Show a queue and who is next.", "NAME"),
+        Command("queue pause", "queue:pause", "Start nothing from a queue.", "NAME"),
+        Command("queue resume", "queue:resume", "Start from a paused queue again.", "NAME"),
+        Command("queue rm", "queue:rm", "Forget a queue's limits.", "NAME"),
+    ),
+    "Schedules": (
+        Command(
+            "schedule create",
+            "schedule:create",
+            "Start sessions by the clock.",
+            "NAME --cron LINE|--every TIME FILE.py[::AGENT] [--ARG VALUE ...]",
+        ),
+        Command("schedule ls", "schedule:ls", "List schedules."),
+        Command("schedule show", "schedule:show", "Show a schedule and its last times.", "NAME"),
+        Command("schedule pause", "schedule:pause", "Start nothing by a schedule.", "NAME"),
+        Command("schedule resume", "schedule:resume", "Go on with a paused schedule.", "NAME"),
+        Command("schedule trigger", "schedule:trigger", "Start a session of a schedule now.", "NAME"),
+        Command("schedule rm", "schedule:rm", "Remove a schedule.", "NAME"),
+    ),
     "More": (
         Command("completion", "completion:completion", "Print the completion script of a shell.", "[bash|zsh|fish]"),
         Command("version", "look:version", "Print the version of this program and of the server."),
     ),
 }
-GROUP_HELP = {"snapshot": "Snapshots of a session.", "template": "Warm agents that sessions are started from."}
+GROUP_HELP = {
+    "snapshot": "Snapshots of a session.",
+    "template": "Warm agents that sessions are started from.",
+    "queue": "How many sessions run at once, and who is next.",
+    "schedule": "Sessions that start by the clock.",
+}
 
 COMMANDS: tuple[Command, ...] = tuple(command for group in GROUPS.values() for command in group)
 

@@ -13,16 +13,19 @@ from typing import Any, Literal, TypeVar
 
 from rethaw.control import (
     children,
+    finding,
     forks,
     imports,
     inbox,
     leases,
     outbox,
     placement,
+    queues,
     recovery,
     reports,
     rows,
     self_forks,
+    schedules,
     sessions,
     stats,
     templates,
@@ -51,6 +54,7 @@ from rethaw.model.types import (
     NodeInfo,
     SessionView,
     SnapshotInfo,
+    StartOptions,
     StateChange,
     Template,
     WaitSpec,
@@ -76,6 +80,8 @@ class Control:
     ) -> None:
         self.policy = policy or Policy()
         self.transactions = Transactions(db, hub)
+        self.queues = queues.Queues(self.transactions)
+        self.schedules = schedules.Schedules(self.transactions, lambda: self.policy)
         self.hub = hub
         self._log = log
         self._addresses = Addresses(public_url, secret or os.urandom(32))
@@ -216,10 +222,13 @@ class Control:
 
     # ------------------------------------------------------------ people
 
-    async def create(self, agent: AgentSpec, args: dict[str, Any], key: str | None = None) -> tuple[SessionView, bool]:
+    async def create(
+        self, agent: AgentSpec, args: dict[str, Any], key: str | None = None, options: StartOptions | None = None
+    ) -> tuple[SessionView, bool]:
         """Start a session, and whether it is new. A known `key` gives the existing one, or KeyReused."""
+        schedules.check_key(key)
         session = new_id("s")
-        row, new = await self._run(lambda conn: sessions.create(conn, session, agent, args, key, self.policy))
+        row, new = await self._run(lambda conn: sessions.create(conn, session, agent, args, key, self.policy, options))
         return rows.view(row), new
 
     async def resolve(self, text: str) -> str:
@@ -236,7 +245,14 @@ class Control:
         self, state: State | None = None, agent: str | None = None, limit: int = 100, cursor: str | None = None
     ) -> tuple[list[SessionView], str | None]:
         """Sessions, newest first, and the cursor of the next page."""
-        found, following = await self._run(lambda conn: sessions.find(conn, state, agent, limit, cursor))
+        wanted = finding.Filter(states=() if state is None else (state,), agent=agent)
+        return await self.find(wanted, limit, cursor)
+
+    async def find(
+        self, wanted: finding.Filter, limit: int = 100, cursor: str | None = None
+    ) -> tuple[list[SessionView], str | None]:
+        """Sessions that `wanted` fits, newest first, and the cursor of the next page."""
+        found, following = await self._run(lambda conn: finding.find(conn, wanted, limit, cursor))
         return [rows.view(row) for row in found], following
 
     async def suspend(self, session: str) -> SessionView:
@@ -303,12 +319,13 @@ class Control:
         return await self._run(templates.every)
 
     async def start_auto(
-        self, agent: AgentSpec, args: dict[str, Any], key: str | None
+        self, agent: AgentSpec, args: dict[str, Any], key: str | None, options: StartOptions | None = None
     ) -> tuple[SessionView, bool] | None:
         """A session from the agent's own template, and whether it is new; None when there is none to start from."""
+        schedules.check_key(key)
         session, generation = new_id("s"), new_generation()
         found = await self._run(
-            lambda conn: templates.start_auto(conn, session, generation, agent, args, key, self.policy)
+            lambda conn: templates.start_auto(conn, session, generation, agent, args, key, self.policy, options)
         )
         return None if found is None else await self._forked(*found)
 
@@ -317,16 +334,19 @@ class Control:
         for name in await self._run(lambda conn: templates.outdated(conn, agent)):
             await self.drop_template(name)
 
-    async def start_template(self, name: str, payload: bytes, key: str | None) -> tuple[SessionView, bool]:
+    async def start_template(
+        self, name: str, payload: bytes, key: str | None, options: StartOptions | None = None
+    ) -> tuple[SessionView, bool]:
         """A session forked from a template, and whether it is new."""
+        schedules.check_key(key)
         session, generation = new_id("s"), new_generation()
         row, new = await self._run(
-            lambda conn: templates.start(conn, name, session, generation, payload, key, self.policy)
+            lambda conn: templates.start(conn, name, session, generation, payload, key, self.policy, options)
         )
         return await self._forked(row, new)
 
     async def _forked(self, row: Row, new: bool) -> tuple[SessionView, bool]:
-        if row.state == State.RESUMING:
+        if row.state in (State.QUEUED, State.RESUMING):
             await self._run(lambda conn: sessions.place(conn, row.id, self.policy))
         return await self.session(row.id), new
 

@@ -146,9 +146,12 @@ def _none_yet(row: Row) -> Conflict:
 # ---------------------------------------------------------------- fork
 
 
-async def fork(conn: Conn, session: str, at: int | str | None, forks: dict[str, str], redeliver: bool) -> list[Row]:
+async def fork(
+    conn: Conn, session: str, at: int | str | None, forks: dict[str, str], redeliver: bool, *, queued: bool = False
+) -> list[Row]:
     """New sessions (`forks`: id -> generation) that begin where `session` was at `at`. One transaction, a fixed number
-    of statements. They are `resuming` without a node, or suspended as their parent is."""
+    of statements. They are `resuming` without a node, or suspended as their parent is; or `queued`. They are in its queue,
+    with its priority and tags."""
     parent = await rows.load(conn, session, lock=True)
     ids = list(forks)
     if made := await rows.select(conn, "WHERE s.id = ANY(%s) ORDER BY s.id", (ids,)):
@@ -162,7 +165,8 @@ async def fork(conn: Conn, session: str, at: int | str | None, forks: dict[str, 
         and target.snapshot.id == parent.snapshot
         and not redeliver
     )
-    await _insert(conn, parent, target, forks, State.SUSPENDED if asleep else State.RESUMING)
+    awake = State.QUEUED if queued else State.RESUMING
+    await _insert(conn, parent, target, forks, State.SUSPENDED if asleep else awake)
     await waits.inherit(conn, ids, target.snapshot.attempt)
     first = await rows.load(conn, ids[0])
     numbers = {"outbox_base": await outbox.shared_until(conn, ids[0]), "progress": await lineage.progress(conn, first)}
@@ -222,8 +226,10 @@ async def _insert(conn: Conn, parent: Row, target: Target, forks: dict[str, str]
                 JOIN inbox i ON i.session = w.session AND i.seq > w.after AND i.seq <= least(w.upto, %(seq)s))
            FROM sessions p, unnest(%(ids)s::text[], %(generations)s::text[]) u (id, generation)
            WHERE p.id = %(parent)s""",
-        """INSERT INTO session_specs (session, agent, args)
-           SELECT u, p.agent, p.args FROM session_specs p, unnest(%(ids)s::text[]) u WHERE p.session = %(parent)s""",
+        """INSERT INTO session_specs (session, agent, args, queue, priority, concurrency_key, tags, slot)
+           SELECT u, p.agent, p.args, CASE p.queue WHEN '' THEN 'default' ELSE p.queue END, p.priority, p.concurrency_key,
+               p.tags, CASE %(state)s WHEN 'suspended' THEN 'free' ELSE 'waiting' END
+           FROM session_specs p, unnest(%(ids)s::text[]) u WHERE p.session = %(parent)s""",
         """INSERT INTO lines (session, line, parent, parent_session, branch_seq, why, snapshot, from_session, from_line,
                from_seq, opened_after)
            SELECT u, %(line)s, %(snapshot_line)s, %(snapshot_session)s, %(shared)s, 'fork', %(snapshot)s,

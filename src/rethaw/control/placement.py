@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rethaw.control import lineage, rows, wakeups
+from rethaw.control import lineage, queues, rows, wakeups
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.model.enums import Reason, State
@@ -116,9 +116,12 @@ async def cursor(conn: Conn, row: Row) -> int:
 
 
 async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
-    """Give a session that needs a node (queued, or resuming or recovering without one) to a node, if one has room.
+    """Give a session that needs a node (queued, or resuming or recovering without one) to a node, if its queue has a slot
+    for it and a node has room.
 
     What the new life starts from is `row.restored`: a snapshot, restored where its files are, or nothing: a boot."""
+    if not await queues.admits(conn, row):
+        return row
     info: SnapshotInfo | None = None
     only: str | None = None
     if row.restored is not None:
@@ -128,9 +131,14 @@ async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
     node = await choose(conn, row.memory_bytes, policy, only)
     if node is None:
         return row
+    await queues.take(conn, row)
     place = {"node": node["id"], "incarnation": node["incarnation"]}
     if row.state in (State.CREATED, State.QUEUED):
-        row = await rows.move(conn, row, State.STARTING, generation=new_generation(), **place)
+        await _count_from_now(conn, row)
+        if info is not None:  # from a template
+            row = await rows.move(conn, row, State.RESUMING, reason=row.reason, **place)
+        else:
+            row = await rows.move(conn, row, State.STARTING, generation=new_generation(), **place)
     else:
         await rows.update(conn, row.id, **place)
         row = await rows.load(conn, row.id)
@@ -142,3 +150,12 @@ async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
         boot = Boot(args=json.loads(row.args), cursor=await cursor(conn, row), fresh=fresh)
         await assign(conn, row, "start", reason=row.reason, boot=boot)
     return row
+
+
+async def _count_from_now(conn: Conn, row: Row) -> None:
+    """What it waited for its turn is no part of its longest duration."""
+    if row.agent.max_duration_s is not None and row.queue != queues.TEMPLATES:
+        await conn.execute(
+            "UPDATE sessions SET give_up_at = now() + make_interval(secs => %s) WHERE id = %s",
+            (row.agent.max_duration_s, row.id),
+        )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from rethaw.control import arrivals, placement, rows
+from rethaw.control import arrivals, placement, queues, rows
 from rethaw.control.rows import POLICY_REASONS, Conn
 from rethaw.control.sessions import no_room
 from rethaw.model.enums import Desired, State
@@ -29,6 +29,7 @@ async def why(conn: Conn, session: str) -> dict[str, Any]:
     """Waiting for what, since when, what wakes it, the last snapshot, where it would resume."""
     row = await rows.load(conn, session)
     waiting = [told for r in await _open_waits(conn, session, row.attempt) for told in _waits(r)]
+    queued: queues.Obstacle | None = None
     for found in await _open_exchanges(conn, session):
         waiting.append(
             {
@@ -45,6 +46,15 @@ async def why(conn: Conn, session: str) -> dict[str, Any]:
                 "name": None,
                 "since": row.state_since.isoformat(),
                 "wakes_it": f"rethaw resume {row.id}",
+            }
+        )
+    elif row.node is None and (queued := await queues.obstacle(conn, row, counted=True)) is not None:
+        waiting.append(
+            {
+                "kind": queued.kind,
+                "name": row.queue if queued.kind == "queue" else None,
+                "since": row.state_since.isoformat(),
+                "wakes_it": queued.ends_with,
             }
         )
     elif row.node is None and row.state in (State.CREATED, State.QUEUED, State.RESUMING, State.RECOVERING):
@@ -74,7 +84,7 @@ async def why(conn: Conn, session: str) -> dict[str, Any]:
         "state": row.state.value,
         "desired": row.desired.value,
         "reason": row.reason.value,
-        "detail": row.detail,
+        "detail": queued.text if queued is not None else row.detail,
         "since": row.state_since.isoformat(),
         "waiting_for": [] if row.state.final else waiting,
         "last_snapshot": last,

@@ -21,7 +21,7 @@ REPORTED: dict[State, frozenset[State]] = {
 # decided by control itself
 _DECIDED: dict[State, frozenset[State]] = {
     _S.CREATED: frozenset({_S.QUEUED, _S.STARTING, _S.FAILED, _S.CANCELLED}),
-    _S.QUEUED: frozenset({_S.STARTING, _S.FAILED, _S.CANCELLED}),
+    _S.QUEUED: frozenset({_S.STARTING, _S.RESUMING, _S.FAILED, _S.CANCELLED}),  # resuming: from a template
     # To resuming: a rewind, from anywhere but before the first start. It is the only way out of an end. (A fork begins
     # as resuming or suspended.)
     _S.STARTING: frozenset({_S.RECOVERING, _S.RESUMING}),

@@ -65,6 +65,7 @@ class Reason(StrEnum):
     FENCED = "fenced"
     FORKED = "forked"  # a new session from another one's snapshot
     REWOUND = "rewound"  # a person took it back to an older snapshot
+    EXPIRED = "expired"  # it had not started when its ttl was over
 
 
 class Durability(StrEnum):

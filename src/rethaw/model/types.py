@@ -236,6 +236,73 @@ class SessionView(Wire):
     forked_seq: int | None = None
     parent: str | None = None  # the session whose agent spawned it
     deadline: datetime | None = None  # it is ended then (max_duration)
+    queue: str = "default"
+    priority: int = 0
+    concurrency_key: str | None = None
+    tags: tuple[str, ...] = ()
+    not_before: datetime | None = None  # of a delay
+    expires_at: datetime | None = None  # fails if it has not started by then
+
+
+class StartOptions(Wire):
+    """How a session is started, apart from what runs. Checked by `rethaw.model.starting`."""
+
+    queue: str = "default"
+    priority: int = 0  # higher ones first, then older ones
+    delay_s: float | None = None  # from now until it may start
+    ttl_s: float | None = None  # from when it may start until it must have
+    concurrency_key: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class Queue(Wire):
+    """A queue. Limits: None is none. `suspended`: whether suspended sessions "count" towards them, or are "free" and
+    wait for a slot to be resumed. `running`: sessions that have a slot; `waiting`: that want one now; `delayed`: later."""
+
+    name: str
+    limit: int | None = None
+    key_limit: int | None = None
+    paused: bool = False
+    suspended: Literal["count", "free"] = "count"
+    running: int = 0
+    waiting: int = 0
+    delayed: int = 0
+    next: tuple[str, ...] = ()  # the first of those that wait, in their order
+
+
+class Firing(Wire):
+    """What became of one time of a schedule."""
+
+    due: datetime
+    what: Literal["started", "triggered", "skipped", "missed", "failed"]
+    session: str | None = None
+    detail: str | None = None
+
+
+class ScheduleSpec(Wire):
+    """What a schedule starts and when: `cron` in time zone `tz`, or every `every_s` seconds. Checked by control.
+
+    `catch_up`: of times that passed while no server ran, start the "latest", "all" or "none". `overlap`: "allow", or
+    "skip" a time while a session of an earlier one goes on."""
+
+    agent: AgentSpec
+    args: dict[str, Any] = Field(default_factory=dict[str, Any])
+    options: StartOptions = StartOptions()
+    cron: str | None = None
+    tz: str = "UTC"
+    every_s: float | None = None
+    catch_up: Literal["latest", "none", "all"] = "latest"
+    overlap: Literal["allow", "skip"] = "allow"
+
+
+class Schedule(ScheduleSpec):
+    """A schedule as it stands. `next_at` is where it would go on if it is paused. `firings`: the newest first."""
+
+    name: str
+    paused: bool
+    next_at: datetime
+    created_at: datetime
+    firings: tuple[Firing, ...] = ()
 
 
 class Template(Wire):

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
@@ -15,6 +15,7 @@ from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.errors import InvalidInput, NotFound
 from rethaw.sdk.images import Image, checked_env
 from rethaw.sdk.sizes import size_bytes
+from rethaw.sdk.starting import Starting, starting
 
 if TYPE_CHECKING:
     from rethaw.model.types import AgentSpec
@@ -51,6 +52,7 @@ class Options:
     keep_size: int = 5 << 30
     template: str = "none"
     engine: str | None = None
+    starting: Starting = field(default_factory=Starting)
 
     def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
         """The wire form, for a Python function (`entry` in `code`) or for a command."""
@@ -98,6 +100,10 @@ def options(
     keep_size: str | int = "5GiB",
     template: str = "none",
     engine: str | None = None,
+    queue: str | None = None,
+    priority: int | None = None,
+    ttl: Duration | None = None,
+    tags: Sequence[str] = (),
 ) -> Options:
     """Check what a person wrote. Raises InvalidInput naming the value and the remedy."""
     if not name or len(name) > 128 or not all(c.isalnum() or c in "._-" for c in name) or not name[0].isalnum():
@@ -129,16 +135,20 @@ def options(
         keep_size=size_bytes(keep_size),
         template=template,
         engine=engine,
+        starting=starting(queue=queue, priority=priority, ttl=ttl, tags=tags),
     )
 
 
 class Agent(Generic[P, R_co]):
     """A Python function that runs as a durable session. Calling it runs the plain function."""
 
-    def __init__(self, function: Callable[..., Any], options: Options, *, key: str | None = None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], options: Options, *, key: str | None = None, how: Starting | None = None
+    ) -> None:
         self.function = function
         self.options = options
         self.key = key
+        self.how = how or Starting()
         self.__name__ = function.__name__
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
@@ -212,9 +222,28 @@ class Agent(Generic[P, R_co]):
                 ) from e
         return out
 
-    def with_options(self, *, key: str | None = None) -> Agent[P, R_co]:
-        """The same agent with options for the next start. `key`: starting again with it gives the same session."""
-        return Agent(self.function, replace(self.options), key=key)
+    def with_options(
+        self,
+        *,
+        key: str | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        delay: Duration | None = None,
+        ttl: Duration | None = None,
+        concurrency_key: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> Agent[P, R_co]:
+        """The same agent with options for the next start. `key`: starting again with it gives the same session.
+
+        `queue` and `concurrency_key`: whose limits it waits for. `priority`: higher ones first. `delay`: how long until it
+        may start; `ttl`: how long from then until it must have started, or it fails. `tags`: added to the agent's own."""
+        how = starting(queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags)
+        return Agent(self.function, replace(self.options), key=key, how=how)
+
+    @property
+    def starting(self) -> Starting:
+        """How the next session is started: options of this start over those of the definition."""
+        return self.how.over(self.options.starting)
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
         """Start a session on the server of RETHAW_URL or the credentials file."""
@@ -224,7 +253,10 @@ class Agent(Generic[P, R_co]):
         """Start a session on the server of `client`."""
         given, package = self.arguments(*args, **kwargs), self.package()
         client.blobs.put(package.data)
-        return cast("Session[R_co]", client.sessions.start(self.spec(package.digest), given, key=self.key))
+        return cast(
+            "Session[R_co]",
+            client.sessions.start(self.spec(package.digest), given, key=self.key, **self.starting.given()),
+        )
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run it in this process, without a server and without durability, for a debugger. Nothing comes into its inbox; to
@@ -256,7 +288,10 @@ class AsyncAgent(Generic[P, R_co]):
         agent = self._agent
         given, package = agent.arguments(*args, **kwargs), agent.package()
         await client.blobs.put(package.data)
-        return cast("AsyncSession[R_co]", await client.sessions.start(agent.spec(package.digest), given, key=agent.key))
+        return cast(
+            "AsyncSession[R_co]",
+            await client.sessions.start(agent.spec(package.digest), given, key=agent.key, **agent.starting.given()),
+        )
 
 
 @overload
@@ -286,6 +321,10 @@ def agent(
     keep_size: str | int = "5GiB",
     template: str = "none",
     engine: str | None = None,
+    queue: str | None = None,
+    priority: int | None = None,
+    ttl: Duration | None = None,
+    tags: Sequence[str] = (),
 ) -> _Decorator: ...
 def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
     """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments. An `async
@@ -297,7 +336,8 @@ def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = N
     a provider's "later" is waited for. `max_duration`: of the session. `grace`: from SIGTERM to SIGKILL on cancel.
     `keep_snapshots`: every snapshot this young is kept, of older ones one an hour, within `keep_size` in all.
     `template="auto"`: the first start makes a template of the agent, with its file imported; later ones begin there.
-    `engine`: "gvisor", or "qemu" for a microVM with a kernel of its own; None takes the server's default.
+    `engine`: "gvisor", or "qemu" for a microVM with a kernel of its own; None takes the server's default. `queue`,
+    `priority`, `ttl`, `tags`: of its starts, see `with_options`.
     """
 
     def make(f: Callable[..., Any]) -> Agent[..., Any]:

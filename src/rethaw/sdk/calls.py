@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar, cast
@@ -15,6 +15,8 @@ from urllib.parse import quote
 
 from rethaw.model.errors import InvalidInput, RethawError, Unauthorized, Unavailable, by_code
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
+from rethaw.sdk.listing import Page, Wanted
+from rethaw.sdk.starting import Starting
 from rethaw.sdk.types import Detail, Message, OpenWait, Outcome, Stats, Why
 
 T = TypeVar("T")
@@ -28,7 +30,7 @@ class Call(Generic[T]):
     method: str
     path: str
     read: Callable[[bytes], T]
-    params: dict[str, str] = field(default_factory=dict[str, str])
+    params: Mapping[str, str | list[str]] = field(default_factory=dict[str, str | list[str]])
     content: bytes | None = None
     content_type: str = "application/json"
     accept: str = "application/json"
@@ -189,22 +191,22 @@ def put_blob(data: bytes) -> Call[str]:
     )  # fmt: skip
 
 
-def start(agent: AgentSpec, args: dict[str, Any], key: str | None) -> Call[SessionView]:
+def start(agent: AgentSpec, args: dict[str, Any], key: str | None, how: Starting | None = None) -> Call[SessionView]:
     body = b'{"agent":%b,"args":%b' % (agent.model_dump_json().encode(), to_json(args, "args"))
+    if how is not None and (given := how.wire()):
+        body += b',"options":%b' % to_json(given)
     body += b',"key":%b}' % to_json(key) if key is not None else b"}"
     return Call("POST", "/v1/sessions", session_view, content=body)
 
 
-def list_sessions(
-    state: str | None, agent: str | None, limit: int, cursor: str | None
-) -> Call[tuple[list[SessionView], str | None]]:
-    def read(body: bytes) -> tuple[list[SessionView], str | None]:
+def list_sessions(wanted: Wanted, limit: int, cursor: str | None) -> Call[Page]:
+    def read(body: bytes) -> Page:
         values = _object(body)
         rows = [cast("SessionView", _wire(SessionView, row)) for row in values["sessions"]]
-        return rows, cast("str | None", values.get("next"))
+        return Page(rows, cast("str | None", values.get("next")))
 
-    given = {"state": state, "agent": agent, "limit": str(limit), "cursor": cursor}
-    return Call("GET", "/v1/sessions", read, params={k: v for k, v in given.items() if v is not None})
+    more = {"limit": str(limit)} if cursor is None else {"limit": str(limit), "cursor": cursor}
+    return Call("GET", "/v1/sessions", read, params={**wanted.params, **more})
 
 
 def get(session: str) -> Call[SessionView]:

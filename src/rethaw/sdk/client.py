@@ -14,8 +14,12 @@ from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
 from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
+from rethaw.sdk.listing import PAGE, Page, When, wanted
+from rethaw.sdk.queues import Queues
+from rethaw.sdk.schedules import Schedules
 from rethaw.sdk.snapshots import Snapshots
 from rethaw.sdk.sse import Parser
+from rethaw.sdk.starting import starting
 from rethaw.sdk.templates import Templates
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, OnGap, Patience, Target, failure
 from rethaw.sdk.types import Detail, Message, Outcome, Why
@@ -49,6 +53,8 @@ class Client:
         self.blobs = Blobs(self)
         self.snapshots = Snapshots(self)
         self.templates = Templates(self)
+        self.queues = Queues(self)
+        self.schedules = Schedules(self)
 
     @property
     def url(self) -> str:
@@ -119,9 +125,27 @@ class Sessions:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def start(self, agent: AgentSpec, args: dict[str, Any] | None = None, *, key: str | None = None) -> Session[Any]:
-        """Start `agent`. With a `key` that is known the existing session comes back (KeyReused if it differs)."""
-        view = self._client.run(calls.start(agent, args or {}, key))
+    def start(
+        self,
+        agent: AgentSpec,
+        args: dict[str, Any] | None = None,
+        *,
+        key: str | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        delay: Duration | None = None,
+        ttl: Duration | None = None,
+        concurrency_key: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> Session[Any]:
+        """Start `agent`. With a `key` that is known the existing session comes back (KeyReused if it differs).
+
+        `queue` and `concurrency_key`: whose limits it waits for. `priority`: higher ones first. `delay`: how long until it
+        may start; `ttl`: how long from then until it must have started, or it fails. `tags`: to find it by."""
+        how = starting(
+            queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags
+        )  # fmt: skip
+        view = self._client.run(calls.start(agent, args or {}, key, how))
         return Session(self._client, view.id, view)
 
     def get(self, session: str) -> Session[Any]:
@@ -129,16 +153,77 @@ class Sessions:
         view = self._client.run(calls.get(session))
         return Session(self._client, view.id, view)
 
-    def list(self, *, state: str | None = None, agent: str | None = None, limit: int = 100) -> list[SessionView]:
-        """Newest first, at most `limit`."""
+    def list(
+        self,
+        *,
+        state: str | Sequence[str] | None = None,
+        agent: str | None = None,
+        tag: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        search: str | None = None,
+        created_after: When | None = None,
+        created_before: When | None = None,
+        limit: int = 100,
+    ) -> list[SessionView]:
+        """Newest first, at most `limit`. `state`: one or several. `tag`: all of them. `search`: a text in the agent's name,
+        the key, tags or arguments. Times: a datetime, "2026-01-31T09:00", or how long ago, like "2h"."""
+        given = wanted(
+            state=state, agent=agent, tag=tag, queue=queue, search=search, created_after=created_after,
+            created_before=created_before,
+        )  # fmt: skip
         out: list[SessionView] = []
         cursor: str | None = None
         while len(out) < limit:
-            rows, cursor = self._client.run(calls.list_sessions(state, agent, min(limit - len(out), 200), cursor))
-            out += rows
-            if cursor is None or not rows:
+            page = self._client.run(calls.list_sessions(given, min(limit - len(out), PAGE), cursor))
+            out += page.sessions
+            cursor = page.next
+            if cursor is None or not page.sessions:
                 break
         return out
+
+    def page(
+        self,
+        *,
+        state: str | Sequence[str] | None = None,
+        agent: str | None = None,
+        tag: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        search: str | None = None,
+        created_after: When | None = None,
+        created_before: When | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page:
+        """One page of `list`, at most 1000 sessions, and the cursor of the next."""
+        given = wanted(
+            state=state, agent=agent, tag=tag, queue=queue, search=search, created_after=created_after,
+            created_before=created_before,
+        )  # fmt: skip
+        return self._client.run(calls.list_sessions(given, limit, cursor))
+
+    def every(
+        self,
+        *,
+        state: str | Sequence[str] | None = None,
+        agent: str | None = None,
+        tag: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        search: str | None = None,
+        created_after: When | None = None,
+        created_before: When | None = None,
+    ) -> Iterator[SessionView]:
+        """All of `list`, fetched as you go on."""
+        given = wanted(
+            state=state, agent=agent, tag=tag, queue=queue, search=search, created_after=created_after,
+            created_before=created_before,
+        )  # fmt: skip
+        cursor: str | None = None
+        while True:
+            page = self._client.run(calls.list_sessions(given, PAGE, cursor))
+            yield from page.sessions
+            cursor = page.next
+            if cursor is None:
+                return
 
     def detail(self, session: str) -> Detail:
         """The session and its numbers."""

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 def ls(
     *,
-    state: str | None = None,
+    state: Annotated[list[str] | None, Parameter(negative="")] = None,
     agent: str | None = None,
+    tag: Annotated[list[str] | None, Parameter(negative="")] = None,
+    queue: str | None = None,
+    search: str | None = None,
+    since: str | None = None,
+    until: str | None = None,
     limit: int = 50,
     quiet: Annotated[bool, Flag, Parameter(name=("--quiet", "-q"))] = False,
     json: Json = False,
@@ -27,29 +32,41 @@ def ls(
     For example:
       rethaw ls
       rethaw ls --state suspended --agent coder
+      rethaw ls --tag nightly --search "heat pumps" --since 2d
       rethaw rm $(rethaw ls -q --state failed)
 
     Parameters
     ----------
     state:
-        Only those in this state.
+        Only those in this state; given again, in any of them.
     agent:
         Only those of this agent.
+    tag:
+        Only those with this tag; given again, with all of them.
+    queue:
+        Only those of this queue.
+    search:
+        Only those with this text in their agent's name, key, tags or arguments.
+    since:
+        Only those created since then: 2026-01-31, 2026-01-31T09:00, or how long
+        ago, like 2h.
+    until:
+        Only those created before that.
     limit:
         At most so many.
     quiet:
         Print ids only, whole.
     """
     from rethaw.cli.render import state_text
-    from rethaw.model.enums import State
     from rethaw.model.errors import InvalidInput
 
-    if state is not None and state not in list(State):
-        raise InvalidInput(f"{state!r} is not a state", remedy=f"use one of {', '.join(State)}")
     if limit < 1:
         raise InvalidInput(f"limit {limit} is too small", remedy="use 1 or more")
     with client() as connection:
-        views = connection.sessions.list(state=state, agent=agent, limit=limit)
+        views = connection.sessions.list(
+            state=state, agent=agent, tag=tag, queue=queue, search=search, created_after=since, created_before=until,
+            limit=limit,
+        )  # fmt: skip
     if json:
         output.emit(views)
         return
@@ -62,6 +79,8 @@ def ls(
         return
     ids = output.short([*(view.id for view in views), *(view.forked_from for view in views if view.forked_from)])
     forked = any(view.forked_from for view in views)
+    queued = any(view.queue not in ("", "default") for view in views)
+    tagged = any(view.tags for view in views)
 
     def row(view: SessionView) -> list[str]:
         crashes = str(view.crashes) if view.crashes else "-"
@@ -74,12 +93,15 @@ def ls(
             crashes,
             view.key or "-",
             *([ids[view.forked_from] if view.forked_from else "-"] if forked else []),
+            *([view.queue or "-"] if queued else []),
+            *([" ".join(view.tags) or "-"] if tagged else []),
         ]
 
+    more = [name for name, there in (("FORK OF", forked), ("QUEUE", queued), ("TAGS", tagged)) if there]
     output.table(
-        ["SESSION", "AGENT", "STATE", "SINCE", "AGE", "CRASHES", "KEY", *(["FORK OF"] if forked else [])],
+        ["SESSION", "AGENT", "STATE", "SINCE", "AGE", "CRASHES", "KEY", *more],
         [row(view) for view in views],
-        codes=[["", "", output.state_color(view.state.value), *[""] * (4 + forked)] for view in views],
+        codes=[["", "", output.state_color(view.state.value), *[""] * (4 + len(more))] for view in views],
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rethaw.model.types import AgentSpec
     from rethaw.sdk.agents import Options
     from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.starting import Starting
 
 _INTERRUPTED = 130
 
@@ -37,6 +38,12 @@ def run(
     workdir: str | None = None,
     template: str | None = None,
     engine: str | None = None,
+    queue: str | None = None,
+    priority: Annotated[int | None, Parameter(allow_leading_hyphen=True)] = None,
+    delay: str | None = None,
+    ttl: str | None = None,
+    concurrency_key: str | None = None,
+    tag: Annotated[list[str] | None, Parameter(negative="")] = None,
     json: Json = False,
 ) -> int:
     """Start a session and watch its output. Ctrl-C detaches; the session goes on.
@@ -79,7 +86,24 @@ def run(
         "auto": the first start makes a template of the agent, later ones begin there, with its file imported.
     engine:
         gvisor, or qemu for a microVM with a kernel of its own; else the server's default.
+    queue:
+        Whose limits it waits for.
+    priority:
+        Higher ones start first; 0 if not said.
+    delay:
+        It starts after so long.
+    ttl:
+        It fails if it has not started by then, counted from when it may.
+    concurrency_key:
+        The queue may limit how many with one key run at once.
+    tag:
+        To find it by; may be given again.
     """
+    from rethaw.sdk.starting import starting
+
+    how = starting(
+        queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tag or ()
+    )
     given: dict[str, Any] = {
         "name": name,
         "env": _environment(env) if env else None,
@@ -95,9 +119,9 @@ def run(
     with client(patient=not detach) as connection:
         if image is not None:
             command = [*([target] if target is not None else []), *rest]
-            session = connection.sessions.start(_of_command(image, command, given), key=key)
+            session = connection.sessions.start(_of_command(image, command, given), key=key, **how.given())
         else:
-            session = _of_file(connection, target, list(rest), given, key)
+            session = _of_file(connection, target, list(rest), given, key, how)
         if detach:
             if json:
                 output.emit(session.view)
@@ -139,7 +163,12 @@ def _of_command(image: str, command: list[str], given: dict[str, Any]) -> AgentS
 
 
 def _of_file(
-    connection: Client, target: str | None, tokens: list[str], given: dict[str, Any], key: str | None
+    connection: Client,
+    target: str | None,
+    tokens: list[str],
+    given: dict[str, Any],
+    key: str | None,
+    how: Starting,
 ) -> Session[Any]:
     from rethaw.cli.arguments import parse
     from rethaw.model.errors import InvalidInput
@@ -150,10 +179,10 @@ def _of_file(
     file, _, chosen = target.partition("::")
     found = find(file, chosen or None)
     args = parse(found.function, tokens)
-    changed = Agent[..., Any](found.function, _overridden(found.options, given), key=key)
+    changed = Agent[..., Any](found.function, _overridden(found.options, given), key=key, how=how)
     package = changed.package()
     connection.blobs.put(package.data)
-    return connection.sessions.start(changed.spec(package.digest), args, key=key)
+    return connection.sessions.start(changed.spec(package.digest), args, key=key, **changed.starting.given())
 
 
 def _overridden(base: Options, given: dict[str, Any]) -> Options:
