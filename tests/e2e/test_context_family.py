@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -162,9 +163,8 @@ async def main(ctx, crash_before=False):
 """)
 
 
-@both
-def test_children_of_a_session_that_crashes_and_sleeps(home: House, style: str) -> None:
-    session = family(home, BOSS, style=style, idle_suspend_s=0.5)
+def test_children_of_a_session_that_crashes_and_sleeps(home: House) -> None:
+    session = family(home, BOSS, style="asyncio", idle_suspend_s=0.5)
     session.until_output("first True")
     for _ in range(3):
         crash(session)
@@ -245,9 +245,8 @@ async def main(ctx):
 """)
 
 
-@both
-def test_a_fork_returns_in_both_and_is_made_once(home: House, style: str) -> None:
-    session = agents.start(home, FORK, style=style)
+def test_a_fork_returns_in_both_and_is_made_once(home: House) -> None:
+    session = agents.start(home, FORK, style="asyncio")
     session.until("a fork", lambda s: s.events("session.forked"))
     made = at(home, {"id": session.events("session.forked")[0]["data"]["fork"]})
     session.until_output("parent")
@@ -318,3 +317,45 @@ def test_the_conversation_goes_on_in_another_form(home: House) -> None:
     assert 3400 < found["left"] < 3600
     assert found["deadline"].endswith("+00:00")
     assert json.dumps(found)
+
+
+# ---------------------------------------------------------------- the server dies
+
+
+FAULTS = ("control.child.ended", "control.fork_self.before", "control.fork_self.made")
+ALL = agents.add("""
+def main(ctx):
+    ctx.snapshot()
+    print("begun", flush=True)
+    ctx.wait("go")
+    child = ctx.spawn("worker", n=7, wait="end")
+    value = child.result(timeout="5m")["n"]
+    fork = ctx.fork()
+    print("past", flush=True)
+    ctx.wait("end")
+    return [value, fork.forked]
+""")
+
+
+def test_a_server_that_is_killed_at_each_step_makes_one_child_and_one_fork(home: House) -> None:
+    session = family(home, ALL, style="blocking")
+    session.until_output("begun")
+    session.signal("go")
+    session.until("the child", lambda s: children(home, s))
+    home.server.kill9()
+    for n in range(len(FAULTS)):
+        home.server.restart(faults=",".join(f"{name}:1=kill" for name in FAULTS[n:]))
+        if n == 0:
+            at(home, children(home, session)[0]).signal("end")
+        process = home.server.process
+        assert process is not None
+        assert process.wait(60) == -signal.SIGKILL, (FAULTS[n], home.server.log_tail())
+    home.server.restart()
+    session.until_output("past")
+    (forked,) = session.events("session.forked")
+    made = at(home, {"id": forked["data"]["fork"]})
+    made.until_output("past")
+    for one in (session, made):
+        one.signal("end")
+    assert (session.result(), made.result()) == ([7, False], [7, True])
+    assert len(children(home, session)) == 1
