@@ -60,8 +60,10 @@ def ls(
     if not views:
         output.note("no sessions; start one: rethaw run FILE.py")
         return
-    ids = output.short([*(view.id for view in views), *(view.forked_from for view in views if view.forked_from)])
+    named = [one for view in views for one in (view.forked_from, view.parent) if one]
+    ids = output.short([*(view.id for view in views), *named])
     forked = any(view.forked_from for view in views)
+    spawned = any(view.parent for view in views)
 
     def row(view: SessionView) -> list[str]:
         crashes = str(view.crashes) if view.crashes else "-"
@@ -74,12 +76,23 @@ def ls(
             crashes,
             view.key or "-",
             *([ids[view.forked_from] if view.forked_from else "-"] if forked else []),
+            *([ids[view.parent] if view.parent else "-"] if spawned else []),
         ]
 
     output.table(
-        ["SESSION", "AGENT", "STATE", "SINCE", "AGE", "CRASHES", "KEY", *(["FORK OF"] if forked else [])],
+        [
+            "SESSION",
+            "AGENT",
+            "STATE",
+            "SINCE",
+            "AGE",
+            "CRASHES",
+            "KEY",
+            *(["FORK OF"] if forked else []),
+            *(["PARENT"] if spawned else []),
+        ],
         [row(view) for view in views],
-        codes=[["", "", output.state_color(view.state.value), *[""] * (4 + forked)] for view in views],
+        codes=[["", "", output.state_color(view.state.value), *[""] * (4 + forked + spawned)] for view in views],
     )
 
 
