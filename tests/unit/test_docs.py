@@ -82,8 +82,9 @@ def test_python_examples_are_python(where: str, code: str) -> None:
 def test_agents_of_the_docs_are_found(where: str, code: str, tmp_path: Path) -> None:
     file = tmp_path / "documented_agent.py"
     file.write_text(code)
-    found = find(file)
-    assert found.spec(found.package().digest).entry == f"documented_agent.py::{found.function.__name__}"
+    several = re.findall(r"^(?:async )?def (\w+)\(ctx\b", code, re.MULTILINE)
+    for found in [find(file, name) for name in several] if len(several) > 1 else [find(file)]:
+        assert found.spec(found.package().digest).entry == f"documented_agent.py::{found.function.__name__}"
 
 
 def test_tests_of_the_docs_pass(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_tests_of_the_docs_pass(tmp_path: Path) -> None:
     for _, code in blocks("python"):
         if named := re.match(r"# (\w+\.py)\n", code):
             (tmp_path / named[1]).write_text(code)
-            tests += named[1].startswith("test_")
+            tests += code.count("\ndef test_") if named[1].startswith("test_") else 0
     assert tests
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", tmp_path, tmp_path],

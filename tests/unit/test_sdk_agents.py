@@ -190,3 +190,54 @@ def test_files_that_define_none(tmp_path: Path, text: str, said: str) -> None:
         find(file)
     with pytest.raises(NotFound):
         find(tmp_path / "nothing.py")
+
+
+# ---------------------------------------------------------------- agents beside it
+
+
+FAMILY = {
+    "boss.py": """
+import rethaw, helpers.tools
+from workers import summarize
+
+@rethaw.agent(name="chief", memory="1GiB")
+def boss(ctx): ...
+
+@rethaw.agent
+def other(ctx): ...
+
+def inner():
+    @rethaw.agent
+    def hidden(ctx): ...
+    return hidden
+hidden = inner()
+""",
+    "workers.py": """
+import rethaw
+
+@rethaw.agent(memory="2GiB")
+def summarize(ctx, url: str): ...
+""",
+    "helpers/__init__.py": "",
+    "helpers/tools.py": "import rethaw\n@rethaw.agent\ndef tool(ctx): ...\n",
+}
+
+
+def test_what_an_agent_may_spawn_travels_with_it(tmp_path: Path) -> None:
+    for name, text in FAMILY.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = find(tmp_path / "boss.py", "chief")
+    spec = found.spec("c0de")
+    assert {name: one.entry for name, one in spec.agents.items()} == {
+        "other": "boss.py::other", "summarize": "workers.py::summarize", "tool": "helpers/tools.py::tool",
+    }  # fmt: skip
+    assert {one.code for one in spec.agents.values()} == {"c0de"}
+    assert spec.agents["summarize"].memory_bytes == 2 << 30
+    assert all(not one.agents for one in spec.agents.values())
+    assert set(find(tmp_path / "boss.py", "other").spec("c").agents) == {"chief", "summarize", "tool"}
+    assert find(tmp_path / "workers.py").spec("c").agents == {}
+    twice = "from workers import summarize\nimport rethaw\n@rethaw.agent(name='summarize')\ndef again(ctx): ...\n"
+    (tmp_path / "twice.py").write_text(twice)
+    with pytest.raises(InvalidInput, match="named 'summarize'"):
+        find(tmp_path / "twice.py", "again").spec("c")

@@ -89,6 +89,8 @@ def show_lines(detail: Detail) -> list[str]:
         ("queue", _queue(view)),
         ("tags", plain(" ".join(view.tags))),
         ("forked from", f"{view.forked_from} at event {view.forked_seq}" if view.forked_from else ""),
+        ("parent", view.parent or ""),
+        ("deadline", f"{view.deadline.astimezone():%Y-%m-%d %H:%M:%S}" if view.deadline else ""),
         ("created", f"{view.created_at.astimezone():%Y-%m-%d %H:%M:%S} ({ago(view.created_at)} ago)"),
         ("memory", human_bytes(view.agent.memory_bytes)),
         ("log", f"{view.last_seq} events, line {view.line}, attempt {view.attempt}"),
@@ -174,7 +176,11 @@ def happening(event: Event, session: str) -> str | None:
     if kind == "wait.opened":
         if data.get("kind") == "signal":
             return plain(f"waits for signal {data.get('name')!r}: rethaw signal {session} {data.get('name')} PAYLOAD")
+        if data.get("kind") in ("any", "all"):
+            return plain(f"waits for {_named(data.get('parts'))}: rethaw why {session}")
         return plain(f"waits for a message: rethaw send {session} TEXT") if data.get("kind") == "inbox" else None
+    if kind == "child.spawned":
+        return plain(f"spawned {data.get('agent')}: rethaw attach {data.get('child')}")
     if kind == "exchange.held":
         return plain(f"the provider said {data.get('status')}; held until it answers")
     if kind == "durability.degraded":
@@ -184,6 +190,14 @@ def happening(event: Event, session: str) -> str | None:
     if kind == "durability.restored":
         return "durability restored"
     return None
+
+
+def _named(parts: Any) -> str:
+    """What a wait for several things is for, in a few words."""
+    words = {"inbox": "a message", "timer": "time"}
+    found = [cast("dict[str, Any]", part) for part in cast("list[Any]", parts or []) if isinstance(part, dict)]
+    shown = [words.get(str(p.get("kind"))) or f"{p.get('kind')} {p.get('name')}" for p in found[:4]]
+    return " or ".join(shown) + (f" or {len(found) - 4} more" if len(found) > 4 else "")
 
 
 def _state_news(data: dict[str, Any]) -> str | None:

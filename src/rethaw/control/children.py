@@ -17,6 +17,7 @@ from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.control.wakeups import Transactions
 from rethaw.log.writer import event_of
+from rethaw.model import faults
 from rethaw.model.enums import EventType, State
 from rethaw.model.errors import Conflict, InvalidInput, NotFound, RethawError
 from rethaw.model.ids import new_id
@@ -196,6 +197,7 @@ async def _tell_end(transactions: Transactions, child: str, policy: Policy) -> N
     async def settle(conn: Conn, session: str) -> None:
         await waits.settle(conn, await rows.load(conn, session, lock=True), policy)
 
+    faults.point("control.child.ended")
     waiting = await transactions.db.fetch(
         "SELECT DISTINCT session FROM waits WHERE state = 'open' AND children @> ARRAY[%s]::text[]", (child,)
     )

@@ -24,8 +24,8 @@ from rethaw.control import (
     recovery,
     reports,
     rows,
-    self_forks,
     schedules,
+    self_forks,
     sessions,
     stats,
     templates,
@@ -198,6 +198,7 @@ class Control:
 
     async def fork_self(self, fence: Fence, attempt: int, call: str, snapshot: str) -> AgentFork:
         ident, generation = new_id("s"), new_generation()
+        faults.point("control.fork_self.before")
         made = await self._fenced(
             fence, lambda conn, row: self_forks.fork(conn, row, attempt, call, snapshot, ident, generation)
         )

@@ -11,6 +11,8 @@ from rethaw.cli.app import Flag, Json
 from rethaw.cli.connect import client
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rethaw.model.types import SessionView
 
 
@@ -77,10 +79,16 @@ def ls(
     if not views:
         output.note("no sessions; start one: rethaw run FILE.py")
         return
-    ids = output.short([*(view.id for view in views), *(view.forked_from for view in views if view.forked_from)])
-    forked = any(view.forked_from for view in views)
-    queued = any(view.queue not in ("", "default") for view in views)
-    tagged = any(view.tags for view in views)
+    named = [one for view in views for one in (view.forked_from, view.parent) if one]
+    ids = output.short([*(view.id for view in views), *named])
+    # Columns that say something of one of them at least.
+    optional: dict[str, Callable[[SessionView], str]] = {
+        "FORK OF": lambda view: ids[view.forked_from] if view.forked_from else "",
+        "PARENT": lambda view: ids[view.parent] if view.parent else "",
+        "QUEUE": lambda view: view.queue if view.queue != "default" else "",
+        "TAGS": lambda view: " ".join(view.tags),
+    }
+    more = {name: told for name, told in optional.items() if any(told(view) for view in views)}
 
     def row(view: SessionView) -> list[str]:
         crashes = str(view.crashes) if view.crashes else "-"
@@ -92,12 +100,9 @@ def ls(
             output.ago(view.created_at),
             crashes,
             view.key or "-",
-            *([ids[view.forked_from] if view.forked_from else "-"] if forked else []),
-            *([view.queue or "-"] if queued else []),
-            *([" ".join(view.tags) or "-"] if tagged else []),
+            *(told(view) or "-" for told in more.values()),
         ]
 
-    more = [name for name, there in (("FORK OF", forked), ("QUEUE", queued), ("TAGS", tagged)) if there]
     output.table(
         ["SESSION", "AGENT", "STATE", "SINCE", "AGE", "CRASHES", "KEY", *more],
         [row(view) for view in views],
