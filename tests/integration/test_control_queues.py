@@ -447,7 +447,7 @@ async def test_finding_sessions(w: World) -> None:
     assert await ids(queue="q") == {three.id}
     assert await ids(states=(S.CANCELLED, S.FAILED)) == {three.id}
     assert await ids(states=(S.STARTING,), agent="Other") == {two.id}
-    for text in ("wärme", "100%", "TICKET", "tester", "topic"):
+    for text in ("wärme", "WÄRME", "100%", "TICKET", "tester", "topic"):
         assert one.id in await ids(search=text), text
     assert (
         await ids(search="other") == {two.id} and await ids(search="_") == set() and await ids(search="b") >= {two.id}

@@ -38,8 +38,7 @@ async def find(conn: Conn, wanted: Filter, limit: int, cursor: str | None) -> tu
         "tags": list(wanted.tags) or None,
         "queue": wanted.queue,
         "search": wanted.search or None,
-        # As it stands in the arguments' JSON text, which is ASCII.
-        "escaped": json.dumps(wanted.search)[1:-1] if wanted.search else None,
+        "escaped": _escaped(wanted.search or ""),
         "after": wanted.after,
         "before": wanted.before,
         "cursor": cursor,
@@ -56,8 +55,13 @@ async def find(conn: Conn, wanted: Filter, limit: int, cursor: str | None) -> tu
            AND (%(search)s::text IS NULL OR strpos(lower(s.agent_name), lower(%(search)s)) > 0
                 OR strpos(lower(coalesce(s.key, '')), lower(%(search)s)) > 0
                 OR strpos(lower(array_to_string(p.tags, ' ')), lower(%(search)s)) > 0
-                OR strpos(lower(p.args), lower(%(escaped)s)) > 0)
+                OR EXISTS (SELECT 1 FROM unnest(%(escaped)s::text[]) e WHERE strpos(lower(p.args), e) > 0))
            AND (%(cursor)s::text IS NULL OR s.id < %(cursor)s) ORDER BY s.id DESC LIMIT %(limit)s""",
         values,
     )
     return found[:limit], found[limit - 1].id if len(found) > limit else None
+
+
+def _escaped(text: str) -> list[str]:
+    """How `text` may stand in arguments: they are JSON text in ASCII, where letters beyond it have numbers."""
+    return sorted({json.dumps(one)[1:-1].lower() for one in (text, text.lower(), text.upper(), text.title())})

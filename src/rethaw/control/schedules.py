@@ -242,7 +242,7 @@ async def _record(
         (name, due, what, session, None if detail is None else rows.clean(detail)[:1000]),
     )
     await conn.execute(
-        """DELETE FROM firings f WHERE f.schedule = %s AND f.due < (
+        """DELETE FROM firings f WHERE f.schedule = %s AND f.due <= (
                SELECT o.due FROM firings o WHERE o.schedule = %s ORDER BY o.due DESC OFFSET %s LIMIT 1)
              AND NOT EXISTS (SELECT 1 FROM sessions s WHERE s.id = f.session AND s.state <> ALL(%s))""",
         (name, name, _KEPT, _FINAL),
