@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ImageError,
         InvalidInput,
         KeyReused,
+        NoRetry,
         NotFound,
         ProviderError,
         QuiesceTimeout,
@@ -43,10 +44,11 @@ if TYPE_CHECKING:
     from rethaw.sdk.agents import Agent, agent
     from rethaw.sdk.client import Client, Session
     from rethaw.sdk.images import Image
+    from rethaw.sdk.limits import Budget, Retries
 
 _ERRORS = (
     "AmbiguousId", "ChannelBroken", "Conflict", "EngineError", "EngineMismatch", "EngineUnusable", "Fenced",
-    "ImageError", "InvalidInput", "KeyReused", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError",
+    "ImageError", "InvalidInput", "KeyReused", "NoRetry", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError",
     "SessionFailed", "SnapshotUnusable", "StorageFull", "TooLarge", "Unauthorized", "Unavailable", "WaitTimeout",
 )  # fmt: skip
 _WHERE = {
@@ -56,21 +58,29 @@ _WHERE = {
     "AsyncContext": "rethaw.guest.acontext",
     "AsyncLocalContext": "rethaw.guest.local",
     "AsyncSession": "rethaw.sdk.aclient",
+    "Budget": "rethaw.sdk.limits",
     "Client": "rethaw.sdk.client",
     "Context": "rethaw.guest.context",
     "Image": "rethaw.sdk.images",
     "LocalContext": "rethaw.guest.local",
     "Message": "rethaw.guest.protocol",
+    "Retries": "rethaw.sdk.limits",
     "Session": "rethaw.sdk.client",
     "Signal": "rethaw.guest.protocol",
     **dict.fromkeys(_ERRORS, "rethaw.model.errors"),
 }
-_IN_GUEST = ("Agent", "agent", "Image")  # these have a light form in sandboxes, where the SDK is not
+_IN_GUEST = (
+    "Agent",
+    "agent",
+    "Budget",
+    "Image",
+    "Retries",
+)  # these have a light form in sandboxes, where the SDK is not
 
 __all__ = [
-    "Agent", "AmbiguousId", "AsyncClient", "AsyncContext", "AsyncLocalContext", "AsyncSession", "ChannelBroken", "Client", "Conflict",
+    "Agent", "AmbiguousId", "AsyncClient", "AsyncContext", "AsyncLocalContext", "AsyncSession", "Budget", "ChannelBroken", "Client", "Conflict",
     "Context", "EngineError", "EngineMismatch", "EngineUnusable", "Fenced", "Image", "ImageError", "InvalidInput",
-    "KeyReused", "LocalContext", "Message", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError", "Session", "SessionFailed",
+    "KeyReused", "LocalContext", "Message", "NoRetry", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError", "Retries", "Session", "SessionFailed",
     "Signal", "SnapshotUnusable", "StorageFull", "TooLarge", "Unauthorized", "Unavailable", "WaitTimeout",
     "__version__", "agent", "errors",
 ]  # fmt: skip

@@ -32,6 +32,12 @@ VALUES = frozenset(
         "--template",
         "--engine",
         "--workdir",
+        "--retries",
+        "--retry-delay",
+        "--budget-tokens",
+        "--budget-money",
+        "--budget-calls",
+        "--budget-wall",
     }
 )
 

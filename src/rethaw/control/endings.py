@@ -47,5 +47,6 @@ async def finish(
         generation=generation,
         give_up_at=None,
         cancel_by=None,
+        retry_at=None,
     )
     return row

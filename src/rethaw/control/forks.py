@@ -153,7 +153,7 @@ async def fork(conn: Conn, session: str, at: int | str | None, forks: dict[str, 
     ids = list(forks)
     if made := await rows.select(conn, "WHERE s.id = ANY(%s) ORDER BY s.id", (ids,)):
         return made  # the reply to the commit was lost
-    if parent.state in (State.CREATED, State.QUEUED):
+    if parent.state in (State.CREATED, State.QUEUED) and parent.attempt == 1:
         raise Conflict(f"session {parent.id} is {parent.state.value}: there is nothing to fork yet")
     target = await locate(conn, parent, at)
     asleep = (
@@ -245,7 +245,7 @@ async def rewind(conn: Conn, session: str, to: int | str, generation: str, redel
     row = await rows.load(conn, session, lock=True)
     if row.generation == generation:
         return row  # the reply to the commit was lost
-    if row.state in (State.CREATED, State.QUEUED):
+    if row.state in (State.CREATED, State.QUEUED) and row.attempt == 1:
         raise Conflict(f"session {row.id} is {row.state.value}: there is nothing to rewind yet")
     if row.desired == Desired.CANCELLED and not row.state.final:
         raise Conflict(f"session {row.id} is being cancelled", remedy="rewind it once it has ended")
@@ -278,6 +278,8 @@ async def rewind(conn: Conn, session: str, to: int | str, generation: str, redel
         loop_high=0,
         loop_line=None,
         loop_seq=None,
+        failures=0,
+        retry_at=None,
     )
     if row.agent.max_duration_s is not None:
         await conn.execute(

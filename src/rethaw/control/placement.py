@@ -107,9 +107,12 @@ async def cursor(conn: Conn, row: Row) -> int:
     """Up to which number the path has consumed the inbox."""
     found = await rows.one(
         conn,
-        """SELECT coalesce(max(m.number), 0) AS n FROM inbox_moves m
-           JOIN rethaw_path(%s, %s) p ON m.session = p.session AND m.line = p.line AND m.seq <= p.upto
-           WHERE m.session = ANY(%s)""",
+        """WITH m AS (
+               SELECT m.* FROM inbox_moves m
+               JOIN rethaw_path(%s, %s) p ON m.session = p.session AND m.line = p.line AND m.seq <= p.upto
+               WHERE m.session = ANY(%s))
+           SELECT coalesce(max(number), 0) AS n FROM m
+           WHERE seq >= coalesce((SELECT max(b.seq) FROM m b WHERE b.back), 0)""",
         (row.id, row.line, await lineage.sessions(conn, row)),
     )
     return int(found["n"]) if found else 0
@@ -118,7 +121,12 @@ async def cursor(conn: Conn, row: Row) -> int:
 async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
     """Give a session that needs a node (queued, or resuming or recovering without one) to a node, if one has room.
 
-    What the new life starts from is `row.restored`: a snapshot, restored where its files are, or nothing: a boot."""
+    What the new life starts from is `row.restored`: a snapshot, restored where its files are, or nothing: a boot.
+    A session whose next attempt has a time waits for that."""
+    if row.retry_at is not None:
+        due = await rows.one(conn, "SELECT clock_timestamp() >= %s AS due", (row.retry_at,))
+        if due is None or not due["due"]:
+            return row
     info: SnapshotInfo | None = None
     only: str | None = None
     if row.restored is not None:
@@ -130,7 +138,7 @@ async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
         return row
     place = {"node": node["id"], "incarnation": node["incarnation"]}
     if row.state in (State.CREATED, State.QUEUED):
-        row = await rows.move(conn, row, State.STARTING, generation=new_generation(), **place)
+        row = await rows.move(conn, row, State.STARTING, generation=new_generation(), retry_at=None, **place)
     else:
         await rows.update(conn, row.id, **place)
         row = await rows.load(conn, row.id)

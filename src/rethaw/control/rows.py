@@ -11,13 +11,13 @@ from typing import Any, LiteralString
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from rethaw.control import transitions, wakeups
+from rethaw.control import awake, transitions, wakeups
 from rethaw.control.crashloop import Level, Loop
 from rethaw.db.pool import Connection
 from rethaw.log.writer import append_in
 from rethaw.model.enums import Desired, EventType, Reason, State
 from rethaw.model.errors import Fenced, NotFound
-from rethaw.model.types import AgentSpec, Event, Fence, NewEvent, SessionView
+from rethaw.model.types import AgentSpec, BudgetSpec, Event, Fence, NewEvent, SessionView
 
 Conn = Connection
 # suspended by policy: whatever it waits for resumes it
@@ -94,6 +94,17 @@ class Row:
     inbox_base: int
     outbox_base: int
     high_attempt: int
+    failures: int
+    retry_at: datetime | None
+    budget: str | None
+    awake_s: float
+    awake_until: datetime | None
+    wall_at: datetime | None
+
+    @property
+    def limits(self) -> BudgetSpec | None:
+        """What the session may spend: what a person gave it, else its agent's budget."""
+        return self.agent.budget if self.budget is None else BudgetSpec.model_validate_json(self.budget)
 
     @property
     def loop(self) -> Loop:
@@ -195,6 +206,7 @@ async def move(
     more = {"node": columns.get("node"), "exit_code": columns.get("exit_code")}
     await append(conn, row.id, *events, state_event(state, reason, detail, **more))
     columns |= {"state": state.value, "reason": reason.value, "detail": detail}
+    columns |= await awake.counted(conn, row, state)
     await conn.execute(_update(tuple(columns), ", state_since = now()"), [*columns.values(), row.id])
     return await load(conn, row.id)
 
@@ -221,4 +233,5 @@ def view(row: Row) -> SessionView:
         crashes=row.crashes,
         forked_from=row.forked_from,
         forked_seq=row.fork_seq if row.forked_from is not None else None,
+        retry_at=row.retry_at,
     )

@@ -35,6 +35,45 @@ class ImageSpec(Wire):
 EngineName = Literal["gvisor", "qemu"]
 
 
+class RetrySpec(Wire):
+    """What follows when an agent's program fails: `max` new attempts, the first after `delay_s`, each later one `factor`
+    times later than the one before, none later than `max_delay_s`."""
+
+    max: int = 3
+    delay_s: float = 1.0
+    factor: float = 2.0
+    max_delay_s: float = 300.0
+    jitter: bool = True  # up to a quarter more or less
+    not_on: tuple[int, ...] = ()  # exit statuses that are not tried again
+    files: Literal["fresh", "keep"] = "fresh"  # keep: a new attempt begins with the files of the last snapshot
+
+
+class BudgetSpec(Wire):
+    """What a session may spend, over all of its lines and attempts. None: as much as it likes."""
+
+    tokens: int | None = None  # input and output together
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    money: str | None = None  # a decimal number, in the currency of the price table
+    model_calls: int | None = None
+    wall_s: float | None = None  # that its agent runs; suspended, queued and recovering it costs nothing
+
+
+class Spent(Wire):
+    """What a session has spent so far, in the measures of BudgetSpec. `uncounted`: calls answered without token counts.
+    `unpriced`: a model that the price table does not know."""
+
+    tokens: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    money: str | None = None  # None: no price table, or not every model is in it
+    model_calls: int = 0
+    wall_s: float = 0.0
+    uncounted: int = 0
+    unpriced: str | None = None
+
+
 class AgentSpec(Wire):
     """An agent's definition. `code` is the digest of a tar.gz of files that appear under /app."""
 
@@ -57,6 +96,8 @@ class AgentSpec(Wire):
     keep_bytes: int = 5 * 1024 * MIB  # ... as long as they add up to no more than this; needed and pinned ones always
     engine: EngineName | None = None  # None: the node's default
     template: Literal["none", "auto"] = "none"  # auto: the first start of it makes a template, later ones begin there
+    retries: RetrySpec | None = None  # None: a program that fails ends its session
+    budget: BudgetSpec | None = None
 
 
 # ---------------------------------------------------------------- the log
@@ -119,6 +160,14 @@ class RequestMeta(Wire):
     model_call: bool  # a generation endpoint
     model: str | None = None
     guest_id: str  # the guest's own id of the call, "<attempt>.<counter>": breaks ties only
+
+
+class CallAsked(Wire):
+    """A model call that is about to be sent, as far as a budget asks about it."""
+
+    guest_id: str
+    digest: str
+    model: str | None = None
 
 
 class ResponseHead(Wire):
@@ -229,6 +278,16 @@ class SessionView(Wire):
     crashes: int = 0
     forked_from: str | None = None  # the session whose log is this one's up to `forked_seq`
     forked_seq: int | None = None
+    retry_at: datetime | None = None  # queued: when the next attempt begins
+
+
+class Attempt(Wire):
+    """One life of the process tree. `how` it ended: "exit code 1", "signal 9", ...; None: it goes on."""
+
+    attempt: int
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    how: str | None = None
 
 
 class Template(Wire):

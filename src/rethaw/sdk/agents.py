@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.errors import InvalidInput, NotFound
 from rethaw.sdk.images import Image, checked_env
+from rethaw.sdk.limits import Budget, Retries, checked_budget, retries_of
 from rethaw.sdk.sizes import size_bytes
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Options:
     keep_size: int = 5 << 30
     template: str = "none"
     engine: str | None = None
+    retries: Retries | None = None
+    budget: Budget | None = None
 
     def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
         """The wire form, for a Python function (`entry` in `code`) or for a command."""
@@ -77,6 +80,8 @@ class Options:
             keep_bytes=self.keep_size,
             template=cast("Any", self.template),
             engine=cast("Any", self.engine),
+            retries=self.retries.spec() if self.retries is not None else None,
+            budget=self.budget.spec() if self.budget is not None else None,
         )
 
 
@@ -98,6 +103,8 @@ def options(
     keep_size: str | int = "5GiB",
     template: str = "none",
     engine: str | None = None,
+    retries: int | Retries | None = None,
+    budget: Budget | None = None,
 ) -> Options:
     """Check what a person wrote. Raises InvalidInput naming the value and the remedy."""
     if not name or len(name) > 128 or not all(c.isalnum() or c in "._-" for c in name) or not name[0].isalnum():
@@ -129,6 +136,8 @@ def options(
         keep_size=size_bytes(keep_size),
         template=template,
         engine=engine,
+        retries=retries_of(retries),
+        budget=checked_budget(budget),
     )
 
 
@@ -209,9 +218,14 @@ class Agent(Generic[P, R_co]):
                 ) from e
         return out
 
-    def with_options(self, *, key: str | None = None) -> Agent[P, R_co]:
-        """The same agent with options for the next start. `key`: starting again with it gives the same session."""
-        return Agent(self.function, replace(self.options), key=key)
+    def with_options(
+        self, *, key: str | None = None, retries: int | Retries | None = None, budget: Budget | None = None
+    ) -> Agent[P, R_co]:
+        """The same agent with options for the next start. `key`: starting again with it gives the same session. `retries`
+        and `budget`: in place of the agent's own."""
+        changes: dict[str, Any] = {"retries": retries_of(retries), "budget": checked_budget(budget)}
+        options = replace(self.options, **{name: value for name, value in changes.items() if value is not None})
+        return Agent(self.function, options, key=key)
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
         """Start a session on the server of RETHAW_URL or the credentials file."""
@@ -283,6 +297,8 @@ def agent(
     keep_size: str | int = "5GiB",
     template: str = "none",
     engine: str | None = None,
+    retries: int | Retries | None = None,
+    budget: Budget | None = None,
 ) -> _Decorator: ...
 def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
     """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments. An `async
@@ -295,6 +311,7 @@ def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = N
     `keep_snapshots`: every snapshot this young is kept, of older ones one an hour, within `keep_size` in all.
     `template="auto"`: the first start makes a template of the agent, with its file imported; later ones begin there.
     `engine`: "gvisor", or "qemu" for a microVM with a kernel of its own; None takes the server's default.
+    `retries`: new attempts after one that failed, a number or `Retries(...)`. `budget`: what a session may spend.
     """
 
     def make(f: Callable[..., Any]) -> Agent[..., Any]:
