@@ -180,7 +180,6 @@ class Control:
 
     async def admit(self, fence: Fence, call: CallAsked) -> str | None:
         row, refused = await self._run(lambda conn: budgets.admit(conn, fence, call, self.prices))
-        faults.point("control.admit.after_commit")
         if row.state.final:
             raise Fenced(f"session {row.id} has ended: {row.detail}", remedy="stop its sandbox", session=row.id)
         return refused
