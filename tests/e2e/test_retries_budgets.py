@@ -72,8 +72,8 @@ def test_two_failures_a_killed_server_and_a_crash(home: House) -> None:
     assert [(a["attempt"], a["how"]) for a in view["attempts"]] == [
         (1, "exit code 1"), (2, "exit code 3"), (3, "exit code 0"),
     ]  # fmt: skip
-    started = [e for e in session.events("attempt.started")]
-    scheduled = [e for e in session.events("retry.scheduled")]
+    started = session.events("attempt.started")
+    scheduled = session.events("retry.scheduled")
     assert len(scheduled) == 2 and started[1]["at"] >= scheduled[0]["data"]["at"]
     assert "the first attempt fails" in session.output("stderr")
     gapless(session.events(all_lines=True))

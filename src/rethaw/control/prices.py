@@ -59,7 +59,9 @@ def _price(model: str, given: object, where: str) -> Price:
         )
     fields = cast("Mapping[str, Any]", given)
     for wrong in sorted(set(fields) - _FIELDS):
-        raise InvalidInput(f"{name} has an unknown field {wrong!r}", remedy="known: cached, input, output")
+        unquoted = isinstance(fields[wrong], Mapping)  # a dot in the name of the model
+        remedy = "put the model into quotes" if unquoted else "known: cached, input, output"
+        raise InvalidInput(f"{name} has an unknown field {wrong!r}", remedy=remedy)
     for missing in sorted({"input", "output"} - set(fields)):
         raise InvalidInput(f"{name} has no {missing}", remedy="write what a million tokens cost")
     amounts = {field: _amount(value, f"{name} {field}") for field, value in fields.items()}
