@@ -162,3 +162,40 @@ def test_time_that_it_runs(home: House) -> None:
     session.until_state("failed")
     assert session.view["reason"] == "budget_exceeded" and "of running are used up" in session.view["detail"]
     session.until("its sandbox is gone", lambda s: not s.house.server.sandboxes())
+
+
+KEEPS = """
+import hashlib, os, stat
+def main(ctx):
+    if ctx.attempt == 1:
+        os.makedirs("/work/deep")
+        with open("/work/deep/big", "wb") as f:
+            f.write(bytes(range(256)) * 8000)
+        os.chmod("/work/deep/big", 0o640)
+        os.utime("/work/deep/big", (1_000_000, 1_000_000))
+        os.symlink("big", "/work/deep/link")
+        os.mkfifo("/work/deep/pipe")
+        os.unlink("/etc/debian_version")
+        with open("/etc/issue", "w") as f:
+            f.write("changed")
+        ctx.snapshot()
+        open("/work/after", "w").close()
+        raise ValueError("the first attempt fails")
+    data = open("/work/deep/link", "rb").read()
+    info = os.stat("/work/deep/big")
+    return {
+        "big": len(data), "same": data == bytes(range(256)) * 8000, "mode": stat.S_IMODE(info.st_mode),
+        "mtime": info.st_mtime, "gone": os.path.exists("/etc/debian_version"), "issue": open("/etc/issue").read(),
+        "names": sorted(os.listdir("/work") + os.listdir("/work/deep")), "fresh": ctx.fresh,
+        "cwd": os.getcwd(), "env": os.environ.get("MINE"),
+    }
+"""
+
+
+def test_a_retry_with_the_files_of_the_last_snapshot(home: House) -> None:
+    retries = {"max": 1, "delay_s": 0.1, "files": "keep"}
+    session = home.agent(KEEPS, retries=retries, env={"MINE": "x", "PYTHONPATH": "/nowhere"})
+    assert session.result() == {
+        "big": 2_048_000, "same": True, "mode": 0o640, "mtime": 1_000_000, "gone": False, "issue": "changed",
+        "names": ["big", "deep", "link"], "fresh": True, "cwd": "/app", "env": "x",
+    }  # fmt: skip

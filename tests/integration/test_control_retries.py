@@ -298,3 +298,40 @@ async def test_what_does_not_fit_is_refused(w: World, wrong: dict[str, Any]) -> 
     spec = AGENT.model_copy(update={"retries": RetrySpec(**wrong)})
     with pytest.raises(InvalidInput, match="retries"):
         await w.control.create(spec, {})
+
+
+async def test_files_of_the_last_snapshot_are_kept_for_the_next_attempt(w: World) -> None:
+    spec = agent(max=5, files="keep").model_copy(update={"keep_all_s": 0.0, "keep_bytes": 0})
+    session, fence = await w.start(spec)
+    assert (await fail(w, fence)).snapshot is None
+    assignment, fence = await again(w, session)
+    assert assignment.files is None  # there was no snapshot yet
+    await w.save(fence)
+    info = await w.save(fence)
+    await fail(w, fence)
+    assert info.id not in {s.id for s in await w.catalog.superfluous(w.node.id)}
+    with pytest.raises(Conflict, match="still needs"):
+        await w.catalog.forget(info.id)
+    assignment, fence = await again(w, session)
+    assert assignment.files is not None and assignment.files.id == info.id and assignment.snapshot is None
+    await w.control.report_death(fence, Reason.SANDBOX_DIED, "it died")
+    assignment, fence = await w.back(session, "start")  # it had none of its own: it begins with them once more
+    assert assignment.files is not None and assignment.files.id == info.id
+    await fail(w, fence)
+    assignment, fence = await again(w, session)
+    assert assignment.files is not None and assignment.files.id == info.id
+    mine = await w.save(fence)
+    await w.control.report_death(fence, Reason.SANDBOX_DIED, "it died")
+    assignment, fence = await w.back(session)
+    assert assignment.snapshot is not None and assignment.snapshot.id == mine.id
+    await w.catalog.mark_unusable(fence, mine.id, "damaged")
+    await fail(w, fence)
+    assignment, fence = await again(w, session)
+    assert assignment.files is not None and assignment.files.id == info.id
+
+
+async def test_files_are_fresh_by_default(w: World) -> None:
+    session, fence = await w.start(agent())
+    await w.save(fence)
+    await fail(w, fence)
+    assert (await again(w, session))[0].files is None

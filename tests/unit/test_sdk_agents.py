@@ -47,7 +47,9 @@ def test_defaults_are_those_of_the_wire_type() -> None:
 
 
 def test_retries_and_budgets_on_the_wire() -> None:
-    made = agent(name="x", retries=2, budget=Budget(tokens=5, money=1.5, wall="2h"))(lambda ctx: None).options.spec(entry="e")
+    made = agent(name="x", retries=2, budget=Budget(tokens=5, money=1.5, wall="2h"))(lambda ctx: None).options.spec(
+        entry="e"
+    )
     assert made.retries == RetrySpec(max=2) and made.budget == BudgetSpec(tokens=5, money="1.5", wall_s=7200.0)
     policy = Retries(max=1, delay="2s", factor=3, max_delay=60, jitter=False, not_on=(2,))
     changed = greet.with_options(retries=policy, budget=Budget(model_calls=3)).spec("a")

@@ -1,4 +1,4 @@
-"""How long a session's agent has run: the time that a wall budget counts.
+"""How long the agent of a session with a budget has run: the time that a wall budget counts.
 
 It is kept as the time before the present state plus that of the state, so nothing has to be written while it runs. Time
 in which its node was gone does not count: nothing of it ran then.
@@ -34,9 +34,9 @@ async def used_s(conn: Connection, session: str) -> float:
 
 async def counted(conn: Connection, row: Row, state: State) -> dict[str, Any]:
     """Columns of a move to `state`: what the present one adds, and when the wall budget is to be looked at."""
-    limit = row.limits.wall_s if row.limits is not None else None
-    if row.state not in AWAKE and limit is None:
+    if row.limits is None:
         return {}
+    limit = row.limits.wall_s
     used = await used_s(conn, row.id)
     at = await look_at(conn, used, limit) if state in AWAKE and limit is not None else None
     return {"awake_s": used, "awake_until": None, "wall_at": at}

@@ -133,6 +133,8 @@ async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
         found = await snapshot_row(conn, row.restored)
         assert found is not None, f"snapshot {row.restored} of session {row.id} has no row"
         info, only = snapshot_info(found), found["node"]
+    elif row.files_from is not None and (found := await snapshot_row(conn, row.files_from)) is not None:
+        only = found["node"]
     node = await choose(conn, row.memory_bytes, policy, only)
     if node is None:
         return row
@@ -143,10 +145,19 @@ async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
         await rows.update(conn, row.id, **place)
         row = await rows.load(conn, row.id)
     await clear(conn, row.id)
+    files = await _files(conn, row, node["id"])
     if info is not None:
-        await assign(conn, row, "restore", reason=row.reason, snapshot=info)
+        await assign(conn, row, "restore", reason=row.reason, snapshot=info, files=files)
     else:
         fresh = row.attempt > 1 or row.crashes > 0 or row.branch_after is not None
         boot = Boot(args=json.loads(row.args), cursor=await cursor(conn, row), fresh=fresh)
-        await assign(conn, row, "start", reason=row.reason, boot=boot)
+        await assign(conn, row, "start", reason=row.reason, boot=boot, files=files)
     return row
+
+
+async def _files(conn: Conn, row: Row, node: str) -> SnapshotInfo | None:
+    """The snapshot whose files the attempt begins with. None when that is not here (any more): then they are fresh."""
+    found = await snapshot_row(conn, row.files_from) if row.files_from is not None else None
+    if found is None or found["erased"] or found["unusable"] is not None or found["node"] != node:
+        return None
+    return snapshot_info(found)

@@ -86,6 +86,7 @@ async def _begin(conn: Conn, row: Row, detail: str, data: dict[str, Any], at: da
     """Queue a new attempt of the locked row. Its former life, if any, is fenced from here on."""
     if at is not None:
         data["at"] = at.isoformat()
+    files = await _files(conn, row)
     whole = not row.state.final or row.reason in _WHOLE
     if not whole:  # it ended in the middle of a crash: what came after its newest snapshot was seen by nobody
         row = await recovery.boot_anew(conn, row, Reason.RETRY.value)
@@ -113,6 +114,7 @@ async def _begin(conn: Conn, row: Row, detail: str, data: dict[str, Any], at: da
         desired=(Desired.RUNNING if row.state.final else row.desired).value,
         generation=new_generation(),
         failures=failures,
+        files_from=files,
         retry_at=at,
         restored=None,
         snapshot=None,
@@ -132,6 +134,14 @@ async def _begin(conn: Conn, row: Row, detail: str, data: dict[str, Any], at: da
     )
     wakeups.note(wakeups.TIMER_CHANNEL, wakeups.ANY)
     return row
+
+
+async def _files(conn: Conn, row: Row) -> str | None:
+    """The snapshot whose files the next attempt begins with: the newest one of this attempt, else what it began with."""
+    if row.agent.retries is None or row.agent.retries.files != "keep":
+        return None
+    newest = await placement.usable(conn, row, limit=1)
+    return newest[0].id if newest else row.files_from
 
 
 async def _why_not(conn: Conn, row: Row, spec: RetrySpec, exit_code: int | None, count: int) -> str | None:

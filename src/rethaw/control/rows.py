@@ -100,6 +100,7 @@ class Row:
     awake_s: float
     awake_until: datetime | None
     wall_at: datetime | None
+    files_from: str | None
 
     @property
     def limits(self) -> BudgetSpec | None:

@@ -69,7 +69,7 @@ class Spent(Wire):
     output_tokens: int = 0
     money: str | None = None  # None: no price table, or not every model is in it
     model_calls: int = 0
-    wall_s: float = 0.0
+    wall_s: float = 0.0  # counted for sessions with a budget only
     uncounted: int = 0
     unpriced: str | None = None
 
@@ -319,6 +319,7 @@ class Assignment(Wire):
     agent: AgentSpec
     boot: Boot | None = None  # with start
     snapshot: SnapshotInfo | None = None  # with restore
+    files: SnapshotInfo | None = None  # the attempt begins, or began, with the files of this one
     branch: int | None = None  # of a fork, or after a rewind: what is at or before this seq is of the past
     reason: Reason = Reason.NONE
     revision: int  # grows with each new assignment to this node

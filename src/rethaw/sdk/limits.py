@@ -14,7 +14,7 @@ from rethaw.model.errors import InvalidInput
 if TYPE_CHECKING:
     from rethaw.model.types import BudgetSpec, RetrySpec
 
-FILES = ("fresh",)
+FILES = ("fresh", "keep")
 MOST_RETRIES = 1000
 LIMITS = ("tokens", "input_tokens", "output_tokens", "money", "model_calls", "wall")
 
@@ -25,7 +25,7 @@ class Retries:
 
     The first begins after `delay`, each later one `factor` times later than the one before, none later than `max_delay`;
     `jitter` moves that by up to a quarter, so that many do not come back at once. `not_on`: exit statuses that are not
-    tried again. An agent that knows that trying again is of no use raises `rethaw.NoRetry`.
+    tried again. `files="keep"`: a new attempt begins with the files of the last snapshot instead of its image's. An agent that knows that trying again is of no use raises `rethaw.NoRetry`.
     """
 
     max: int = 3

@@ -3,6 +3,7 @@
 ALTER TABLE sessions
     ADD COLUMN failures integer NOT NULL DEFAULT 0,         -- attempts that the retry policy has answered
     ADD COLUMN retry_at timestamptz,                        -- queued: the next attempt begins then
+    ADD COLUMN files_from text,                             -- snapshot whose files the attempt began with; null: fresh
     ADD COLUMN budget text,                                 -- BudgetSpec in place of the agent's own; null: that one
     ADD COLUMN awake_s double precision NOT NULL DEFAULT 0, -- that its agent ran, before state_since
     ADD COLUMN awake_until timestamptz,                     -- its node was seen last then, and came back as another
