@@ -46,9 +46,11 @@ from rethaw.model.types import (
     Attempt,
     BudgetSpec,
     CallAsked,
+    Event,
     Fence,
     Lease,
     Message,
+    NewEvent,
     NodeInfo,
     SessionView,
     SnapshotInfo,
@@ -183,6 +185,14 @@ class Control:
         if row.state.final:
             raise Fenced(f"session {row.id} has ended: {row.detail}", remedy="stop its sandbox", session=row.id)
         return refused
+
+    async def publish(self, fence: Fence, sent: NewEvent) -> Event:
+        async def fn(conn: Conn, row: Row) -> Event:
+            (event,) = await rows.append(conn, row.id, sent)
+            await outbox.publish(conn, row, event.seq)
+            return event
+
+        return await self._fenced(fence, fn)
 
     async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
         await self._fenced(fence, lambda conn, row: reports.set_degraded(conn, row, degraded, detail, durability))

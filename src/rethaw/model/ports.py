@@ -203,6 +203,11 @@ class ControlPlane(Protocol):
         when the session's budget is used up: it is ended."""
         ...
 
+    async def publish(self, fence: Fence, sent: NewEvent) -> Event:
+        """Append a message.sent and make it visible outside at once, whatever a crash may take back (durability
+        "relaxed")."""
+        ...
+
     async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
         """Saving keeps failing, or works again: row flag and event."""
         ...
