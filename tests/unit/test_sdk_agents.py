@@ -9,8 +9,10 @@ import pytest
 
 from rethaw.model.enums import Durability
 from rethaw.model.errors import InvalidInput, NotFound
+from rethaw.model.types import BudgetSpec, RetrySpec
 from rethaw.sdk.agents import Agent, agent, find
 from rethaw.sdk.images import Image
+from rethaw.sdk.limits import Budget, Retries
 
 
 @agent(
@@ -43,6 +45,42 @@ def test_defaults_are_those_of_the_wire_type() -> None:
 
     found = plain.spec("a").model_copy(update={"agents": {}})  # this file has others
     assert found == AgentSpec(name="plain", entry="test_sdk_agents.py::plain", code="a")
+
+
+def test_retries_and_budgets_on_the_wire() -> None:
+    made = agent(name="x", retries=2, budget=Budget(tokens=5, money=1.5, wall="2h"))(lambda ctx: None).options.spec(
+        entry="e"
+    )
+    assert made.retries == RetrySpec(max=2) and made.budget == BudgetSpec(tokens=5, money="1.5", wall_s=7200.0)
+    policy = Retries(max=1, delay="2s", factor=3, max_delay=60, jitter=False, not_on=(2,))
+    changed = greet.with_options(retries=policy, budget=Budget(model_calls=3)).spec("a")
+    assert changed.retries == RetrySpec(max=1, delay_s=2, factor=3, max_delay_s=60, jitter=False, not_on=(2,))
+    assert changed.budget == BudgetSpec(model_calls=3) and greet.spec("a").budget is None
+    assert Budget(tokens=1).over(Budget(tokens=2, wall="1h")) == Budget(tokens=1, wall="1h")
+    assert Retries().spec() == RetrySpec() and Budget().spec() == BudgetSpec()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Retries(max=-1), "retries -1"),
+        (lambda: Retries(delay="-1s"), "'-1s'"),
+        (lambda: Retries(factor=0.5), "factor 0.5"),
+        (lambda: Retries(max_delay="soon"), "'soon'"),
+        (lambda: Retries(not_on=(0,)), "not_on"),
+        (lambda: Retries(files="some"), "files 'some'"),
+        (lambda: Budget(tokens=-5), "tokens -5"),
+        (lambda: Budget(model_calls=True), "model_calls True"),
+        (lambda: Budget(money="5 EUR"), "money '5 EUR'"),
+        (lambda: Budget(money="nan"), "money 'nan'"),
+        (lambda: Budget(money=-1), "money -1"),
+        (lambda: Budget(wall="-2h"), "'-2h'"),
+    ],
+)
+def test_limits_that_do_not_fit_are_named(make: Any, said: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        make()
+    assert said in caught.value.message and caught.value.remedy
 
 
 def test_agent_is_still_the_function() -> None:
@@ -84,6 +122,10 @@ def test_arguments_that_do_not_fit(args: tuple[Any, ...], kwargs: dict[str, Any]
         {"workdir": "app"},
         {"env": {"A-B": "1"}},
         {"env": {"A": 1}},
+        {"retries": -1},
+        {"retries": 1.5},
+        {"retries": True},
+        {"budget": 5},
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any]) -> None:

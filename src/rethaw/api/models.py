@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from rethaw.model.types import AgentSpec, Message, SessionView, SnapshotInfo, StartOptions
+from rethaw.model.types import AgentSpec, Attempt, BudgetSpec, Message, SessionView, SnapshotInfo, Spent, StartOptions
 
 
 class _Body(BaseModel):
@@ -68,6 +68,16 @@ class Stats(BaseModel):
 
 class SessionDetail(SessionView):
     stats: Stats
+    attempts: list[Attempt] = []
+    budget: BudgetSpec | None = None  # in force
+    spent: Spent | None = None
+
+
+class BudgetBody(_Body):
+    """Other limits in place of the session's; those named in `add` are added to what it has."""
+
+    limits: BudgetSpec
+    add: list[str] = []
 
 
 class SessionPage(BaseModel):

@@ -63,8 +63,13 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
     async def show(session: str) -> models.SessionDetail:
         ident = await control.resolve(session)
         view, stats = await control.session(ident), await control.stats(ident)
+        budget, spent = await control.limits(ident)
         return models.SessionDetail(
-            **{k: getattr(view, k) for k in SessionView.model_fields}, stats=models.Stats(**stats)
+            **{k: getattr(view, k) for k in SessionView.model_fields},
+            stats=models.Stats(**stats),
+            attempts=await control.attempts(ident),
+            budget=budget,
+            spent=spent,
         )
 
     @api.get("/{session}/why")
@@ -184,6 +189,16 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
         """The same session, back at `to`; what it did since stays in its log as a superseded line."""
         return await control.rewind(await control.resolve(session), body.to, redeliver=body.redeliver)
 
+    @api.post("/{session}/retry")
+    async def retry(session: str, body: models.EmptyBody | None = None) -> SessionView:
+        """Begin the next attempt now."""
+        return await control.retry(await control.resolve(session))
+
+    @api.post("/{session}/budget")
+    async def budget(session: str, body: models.BudgetBody) -> SessionView:
+        """Change what the session may spend; one that its budget has ended goes on."""
+        return await control.budget(await control.resolve(session), body.limits, body.add)
+
     @api.post("/{session}/crash")
     async def crash(session: str, body: models.CrashBody | None = None) -> SessionView:
         """Perform a crash: SIGKILL to the session's sandbox, to the whole node, or to the database."""
@@ -205,7 +220,7 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
 
     _ = (
         start, find, show, why, erase, events, logs, exchanges, result, send, inbox, outbox, signal, suspend, resume,
-        cancel, fork, rewind, crash, take, snapshots,
+        cancel, fork, rewind, retry, budget, crash, take, snapshots,
     )  # fmt: skip
     return api
 

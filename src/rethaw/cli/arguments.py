@@ -39,6 +39,12 @@ VALUES = frozenset(
         "--ttl",
         "--concurrency-key",
         "--tag",
+        "--retries",
+        "--retry-delay",
+        "--budget-tokens",
+        "--budget-money",
+        "--budget-calls",
+        "--budget-wall",
     }
 )
 

@@ -45,6 +45,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(
             "rewind", "branch:rewind", "Take a session back to an older point of its log.", "SESSION --to SNAPSHOT|SEQ"
         ),
+        Command("retry", "limits:retry", "Begin the next attempt of a session now.", "SESSION"),
+        Command("budget", "limits:budget", "Show or change what a session may spend.", "SESSION"),
         Command("rm", "act:rm", "Erase sessions whole.", "SESSION ..."),
         Command("crash", "act:crash", "Perform a crash, safely.", "SESSION [sandbox|node|db]"),
         Command("snapshot ls", "look:snapshot_ls", "List a session's snapshots.", "SESSION"),

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Literal, TypeVar
 
 from rethaw.control import (
+    budgets,
     children,
     finding,
     forks,
@@ -23,6 +24,7 @@ from rethaw.control import (
     queues,
     recovery,
     reports,
+    retries,
     rows,
     schedules,
     self_forks,
@@ -32,6 +34,7 @@ from rethaw.control import (
     waits,
 )
 from rethaw.control.policy import Policy
+from rethaw.control.prices import Prices
 from rethaw.control.rows import Conn, Row
 from rethaw.control.waits import Addresses
 from rethaw.control.wakeups import NODE_CHANNEL, SESSION_CHANNEL, Transactions
@@ -40,12 +43,15 @@ from rethaw.db.pool import Database
 from rethaw.log.store import Log
 from rethaw.model import faults
 from rethaw.model.enums import Durability, EventType, Reason, State
-from rethaw.model.errors import Conflict, InvalidInput, NotFound, WaitTimeout
+from rethaw.model.errors import Conflict, Fenced, InvalidInput, NotFound, WaitTimeout
 from rethaw.model.ids import new_generation, new_id
 from rethaw.model.types import (
     AgentFork,
     AgentSpec,
     Assignment,
+    Attempt,
+    BudgetSpec,
+    CallAsked,
     Event,
     Fence,
     Lease,
@@ -54,6 +60,7 @@ from rethaw.model.types import (
     NodeInfo,
     SessionView,
     SnapshotInfo,
+    Spent,
     StartOptions,
     StateChange,
     Template,
@@ -77,8 +84,10 @@ class Control:
         public_url: str = "http://127.0.0.1:7420",
         secret: bytes | None = None,
         policy: Policy | None = None,
+        prices: Prices | None = None,
     ) -> None:
         self.policy = policy or Policy()
+        self.prices = prices or Prices()
         self.transactions = Transactions(db, hub)
         self.queues = queues.Queues(self.transactions)
         self.schedules = schedules.Schedules(self.transactions, lambda: self.policy)
@@ -209,6 +218,12 @@ class Control:
 
     async def consume(self, fence: Fence, attempt: int, number: int) -> None:
         await self._fenced(fence, lambda conn, row: inbox.consume(conn, row, attempt, number))
+
+    async def admit(self, fence: Fence, call: CallAsked) -> str | None:
+        row, refused = await self._run(lambda conn: budgets.admit(conn, fence, call, self.prices))
+        if row.state.final:
+            raise Fenced(f"session {row.id} has ended: {row.detail}", remedy="stop its sandbox", session=row.id)
+        return refused
 
     async def publish(self, fence: Fence, sent: NewEvent) -> Event:
         async def fn(conn: Conn, row: Row) -> Event:
@@ -364,6 +379,33 @@ class Control:
         return rows.view(
             await self._run(lambda conn: forks.rewind(conn, session, to, generation, redeliver, self.policy))
         )
+
+    async def retry(self, session: str) -> SessionView:
+        """Begin the next attempt now, of a session that failed, was cancelled or waits for the time of a retry."""
+        return rows.view(await self._run(lambda conn: retries.by_hand(conn, session, self.policy)))
+
+    async def budget(self, session: str, given: BudgetSpec, add: Collection[str] = ()) -> SessionView:
+        """Give the session other limits (those in `add`: so much more); one that its budget has ended goes on."""
+        generation = new_generation()
+        return rows.view(
+            await self._run(
+                lambda conn: budgets.change(conn, session, given, add, generation, self.prices, self.policy)
+            )
+        )
+
+    async def limits(self, session: str) -> tuple[BudgetSpec | None, Spent]:
+        """What the session may spend and what it has spent."""
+
+        async def fn(conn: Conn) -> tuple[BudgetSpec | None, Spent]:
+            row = await rows.load(conn, session)
+            spent = await budgets.spent(conn, session, self.prices)
+            return row.limits, spent if row.limits is not None else spent.model_copy(update={"wall_s": 0.0})
+
+        return await self._run(fn)
+
+    async def attempts(self, session: str) -> list[Attempt]:
+        """Each life of its process tree, and how it ended."""
+        return await self._run(lambda conn: stats.attempts(conn, session))
 
     async def described(self, info: SnapshotInfo) -> dict[str, Any]:
         """What an exported snapshot says of its session."""

@@ -49,6 +49,7 @@ async def finish(
         give_up_at=None,
         cancel_by=None,
         untold=untold,
+        retry_at=None,
     )
     if untold:
         wakeups.note(wakeups.TIMER_CHANNEL, wakeups.ANY)

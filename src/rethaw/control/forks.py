@@ -156,7 +156,7 @@ async def fork(
     ids = list(forks)
     if made := await rows.select(conn, "WHERE s.id = ANY(%s) ORDER BY s.id", (ids,)):
         return made  # the reply to the commit was lost
-    if parent.state in (State.CREATED, State.QUEUED):
+    if parent.state in (State.CREATED, State.QUEUED) and parent.attempt == 1:
         raise Conflict(f"session {parent.id} is {parent.state.value}: there is nothing to fork yet")
     target = await locate(conn, parent, at)
     asleep = (
@@ -210,6 +210,7 @@ async def _insert(conn: Conn, parent: Row, target: Target, forks: dict[str, str]
         "snapshot_session": info.session,
         "snapshot_line": info.line,
         "at_line": target.line,
+        "files_from": parent.files_from if same_attempt else None,
         "max_duration": parent.agent.max_duration_s,
         "types": [EventType.SESSION_CREATED.value, EventType.LINE_OPENED.value, EventType.SESSION_STATE.value],
         "datas": [Jsonb(born), Jsonb(opened), Jsonb({"state": state.value, "reason": Reason.FORKED.value})],
@@ -217,10 +218,10 @@ async def _insert(conn: Conn, parent: Row, target: Target, forks: dict[str, str]
     for statement in (
         """INSERT INTO sessions (id, last_seq, generation, line, attempt, agent_name, memory_bytes, state, desired, reason,
                snapshot, restored, published_seq, attempt_line, attempt_seq, forked_from, fork_seq, first_line,
-               branch_after, high_attempt, give_up_at, inbox_base)
+               branch_after, high_attempt, budget, files_from, give_up_at, inbox_base)
            SELECT u.id, %(seq)s + 3, u.generation, %(line)s, %(attempt)s, p.agent_name, p.memory_bytes, %(state)s,
                %(desired)s, %(reason)s, %(snapshot)s, %(restored)s, %(shared)s, %(attempt_line)s, %(attempt_seq)s, p.id,
-               %(seq)s, %(line)s, %(seq)s, %(high_attempt)s,
+               %(seq)s, %(line)s, %(seq)s, %(high_attempt)s, p.budget, %(files_from)s,
                now() + make_interval(secs => %(max_duration)s::float8),
                (SELECT coalesce(max(i.number), 0) FROM rethaw_spans(p.id, %(at_line)s) w
                 JOIN inbox i ON i.session = w.session AND i.seq > w.after AND i.seq <= least(w.upto, %(seq)s))
@@ -251,7 +252,7 @@ async def rewind(conn: Conn, session: str, to: int | str, generation: str, redel
     row = await rows.load(conn, session, lock=True)
     if row.generation == generation:
         return row  # the reply to the commit was lost
-    if row.state in (State.CREATED, State.QUEUED):
+    if row.state in (State.CREATED, State.QUEUED) and row.attempt == 1:
         raise Conflict(f"session {row.id} is {row.state.value}: there is nothing to rewind yet")
     if row.desired == Desired.CANCELLED and not row.state.final:
         raise Conflict(f"session {row.id} is being cancelled", remedy="rewind it once it has ended")
@@ -284,6 +285,8 @@ async def rewind(conn: Conn, session: str, to: int | str, generation: str, redel
         loop_high=0,
         loop_line=None,
         loop_seq=None,
+        failures=0,
+        retry_at=None,
     )
     if row.agent.max_duration_s is not None:
         await conn.execute(

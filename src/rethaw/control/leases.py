@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rethaw.control import queues, recovery, rows
+from rethaw.control import awake, queues, recovery, rows
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn
 from rethaw.model.enums import Desired, Reason, State
@@ -20,6 +20,7 @@ _HELD = """EXISTS (
 
 async def register(conn: Conn, info: NodeInfo, policy: Policy) -> Lease:
     """A lease for this incarnation; the former one is fenced from now on."""
+    await awake.seen_last(conn, info)
     await conn.execute(
         """INSERT INTO nodes (id, incarnation, info, memory_bytes, lease_until)
            VALUES (%s, %s, %s, %s, now() + make_interval(secs => %s))
@@ -102,6 +103,7 @@ async def waiting_for_node(conn: Conn) -> list[str]:
         conn,
         f"""SELECT s.id FROM sessions s JOIN session_specs p ON p.session = s.id WHERE s.node IS NULL AND EXISTS (
                SELECT 1 FROM nodes n WHERE n.lease_until > now())
+             AND (s.retry_at IS NULL OR s.retry_at <= clock_timestamp())
              AND ((s.state IN ('created', 'queued', 'resuming', 'recovering') AND p.slot = 'held')
                   OR (s.state = 'suspended' AND s.desired = %s
                       AND (s.reason = %s OR (s.reason = %s AND NOT {_HELD}))))

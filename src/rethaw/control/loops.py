@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import LiteralString
 
-from rethaw.control import children, rows, schedules, sessions, waits
+from rethaw.control import budgets, children, rows, schedules, sessions, waits
 from rethaw.control.control import Control
 from rethaw.control.rows import Conn
 from rethaw.control.wakeups import ANY, QUEUE_CHANNEL, SCHEDULE_CHANNEL, TIMER_CHANNEL
@@ -24,6 +24,8 @@ _SOONEST = """
 SELECT extract(epoch FROM min(at) - clock_timestamp()) AS left FROM (
     SELECT min(deadline) AS at FROM waits WHERE state = 'open' AND deadline IS NOT NULL
     UNION ALL SELECT min(expires_at) FROM session_specs WHERE expires_at IS NOT NULL
+    UNION ALL SELECT min(retry_at) FROM sessions WHERE retry_at > clock_timestamp()
+    UNION ALL SELECT min(wall_at) FROM sessions WHERE wall_at IS NOT NULL
     UNION ALL SELECT min(give_up_at) FROM sessions WHERE give_up_at IS NOT NULL
     UNION ALL SELECT min(cancel_by) FROM sessions WHERE cancel_by IS NOT NULL) t"""
 
@@ -111,6 +113,15 @@ class ControlLoops:
         await self._each(
             "SELECT session AS id FROM session_specs WHERE expires_at <= clock_timestamp() LIMIT %s",
             lambda s: run(lambda conn: sessions.expire(conn, s)),
+        )
+
+        await self._each(
+            "SELECT id FROM sessions WHERE retry_at <= clock_timestamp() LIMIT %s",
+            lambda s: run(lambda conn: sessions.place(conn, s, self._policy)),
+        )
+        await self._each(
+            "SELECT id FROM sessions WHERE wall_at <= clock_timestamp() LIMIT %s",
+            lambda s: run(lambda conn: budgets.look_at_wall(conn, s)),
         )
 
     async def reap(self) -> None:

@@ -107,9 +107,12 @@ async def cursor(conn: Conn, row: Row) -> int:
     """Up to which number the path has consumed the inbox."""
     found = await rows.one(
         conn,
-        """SELECT coalesce(max(m.number), 0) AS n FROM inbox_moves m
-           JOIN rethaw_path(%s, %s) p ON m.session = p.session AND m.line = p.line AND m.seq <= p.upto
-           WHERE m.session = ANY(%s)""",
+        """WITH m AS (
+               SELECT m.* FROM inbox_moves m
+               JOIN rethaw_path(%s, %s) p ON m.session = p.session AND m.line = p.line AND m.seq <= p.upto
+               WHERE m.session = ANY(%s))
+           SELECT coalesce(max(number), 0) AS n FROM m
+           WHERE seq >= coalesce((SELECT max(b.seq) FROM m b WHERE b.back), 0)""",
         (row.id, row.line, await lineage.sessions(conn, row)),
     )
     return int(found["n"]) if found else 0
@@ -119,7 +122,12 @@ async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
     """Give a session that needs a node (queued, or resuming or recovering without one) to a node, if its queue has a slot
     for it and a node has room.
 
-    What the new life starts from is `row.restored`: a snapshot, restored where its files are, or nothing: a boot."""
+    What the new life starts from is `row.restored`: a snapshot, restored where its files are, or nothing: a boot.
+    A session whose next attempt has a time waits for that."""
+    if row.retry_at is not None:
+        due = await rows.one(conn, "SELECT clock_timestamp() >= %s AS due", (row.retry_at,))
+        if due is None or not due["due"]:
+            return row
     if not await queues.admits(conn, row):
         return row
     info: SnapshotInfo | None = None
@@ -128,13 +136,17 @@ async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
         found = await snapshot_row(conn, row.restored)
         assert found is not None, f"snapshot {row.restored} of session {row.id} has no row"
         info, only = snapshot_info(found), found["node"]
+    elif row.files_from is not None and (found := await snapshot_row(conn, row.files_from)) is not None:
+        only = found["node"]
     node = await choose(conn, row.memory_bytes, policy, only)
     if node is None:
         return row
     await queues.take(conn, row)
     place = {"node": node["id"], "incarnation": node["incarnation"]}
     if row.state in (State.CREATED, State.QUEUED):
-        await _count_from_now(conn, row)
+        if row.attempt == 1:
+            await _count_from_now(conn, row)
+        place["retry_at"] = None
         if info is not None:  # from a template
             row = await rows.move(conn, row, State.RESUMING, reason=row.reason, **place)
         else:
@@ -143,12 +155,13 @@ async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
         await rows.update(conn, row.id, **place)
         row = await rows.load(conn, row.id)
     await clear(conn, row.id)
+    files = await _files(conn, row, node["id"])
     if info is not None:
-        await assign(conn, row, "restore", reason=row.reason, snapshot=info)
+        await assign(conn, row, "restore", reason=row.reason, snapshot=info, files=files)
     else:
         fresh = row.attempt > 1 or row.crashes > 0 or row.branch_after is not None
         boot = Boot(args=json.loads(row.args), cursor=await cursor(conn, row), fresh=fresh)
-        await assign(conn, row, "start", reason=row.reason, boot=boot)
+        await assign(conn, row, "start", reason=row.reason, boot=boot, files=files)
     return row
 
 
@@ -159,3 +172,11 @@ async def _count_from_now(conn: Conn, row: Row) -> None:
             "UPDATE sessions SET give_up_at = now() + make_interval(secs => %s) WHERE id = %s",
             (row.agent.max_duration_s, row.id),
         )
+
+
+async def _files(conn: Conn, row: Row, node: str) -> SnapshotInfo | None:
+    """The snapshot whose files the attempt begins with. None when that is not here (any more): then they are fresh."""
+    found = await snapshot_row(conn, row.files_from) if row.files_from is not None else None
+    if found is None or found["erased"] or found["unusable"] is not None or found["node"] != node:
+        return None
+    return snapshot_info(found)

@@ -208,3 +208,6 @@ def _give_up(row: Row, reason: Reason, detail: str, newest: SnapshotInfo | None)
     if reason == Reason.BOOT_FAILED:
         return reason, detail
     return Reason.CRASH_LOOP, f"it died again and again {since}, last of {reason.value}: {detail}"
+
+
+boot_anew = _boot_anew

@@ -11,13 +11,13 @@ from typing import Any, LiteralString
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from rethaw.control import transitions, wakeups
+from rethaw.control import awake, transitions, wakeups
 from rethaw.control.crashloop import Level, Loop
 from rethaw.db.pool import Connection
 from rethaw.log.writer import append_in
 from rethaw.model.enums import Desired, EventType, Reason, State
 from rethaw.model.errors import Fenced, NotFound
-from rethaw.model.types import AgentSpec, Event, Fence, NewEvent, SessionView
+from rethaw.model.types import AgentSpec, BudgetSpec, Event, Fence, NewEvent, SessionView
 
 Conn = Connection
 # suspended by policy: whatever it waits for resumes it
@@ -103,6 +103,18 @@ class Row:
     not_before: datetime | None
     expires_at: datetime | None
     tags: list[str]
+    failures: int
+    retry_at: datetime | None
+    budget: str | None
+    awake_s: float
+    awake_until: datetime | None
+    wall_at: datetime | None
+    files_from: str | None
+
+    @property
+    def limits(self) -> BudgetSpec | None:
+        """What the session may spend: what a person gave it, else its agent's budget."""
+        return self.agent.budget if self.budget is None else BudgetSpec.model_validate_json(self.budget)
 
     @property
     def loop(self) -> Loop:
@@ -206,6 +218,7 @@ async def move(
     more = {"node": columns.get("node"), "exit_code": columns.get("exit_code")}
     await append(conn, row.id, *events, state_event(state, reason, detail, **more))
     columns |= {"state": state.value, "reason": reason.value, "detail": detail}
+    columns |= await awake.counted(conn, row, state)
     await conn.execute(_update(tuple(columns), ", state_since = now()"), [*columns.values(), row.id])
     await _slot(conn, row, state, reason)
     return await load(conn, row.id)
@@ -220,7 +233,7 @@ async def _slot(conn: Conn, row: Row, state: State, reason: Reason) -> None:
                 return
         await conn.execute("UPDATE session_specs SET slot = 'free' WHERE session = %s AND slot <> 'free'", (row.id,))
         wakeups.note(wakeups.QUEUE_CHANNEL, wakeups.ANY)
-    elif state == State.RESUMING:
+    elif state in (State.RESUMING, State.QUEUED):
         await conn.execute("UPDATE session_specs SET slot = 'waiting' WHERE session = %s AND slot = 'free'", (row.id,))
 
 
@@ -254,4 +267,5 @@ def view(row: Row) -> SessionView:
         tags=tuple(row.tags),
         not_before=row.not_before,
         expires_at=row.expires_at,
+        retry_at=row.retry_at,
     )

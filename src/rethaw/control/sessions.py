@@ -15,7 +15,7 @@ from rethaw.control.rows import Conn, Row
 from rethaw.log.writer import create_session_in, erase_in
 from rethaw.model.enums import Desired, Durability, EventType, Reason, State
 from rethaw.model.errors import AmbiguousId, Conflict, InvalidInput, KeyReused, NotFound
-from rethaw.model.types import MIB, AgentSpec, NewEvent, StartOptions
+from rethaw.model.types import MIB, AgentSpec, BudgetSpec, NewEvent, StartOptions
 
 _UNPLACED = (State.CREATED, State.QUEUED)
 # Its parent never heard of its end and cannot find it any more.
@@ -75,6 +75,7 @@ def check_agent(agent: AgentSpec, policy: Policy) -> None:
             raise InvalidInput(
                 f"{field} = {value!r} does not fit agent {agent.name}", remedy=f"use {least:g} or more seconds"
             )
+    _check_limits(agent)
     if not agent.workdir.startswith("/"):
         raise InvalidInput(f"workdir {agent.workdir!r} of agent {agent.name} is not absolute", remedy="begin it with /")
     if agent.entry is None and not agent.command[0]:
@@ -87,6 +88,30 @@ def check_agent(agent: AgentSpec, policy: Policy) -> None:
             f'agent {agent.name} asks for durability "replicated", which needs an object store, and none is configured',
             remedy='name a bucket in [snapshots.s3] of the server\'s rethaw.toml, or use "local"',
         )
+
+
+def _check_limits(agent: AgentSpec) -> None:
+    retries = agent.retries
+    if retries is not None:
+        fits = 0 <= retries.max <= 1000 and 1 <= retries.factor <= 100
+        if not fits or not all(0 <= s < 1e9 for s in (retries.delay_s, retries.max_delay_s)):
+            raise InvalidInput(
+                f"the retries of agent {agent.name} do not fit: {retries.model_dump_json()}",
+                remedy="use 0 to 1000 retries, a factor of 1 to 100, and delays of 0 or more seconds",
+            )
+    if agent.budget is not None:
+        check_budget(agent.budget)
+
+
+def check_budget(budget: BudgetSpec) -> None:
+    """Raises InvalidInput naming the value and the remedy."""
+    for name, value in budget.model_dump(exclude_none=True).items():
+        try:
+            amount = float(value)
+        except ValueError:
+            amount = -1.0
+        if not 0 <= amount < 1 << 53:
+            raise InvalidInput(f"{name} = {value!r} is not a budget", remedy="use a number, 0 or more")
 
 
 async def create(

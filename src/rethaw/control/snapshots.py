@@ -100,9 +100,9 @@ class Catalog:
         async def fn(conn: Conn) -> None:
             using = await rows.one(
                 conn,
-                """SELECT id FROM sessions WHERE (snapshot = %s OR restored = %s)
+                """SELECT id FROM sessions WHERE (snapshot = %s OR restored = %s OR files_from = %s)
                    AND state NOT IN ('completed', 'failed', 'cancelled')""",
-                (snapshot, snapshot),
+                (snapshot, snapshot, snapshot),
             )
             found = await placement.snapshot_row(conn, snapshot)
             if using is not None and found is not None and found["unusable"] is None:
@@ -223,7 +223,7 @@ async def _superfluous(conn: Conn, node: str, policy: Policy) -> list[SnapshotIn
                 usable = await placement.usable(conn, row)
                 kept = usable[: policy.keep_newest]
                 needed |= {s.id for s in kept} | {s.parent for s in kept[:1] if s.parent}
-                needed |= {s for s in (row.snapshot, row.restored) if s}
+                needed |= {s for s in (row.snapshot, row.restored, row.files_from) if s}
     spent: dict[str, int] = {}
     hours: set[tuple[str, object]] = set()
     for record in found:

@@ -48,6 +48,7 @@ OPS = frozenset(
         "child_cancel",
         "fork",
         "deadline",
+        "carry",
     )
 )  # what goes to the node
 READ_SIZE = 65536

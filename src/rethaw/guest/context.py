@@ -282,6 +282,10 @@ class Context:
         """What the session's caller gets. The runner of @rethaw.agent functions calls this with their return value."""
         self._call("result", protocol.result_body(value))
 
+    def call(self, op: str, body: bytes) -> bytes:
+        """The JSON text that the node answers to an operation that is no agent's."""
+        return self._call(op, body)
+
     def _about(self) -> Dict[str, Any]:
         if self._info is None:
             self._info = dict(json.loads(self._call("info", b"{}")))

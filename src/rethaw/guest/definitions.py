@@ -41,6 +41,21 @@ def agent(function: Optional[Callable[..., Any]] = None, /, **options: Any) -> A
     return make if function is None else make(function)
 
 
+class _Ignored:
+    """What only the caller's machine makes use of."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Retries(_Ignored):
+    pass
+
+
+class Budget(_Ignored):
+    pass
+
+
 class Image:
     """An image recipe, which means nothing inside the image: every step gives the same object back."""
 

@@ -13,6 +13,7 @@ from rethaw.model.errors import InvalidInput, RethawError, TooLarge, Unavailable
 
 SOCKET = "/run/rethaw/context.sock"
 START = "rethaw.start"  # the signal by which a session that was forked from a template gets its arguments
+NO_RETRY = "rethaw.no_retry"  # name of the event that says: trying again is of no use
 AUTO = "auto."  # begins the names of templates that are made by themselves
 MESSAGE_LIMIT = 1 << 20  # MESSAGE_LIMIT of rethaw.model.types, which needs more than the standard library
 

@@ -27,6 +27,7 @@ _PATTERNS = (
     "sdk/__init__.py",
     "sdk/agents.py",
     "sdk/images.py",
+    "sdk/limits.py",
     "sdk/sizes.py",
 )
 # One date for all of them: equal contents are equal trees, whenever and from wherever they were installed.

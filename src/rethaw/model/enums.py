@@ -66,6 +66,8 @@ class Reason(StrEnum):
     FORKED = "forked"  # a new session from another one's snapshot
     REWOUND = "rewound"  # a person took it back to an older snapshot
     EXPIRED = "expired"  # it had not started when its ttl was over
+    RETRY = "retry"  # its program failed; a new attempt begins
+    BUDGET_EXCEEDED = "budget_exceeded"  # it has spent what it may
 
 
 class Durability(StrEnum):
@@ -128,3 +130,7 @@ class EventType(StrEnum):
     DURABILITY_DEGRADED = "durability.degraded"
     DURABILITY_RESTORED = "durability.restored"
     CHANNEL_MALFORMED = "channel.malformed"
+    RETRY_SCHEDULED = "retry.scheduled"  # {attempt, of, after, at, delay_s, cursor}: a new attempt begins
+    BUDGET_WARNING = "budget.warning"  # {what, used, limit}: 80 % of it are used, or tokens cannot be counted
+    BUDGET_EXCEEDED = "budget.exceeded"  # {what, used, limit, calls}: the session is stopped
+    BUDGET_CHANGED = "budget.changed"  # {budget}: a person gave the session another one

@@ -182,6 +182,12 @@ class ChildFailed(SessionFailed):
     code = "child_failed"
 
 
+class NoRetry(RethawError):
+    """Raised by an agent: it has failed, and trying again would not help. Its retries are not used."""
+
+    code, status, exit_code = "no_retry", 409, 1
+
+
 def by_code(code: str) -> type:
     """The error class that carries `code`; `RethawError` itself for an unknown one."""
     stack = [RethawError]

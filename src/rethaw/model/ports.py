@@ -16,6 +16,7 @@ from rethaw.model.types import (
     AgentFork,
     AgentSpec,
     Assignment,
+    CallAsked,
     Chunk,
     Event,
     Exchange,
@@ -221,6 +222,11 @@ class ControlPlane(Protocol):
 
     async def consume(self, fence: Fence, attempt: int, number: int) -> None:
         """The guest's inbox cursor moved to `number`: event message.consumed."""
+        ...
+
+    async def admit(self, fence: Fence, call: CallAsked) -> str | None:
+        """Asked before a model call of a session with a budget goes upstream: None, or why it is refused. Raises Fenced
+        when the session's budget is used up: it is ended."""
         ...
 
     async def publish(self, fence: Fence, sent: NewEvent) -> Event:

@@ -39,6 +39,45 @@ def _empty(value: dict[str, Any]) -> bool:
     return not value
 
 
+class RetrySpec(Wire):
+    """What follows when an agent's program fails: `max` new attempts, the first after `delay_s`, each later one `factor`
+    times later than the one before, none later than `max_delay_s`."""
+
+    max: int = 3
+    delay_s: float = 1.0
+    factor: float = 2.0
+    max_delay_s: float = 300.0
+    jitter: bool = True  # up to a quarter more or less
+    not_on: tuple[int, ...] = ()  # exit statuses that are not tried again
+    files: Literal["fresh", "keep"] = "fresh"  # keep: a new attempt begins with the files of the last snapshot
+
+
+class BudgetSpec(Wire):
+    """What a session may spend, over all of its lines and attempts. None: as much as it likes."""
+
+    tokens: int | None = None  # input and output together
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    money: str | None = None  # a decimal number, in the currency of the price table
+    model_calls: int | None = None
+    wall_s: float | None = None  # that its agent runs; suspended, queued and recovering it costs nothing
+
+
+class Spent(Wire):
+    """What a session has spent so far, in the measures of BudgetSpec. `uncounted`: calls answered without token counts.
+    `unpriced`: a model that the price table does not know."""
+
+    tokens: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    money: str | None = None  # None: no price table, or not every model is in it
+    model_calls: int = 0
+    wall_s: float = 0.0  # counted for sessions with a budget only
+    uncounted: int = 0
+    unpriced: str | None = None
+
+
 class AgentSpec(Wire):
     """An agent's definition. `code` is the digest of a tar.gz of files that appear under /app."""
 
@@ -62,6 +101,8 @@ class AgentSpec(Wire):
     engine: EngineName | None = None  # None: the node's default
     template: Literal["none", "auto"] = "none"  # auto: the first start of it makes a template, later ones begin there
     agents: dict[str, AgentSpec] = Field(default_factory=dict[str, "AgentSpec"], exclude_if=_empty)  # what it may spawn
+    retries: RetrySpec | None = None  # None: a program that fails ends its session
+    budget: BudgetSpec | None = None
 
 
 # ---------------------------------------------------------------- the log
@@ -124,6 +165,14 @@ class RequestMeta(Wire):
     model_call: bool  # a generation endpoint
     model: str | None = None
     guest_id: str  # the guest's own id of the call, "<attempt>.<counter>": breaks ties only
+
+
+class CallAsked(Wire):
+    """A model call that is about to be sent, as far as a budget asks about it."""
+
+    guest_id: str
+    digest: str
+    model: str | None = None
 
 
 class ResponseHead(Wire):
@@ -242,6 +291,7 @@ class SessionView(Wire):
     tags: tuple[str, ...] = ()
     not_before: datetime | None = None  # of a delay
     expires_at: datetime | None = None  # fails if it has not started by then
+    retry_at: datetime | None = None  # queued: when the next attempt begins
 
 
 class StartOptions(Wire):
@@ -305,6 +355,15 @@ class Schedule(ScheduleSpec):
     firings: tuple[Firing, ...] = ()
 
 
+class Attempt(Wire):
+    """One life of the process tree. `how` it ended: "exit code 1", "signal 9", ...; None: it goes on."""
+
+    attempt: int
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    how: str | None = None
+
+
 class Template(Wire):
     """A warm agent that sessions are forked from. `snapshot` and `ready_by` ("call", "line", "quiet") once it is ready."""
 
@@ -342,6 +401,7 @@ class Assignment(Wire):
     agent: AgentSpec
     boot: Boot | None = None  # with start
     snapshot: SnapshotInfo | None = None  # with restore
+    files: SnapshotInfo | None = None  # the attempt begins, or began, with the files of this one
     branch: int | None = None  # of a fork, or after a rewind: what is at or before this seq is of the past
     reason: Reason = Reason.NONE
     revision: int  # grows with each new assignment to this node

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 from rethaw.channel.payload import embed, split
 from rethaw.model.enums import EventType
-from rethaw.model.errors import InvalidInput, RethawError, TooLarge
+from rethaw.model.errors import InvalidInput, NotFound, RethawError, TooLarge
 from rethaw.model.ids import new_id
 from rethaw.model.ports import GuestStream
 from rethaw.model.types import MESSAGE_LIMIT, AgentFork, Boot, Event, Fence, NewEvent, WaitPart, WaitSpec, WaitState
 from rethaw.node import history
+from rethaw.node.carry import Carried
 from rethaw.node.parts import Parts
 from rethaw.node.saver import Saver
 
@@ -55,6 +56,7 @@ class Calls:
         self._boot = boot
         self._saver = saver
         self._owner = owner
+        self.carried: Carried | None = None  # files that this attempt begins with
         self._snapshots: dict[str, asyncio.Future[str]] = {}
         self._forks: dict[str, asyncio.Future[AgentFork]] = {}
         self._saved: dict[str, str] = {}
@@ -79,6 +81,7 @@ class Calls:
             "history": self._history,
             "result": self._result,
             "exit": self._exit,
+            "carry": self._carry,
         }
 
     async def handle(self, stream: GuestStream) -> None:
@@ -308,6 +311,11 @@ class Calls:
         spec = WaitSpec(id=_wait_id(call, body), kind="signal", name=str(body["name"]), timeout_s=_seconds(body))
         state = await self._parts.control.open_wait(self._fence, self._attempt, spec)
         return {"url": state.url}
+
+    async def _carry(self, call: str, body: Body) -> Any:
+        if self.carried is None:
+            raise NotFound("this attempt begins with the files of its image")
+        return await self.carried.chunk(int(body["offset"]))
 
     async def _exit(self, call: str, body: Body) -> Any:
         code, signal = body.get("code"), body.get("signal")

@@ -7,6 +7,8 @@ VERB is one of
     tree            the same for all there is, but for what is the kernel's or guestd's
     content         the bytes of a regular file
     archive         a tar of PATH
+    pack            reads NUL-ended paths from stdin: those to be named in the first member (.rethaw-removed), an empty one,
+                    those that a tar is made of, each by itself
     hashes          reads NUL-ended paths from stdin, prints the SHA-256 of each, or "-"
 
 What is wrong with PATH goes to stderr as one JSON line {"code", "message"} before anything is printed; exit code 3.
@@ -23,9 +25,14 @@ import os
 import stat
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import tarfile
+
 KERNEL = (b"/proc", b"/sys", b"/dev")
 OURS = (b"/run/rethaw", b"/.rethaw")  # guestd's own files
 CHUNK = 1 << 18
+REMOVED = ".rethaw-removed"  # equal to rethaw.node.carry.REMOVED
 KINDS = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",
@@ -215,27 +222,51 @@ def archive(path: bytes) -> None:
     with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT, bufsize=CHUNK) as tar:
 
         def put(one: bytes, name: bytes) -> None:
-            found = os.lstat(one)
-            info = tarfile.TarInfo(shown(name))
-            info.mode, info.mtime = stat.S_IMODE(found.st_mode), int(found.st_mtime)
-            info.uid, info.gid = found.st_uid, found.st_gid
-            kind = kind_of(found)
-            if kind == "file":
-                with open(one, "rb") as file:
-                    info.size = os.fstat(file.fileno()).st_size
-                    tar.addfile(info, file)
-            elif kind == "link":
-                info.type, info.linkname = tarfile.SYMTYPE, shown(os.readlink(one))
-                tar.addfile(info)
-            elif kind == "directory":
-                info.type = tarfile.DIRTYPE
-                tar.addfile(info)
+            if add(tar, one, name) == "directory":
                 for child in sorted(os.listdir(one)):
                     path = os.path.join(one, child)
                     if path not in KERNEL:
                         put(path, os.path.join(name, child))
 
         put(whole, os.path.basename(whole) or b"root")
+
+
+def add(tar: tarfile.TarFile, one: bytes, name: bytes) -> str:
+    """Put one thing into `tar` under `name`; its kind."""
+    import tarfile
+
+    found = os.lstat(one)
+    info = tarfile.TarInfo(shown(name))
+    info.mode, info.mtime = stat.S_IMODE(found.st_mode), int(found.st_mtime)
+    info.uid, info.gid = found.st_uid, found.st_gid
+    kind = kind_of(found)
+    if kind == "file":
+        with open(one, "rb") as file:
+            info.size = os.fstat(file.fileno()).st_size
+            tar.addfile(info, file)
+    elif kind == "link":
+        info.type, info.linkname = tarfile.SYMTYPE, shown(os.readlink(one))
+        tar.addfile(info)
+    elif kind == "directory":
+        info.type = tarfile.DIRTYPE
+        tar.addfile(info)
+    return kind
+
+
+def pack() -> None:
+    import contextlib
+    import io
+    import tarfile
+
+    removed, _, wanted = (b"\0" + sys.stdin.buffer.read()).partition(b"\0\0")
+    with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT, bufsize=CHUNK) as tar:
+        gone = removed[1:] + b"\0" if removed else b""
+        info = tarfile.TarInfo(REMOVED)
+        info.size = len(gone)
+        tar.addfile(info, io.BytesIO(gone))
+        for path in wanted.split(b"\0")[:-1]:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                add(tar, path, path.lstrip(b"/"))
 
 
 def main() -> None:
@@ -249,6 +280,8 @@ def main() -> None:
         below(b"/", True, KERNEL + OURS, times=True)
     elif verb == "hashes":
         hashes()
+    elif verb == "pack":
+        pack()
     elif verb == "content":
         content(path)
     else:

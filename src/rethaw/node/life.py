@@ -15,6 +15,7 @@ from rethaw.model.errors import Fenced, RethawError, Unavailable
 from rethaw.model.ports import GuestStream
 from rethaw.model.types import MIB, AgentSpec, Assignment, Boot, Fence, NewEvent
 from rethaw.node.calls import Calls
+from rethaw.node.carry import Carried
 from rethaw.node.link import Hello, Link
 from rethaw.node.outputs import Outputs
 from rethaw.node.parts import Parts
@@ -80,6 +81,8 @@ class Life:
         )
         boot = assignment.boot or Boot(args={}, cursor=0, fresh=False)
         self.calls = Calls(parts, self.fence, self.attempt, boot, self.saver, self)
+        if assignment.files is not None:
+            self.calls.carried = Carried(parts, self.fence, assignment.files)
 
     def watch(self) -> None:
         """Start the tasks that live as long as the sandbox: death, pings, saves."""
@@ -115,6 +118,8 @@ class Life:
         await self.link.close()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.gateway.detach()
+        if self.calls.carried is not None:
+            await self.calls.carried.close()
         if destroy:
             await self.sandbox.destroy()
 

@@ -15,6 +15,7 @@ from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
 from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
+from rethaw.sdk.limits import Budget, add_names
 from rethaw.sdk.listing import PAGE, Page, When, wanted
 from rethaw.sdk.queues import AsyncQueues
 from rethaw.sdk.schedules import AsyncSchedules
@@ -374,6 +375,15 @@ class AsyncSessions:
         """Take the session back to `to` (a seq or a snapshot's id), also one that has ended. Its log keeps both lines."""
         return await self._client.run(calls.rewind(session, to, redeliver))
 
+    async def retry(self, session: str) -> SessionView:
+        """Begin the next attempt now, of a session that failed, was cancelled or waits for the time of a retry."""
+        return await self._client.run(calls.retry(session))
+
+    async def budget(self, session: str, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:
+        """Give the session other limits; those named in `add` are added to what it has. One that its budget has stopped
+        goes on where it was."""
+        return await self._client.run(calls.budget(session, limits.spec(), add_names(add)))
+
     async def snapshot(self, session: str) -> SnapshotInfo:
         """Take one now."""
         return await self._client.run(calls.snapshot(session))
@@ -472,6 +482,16 @@ class AsyncSession(Generic[R_co]):
     async def rewind(self, *, to: int | str, redeliver: bool = False) -> SessionView:
         """Back to a seq or a snapshot; see `Sessions.rewind`."""
         self.view = await self.client.sessions.rewind(self.id, to=to, redeliver=redeliver)
+        return self.view
+
+    async def retry(self) -> SessionView:
+        """Begin the next attempt now; see `Sessions.retry`."""
+        self.view = await self.client.sessions.retry(self.id)
+        return self.view
+
+    async def budget(self, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:
+        """Other limits; see `Sessions.budget`."""
+        self.view = await self.client.sessions.budget(self.id, limits, add=add)
         return self.view
 
     async def snapshot(self) -> SnapshotInfo:

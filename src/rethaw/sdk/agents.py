@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.errors import InvalidInput, NotFound
 from rethaw.sdk.images import Image, checked_env
+from rethaw.sdk.limits import Budget, Retries, checked_budget, retries_of
 from rethaw.sdk.sizes import size_bytes
 from rethaw.sdk.starting import Starting, starting
 
@@ -53,6 +54,8 @@ class Options:
     template: str = "none"
     engine: str | None = None
     starting: Starting = field(default_factory=Starting)
+    retries: Retries | None = None
+    budget: Budget | None = None
 
     def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
         """The wire form, for a Python function (`entry` in `code`) or for a command."""
@@ -79,6 +82,8 @@ class Options:
             keep_bytes=self.keep_size,
             template=cast("Any", self.template),
             engine=cast("Any", self.engine),
+            retries=self.retries.spec() if self.retries is not None else None,
+            budget=self.budget.spec() if self.budget is not None else None,
         )
 
 
@@ -104,6 +109,8 @@ def options(
     priority: int | None = None,
     ttl: Duration | None = None,
     tags: Sequence[str] = (),
+    retries: int | Retries | None = None,
+    budget: Budget | None = None,
 ) -> Options:
     """Check what a person wrote. Raises InvalidInput naming the value and the remedy."""
     if not name or len(name) > 128 or not all(c.isalnum() or c in "._-" for c in name) or not name[0].isalnum():
@@ -136,6 +143,8 @@ def options(
         template=template,
         engine=engine,
         starting=starting(queue=queue, priority=priority, ttl=ttl, tags=tags),
+        retries=retries_of(retries),
+        budget=checked_budget(budget),
     )
 
 
@@ -232,13 +241,18 @@ class Agent(Generic[P, R_co]):
         ttl: Duration | None = None,
         concurrency_key: str | None = None,
         tags: Sequence[str] = (),
+        retries: int | Retries | None = None,
+        budget: Budget | None = None,
     ) -> Agent[P, R_co]:
         """The same agent with options for the next start. `key`: starting again with it gives the same session.
 
         `queue` and `concurrency_key`: whose limits it waits for. `priority`: higher ones first. `delay`: how long until it
-        may start; `ttl`: how long from then until it must have started, or it fails. `tags`: added to the agent's own."""
+        may start; `ttl`: how long from then until it must have started, or it fails. `tags`: added to the agent's own. `retries` and
+        `budget`: in place of the agent's own."""
+        changes: dict[str, Any] = {"retries": retries_of(retries), "budget": checked_budget(budget)}
+        options = replace(self.options, **{name: value for name, value in changes.items() if value is not None})
         how = starting(queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags)
-        return Agent(self.function, replace(self.options), key=key, how=how)
+        return Agent(self.function, options, key=key, how=how)
 
     @property
     def starting(self) -> Starting:
@@ -325,6 +339,8 @@ def agent(
     priority: int | None = None,
     ttl: Duration | None = None,
     tags: Sequence[str] = (),
+    retries: int | Retries | None = None,
+    budget: Budget | None = None,
 ) -> _Decorator: ...
 def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
     """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments. An `async
@@ -338,6 +354,7 @@ def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = N
     `template="auto"`: the first start makes a template of the agent, with its file imported; later ones begin there.
     `engine`: "gvisor", or "qemu" for a microVM with a kernel of its own; None takes the server's default. `queue`,
     `priority`, `ttl`, `tags`: of its starts, see `with_options`.
+    `retries`: new attempts after one that failed, a number or `Retries(...)`. `budget`: what a session may spend.
     """
 
     def make(f: Callable[..., Any]) -> Agent[..., Any]:

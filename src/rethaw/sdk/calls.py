@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 from urllib.parse import quote
 
 from rethaw.model.errors import InvalidInput, RethawError, Unauthorized, Unavailable, by_code
-from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
+from rethaw.model.types import AgentSpec, Attempt, BudgetSpec, Event, SessionView, SnapshotInfo, Spent
 from rethaw.sdk.listing import Page, Wanted
 from rethaw.sdk.starting import Starting
 from rethaw.sdk.types import Detail, Message, OpenWait, Outcome, Stats, Why
@@ -136,7 +136,15 @@ def _snapshot(body: bytes) -> SnapshotInfo:
 def _detail(body: bytes) -> Detail:
     values = _object(body)
     stats = _known(Stats, cast("dict[str, Any]", values.get("stats") or {}))
-    return Detail(cast("SessionView", _wire(SessionView, values)), stats)
+    attempts = [cast("Attempt", _wire(Attempt, one)) for one in values.get("attempts") or ()]
+    limits, used = values.get("budget"), values.get("spent")
+    return Detail(
+        cast("SessionView", _wire(SessionView, values)),
+        stats,
+        attempts,
+        cast("BudgetSpec", _wire(BudgetSpec, limits)) if limits else None,
+        cast("Spent", _wire(Spent, used)) if used else None,
+    )
 
 
 def _why(body: bytes) -> Why:
@@ -295,6 +303,15 @@ def fork(session: str, at: int | str | None, n: int, redeliver: bool) -> Call[li
 def rewind(session: str, to: int | str, redeliver: bool) -> Call[SessionView]:
     body = {"to": to, "redeliver": redeliver}
     return Call("POST", path("sessions", session, "rewind"), session_view, content=to_json(body))
+
+
+def retry(session: str) -> Call[SessionView]:
+    return Call("POST", path("sessions", session, "retry"), session_view, content=b"{}")
+
+
+def budget(session: str, limits: BudgetSpec, add: Sequence[str]) -> Call[SessionView]:
+    body = b'{"limits":%b,"add":%b}' % (limits.model_dump_json(exclude_none=True).encode(), to_json(list(add)))
+    return Call("POST", path("sessions", session, "budget"), session_view, content=body)
 
 
 def snapshot(session: str) -> Call[SnapshotInfo]:

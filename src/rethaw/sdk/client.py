@@ -14,6 +14,7 @@ from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
 from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
+from rethaw.sdk.limits import Budget, add_names
 from rethaw.sdk.listing import PAGE, Page, When, wanted
 from rethaw.sdk.queues import Queues
 from rethaw.sdk.schedules import Schedules
@@ -370,6 +371,15 @@ class Sessions:
         """Take the session back to `to` (a seq or a snapshot's id), also one that has ended. Its log keeps both lines."""
         return self._client.run(calls.rewind(session, to, redeliver))
 
+    def retry(self, session: str) -> SessionView:
+        """Begin the next attempt now, of a session that failed, was cancelled or waits for the time of a retry."""
+        return self._client.run(calls.retry(session))
+
+    def budget(self, session: str, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:
+        """Give the session other limits; those named in `add` are added to what it has. One that its budget has stopped
+        goes on where it was."""
+        return self._client.run(calls.budget(session, limits.spec(), add_names(add)))
+
     def snapshot(self, session: str) -> SnapshotInfo:
         """Take one now."""
         return self._client.run(calls.snapshot(session))
@@ -465,6 +475,16 @@ class Session(Generic[R_co]):
     def rewind(self, *, to: int | str, redeliver: bool = False) -> SessionView:
         """Back to a seq or a snapshot; see `Sessions.rewind`."""
         self.view = self.client.sessions.rewind(self.id, to=to, redeliver=redeliver)
+        return self.view
+
+    def retry(self) -> SessionView:
+        """Begin the next attempt now; see `Sessions.retry`."""
+        self.view = self.client.sessions.retry(self.id)
+        return self.view
+
+    def budget(self, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:
+        """Other limits; see `Sessions.budget`."""
+        self.view = self.client.sessions.budget(self.id, limits, add=add)
         return self.view
 
     def snapshot(self) -> SnapshotInfo:

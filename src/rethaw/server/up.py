@@ -183,7 +183,9 @@ async def _run(
         policy = Policy(object_store=config.snapshots.s3 is not None)
         context_log = Log(db, hub)
         catalog = Catalog(db, hub, policy)
-        control = Control(db, context_log, hub, public_url=public_url, secret=token.encode(), policy=policy)
+        control = Control(
+            db, context_log, hub, public_url=public_url, secret=token.encode(), policy=policy, prices=config.prices
+        )
         engines = engines_of(data, config.engine)
         await engines.default.build()
         parts = Parts(
@@ -193,7 +195,7 @@ async def _run(
             engines=engines,
             images=ImageStore(data),
             store=_store(config, catalog),
-            gateway=Gateway(context_log, config.providers, incarnation),
+            gateway=Gateway(context_log, config.providers, incarnation, books=control),
             log=context_log,
             control=control,
             catalog=catalog,

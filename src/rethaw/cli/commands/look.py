@@ -127,7 +127,13 @@ def show(session: str, /, *, json: Json = False) -> None:
     with client() as connection:
         detail = connection.sessions.detail(session)
     if json:
-        output.emit({**output.jsonable(detail.view), "stats": output.jsonable(detail.stats)})
+        output.emit({
+            **output.jsonable(detail.view),
+            "stats": output.jsonable(detail.stats),
+            "attempts": output.jsonable(detail.attempts),
+            "budget": output.jsonable(detail.budget),
+            "spent": output.jsonable(detail.spent),
+        })  # fmt: skip
         return
     for line in show_lines(detail):
         output.data(line)

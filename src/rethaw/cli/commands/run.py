@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from rethaw.model.types import AgentSpec
     from rethaw.sdk.agents import Options
     from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.limits import Budget
     from rethaw.sdk.starting import Starting
 
 _INTERRUPTED = 130
+Number = Parameter(allow_leading_hyphen=True)  # so that a negative one gets an answer that names it
 
 
 def run(
@@ -44,6 +46,12 @@ def run(
     ttl: str | None = None,
     concurrency_key: str | None = None,
     tag: Annotated[list[str] | None, Parameter(negative="")] = None,
+    retries: Annotated[int | None, Number] = None,
+    retry_delay: str | None = None,
+    budget_tokens: Annotated[int | None, Number] = None,
+    budget_money: Annotated[str | None, Number] = None,
+    budget_calls: Annotated[int | None, Number] = None,
+    budget_wall: str | None = None,
     json: Json = False,
 ) -> int:
     """Start a session and watch its output. Ctrl-C detaches; the session goes on.
@@ -98,6 +106,18 @@ def run(
         The queue may limit how many with one key run at once.
     tag:
         To find it by; may be given again.
+    retries:
+        So many new attempts when its program fails.
+    retry_delay:
+        How long after a failure, like 1s; doubled each time.
+    budget_tokens:
+        Stop it once it has used so many tokens, input and output together.
+    budget_money:
+        Stop it once its tokens have cost so much, like 5.00; needs prices in rethaw.toml.
+    budget_calls:
+        Stop it after so many model calls.
+    budget_wall:
+        Stop it once it has run so long, like 2h; suspended time is not counted.
     """
     from rethaw.sdk.starting import starting
 
@@ -114,6 +134,8 @@ def run(
         "workdir": workdir,
         "template": template,
         "engine": engine,
+        "retries": _retries(retries, retry_delay),
+        "budget": _budget(budget_tokens, budget_money, budget_calls, budget_wall),
     }
     given = {option: value for option, value in given.items() if value is not None}
     with client(patient=not detach) as connection:
@@ -191,11 +213,36 @@ def _overridden(base: Options, given: dict[str, Any]) -> Options:
 
     if given.get("idle_suspend") == "never":
         given = {**given, "idle_suspend": None}
+    given = _with_base(base, given)
     checked = options(given.get("name") or base.name, **{k: v for k, v in given.items() if k != "name"})
     changes = {field: getattr(checked, field) for field in given}
     if "env" in changes:
         changes["env"] = {**base.env, **changes["env"]}
     return dataclasses.replace(base, **changes)
+
+
+def _retries(count: int | None, delay: str | None) -> dict[str, Any] | None:
+    given = {"max": count, "delay": delay}
+    return {name: value for name, value in given.items() if value is not None} or None
+
+
+def _budget(tokens: int | None, money: str | None, calls: int | None, wall: str | None) -> Budget | None:
+    from rethaw.sdk.limits import Budget
+
+    made = Budget(tokens=tokens, money=money, model_calls=calls, wall=wall)
+    return None if made == Budget() else made
+
+
+def _with_base(base: Options, given: dict[str, Any]) -> dict[str, Any]:
+    """What the command line says of retries and of the budget, over what the file says of the rest of them."""
+    from rethaw.sdk.limits import Retries
+
+    given = dict(given)
+    if "retries" in given:
+        given["retries"] = dataclasses.replace(base.retries or Retries(), **given["retries"])
+    if "budget" in given:
+        given["budget"] = given["budget"].over(base.budget)
+    return given
 
 
 def _environment(pairs: list[str]) -> dict[str, str]:
