@@ -16,6 +16,7 @@ from rethaw.sdk.calls import Call
 from rethaw.sdk.credentials import Credentials, checked_url, load
 
 CONNECT_S = 5.0
+TIMEOUT_S = 30.0  # for one answer
 PATIENCE_S = 60.0  # how long streams and waits outlast a server that is away
 POLL_S = 25.0  # one long poll; below what proxies commonly cut
 QUIET_S = 90.0  # a stream silent for so long is opened anew
