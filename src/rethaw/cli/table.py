@@ -23,6 +23,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Server": (
         Command("up", "server:up", "Start everything on this machine (as root)."),
         Command("doctor", "server:doctor", "Check that agents can run here, and say what is missing."),
+        Command("init", "start:init", "Write a new project: an agent, its tests, a README.", "[DIR]"),
     ),
     "Sessions": (
         Command(
