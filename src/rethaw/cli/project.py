@@ -155,13 +155,8 @@ def texts(name: str) -> dict[str, str]:
     if not function.isidentifier() or keyword.iskeyword(function) or function in _TAKEN or function == "test":
         function = f"agent_{function}"
     given = "" if function == name else f'name="{name}", '
-    put_in = {"@name@": name, "@function@": function, "@given@": given}
-    out: dict[str, str] = {}
-    for file, text in FILES.items():
-        for mark, value in put_in.items():
-            text = text.replace(mark, value)
-        out[file] = text
-    return out
+    put_in = {"name": name, "function": function, "given": given}
+    return {file: re.sub(r"@(name|function|given)@", lambda m: put_in[m[1]], text) for file, text in FILES.items()}
 
 
 def write(directory: Path, name: str) -> list[Path]:
