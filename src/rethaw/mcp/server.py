@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 PATH = "/mcp"
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _EVENTS = 200
+_WHERE = "`sudo rethaw up --detach` on the Rethaw server's machine writes it for you"
 _INSTRUCTIONS = """\
 Rethaw runs AI agents as durable sessions: their context and their whole sandbox survive crashes, and they may wait for days at
 no cost. Start one, then follow it with session_watch (pass `next` as `after`, and wait_s), session_outbox and session_result.
@@ -103,11 +104,11 @@ class Door:
 
     def _authorize(self, header: bytes | None) -> None:
         if header is None:
-            raise Unauthorized("the token is missing", remedy="send it as `Authorization: Bearer TOKEN`")
+            raise Unauthorized("the token is missing", remedy=f"send it as `Authorization: Bearer TOKEN`; {_WHERE}")
         scheme, _, given = header.partition(b" ")
         token = self._token()
         if not token or scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), token.encode()):
-            raise Unauthorized("the token is wrong", remedy="use the one that `rethaw up` wrote for you")
+            raise Unauthorized("the token is wrong", remedy=_WHERE)
 
 
 def security(host: str, port: int, allowed: Sequence[str]) -> TransportSecuritySettings:

@@ -14,7 +14,7 @@ from mcp_types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import Field
 
 from rethaw.mcp import shapes
-from rethaw.model.errors import InvalidInput, RethawError, WaitTimeout
+from rethaw.model.errors import InvalidInput, RethawError, SessionFailed, WaitTimeout
 from rethaw.model.types import AgentSpec, Event
 
 if TYPE_CHECKING:
@@ -208,10 +208,9 @@ class Tools:
     async def session_result(self, session: SessionId, wait_s: WaitS = 0) -> shapes.ResultNow:
         """What a session returned, once it is over; until then where it stands."""
         async with self._connection.client() as client:
-            with contextlib.suppress(WaitTimeout):
-                if wait_s and not (await client.sessions.get(session)).view.state.final:
-                    with contextlib.suppress(RethawError):  # how it ended is told below
-                        await client.sessions.result(session, timeout=wait_s)
+            if wait_s:
+                with contextlib.suppress(WaitTimeout, SessionFailed):  # how it ended is told below
+                    await client.sessions.result(session, timeout=wait_s)
             view = (await client.sessions.get(session)).view
             if not view.state.final:
                 return shapes.ResultNow(over=False, state=view.state.value, result=None, exit_code=None, detail=None)
