@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,10 @@ def test_that_fails(rethaw_server):
 
 def run(directory: Path, *args: str, **env: str) -> str:
     """pytest's output."""
+    load = ("-p", "rethaw.testing.plugin") if "PYTHONPATH" not in env else ()
     plain = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "rethaw.testing.plugin", "-p", "no:cacheprovider", "-c", "/dev/null",
+        [sys.executable, "-m", "pytest", *load, "-p", "no:cacheprovider", "-c", "/dev/null",
          "-o", "asyncio_mode=auto", "--rootdir", directory, "-rs", *args, directory],
         cwd=directory, capture_output=True, text=True, check=False, env=plain | env, timeout=240,
     )  # fmt: skip
@@ -131,8 +133,18 @@ def test_failures_tell_and_nothing_stays(tmp_path: Path) -> None:
 def test_where_no_server_runs_tests_are_skipped_unless_they_are_required(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "test_any.py").write_text("def test_any(rethaw_server): pass")
-    nothing = {"PATH": str(tmp_path)}
+    (tmp_path / "test_any.py").write_text(
+        "pytest_plugins = ['rethaw.testing.plugin']\ndef test_any(rethaw_server): pass"
+    )
+    # The package's own entry point beside it, whether it is installed or on the path: loaded once.
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
+    about = tmp_path / "like_rethaw-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: like-rethaw\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[pytest11]\n" + "".join(f"{name} = {module}\n" for name, module in declared.items())
+    )
+    nothing = {"PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])}
     said = run(tmp_path, **nothing)
     assert "1 skipped" in said and "there is no engine: install runsc (gVisor)" in said, said
     said = run(tmp_path, RETHAW_TEST_REQUIRED="1", **nothing)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +193,23 @@ def test_what_the_command_refuses(capsys: pytest.CaptureFixture[str], monkeypatc
     assert main(["mcp", "--http", "127.0.0.1:0"]) == 3
     assert "no token to ask MCP clients for; start the server with `sudo rethaw up`" in capsys.readouterr().err
     listen("[::1]:0").close()
+
+
+@pytest.mark.parametrize("end", ["interrupt", "eof"])
+def test_it_ends_with_its_client(end: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rethaw.cli.main", "mcp"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+    request = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello}
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline())["result"]["serverInfo"]["name"] == "rethaw"
+    if end == "interrupt":
+        process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20) if end == "eof" else (None, b"")
+    assert process.wait(20) == (0 if end == "eof" else -signal.SIGINT) and said == b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +52,7 @@ def mcp(
             raise InvalidInput("--allow-host is for HTTP", remedy="give --http HOST:PORT as well")
         if sys.stdin.isatty():
             output.note("waiting for an MCP client on stdin; see docs/mcp.md for how a client is told to start this")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the thread that reads stdin would hold up anything gentler
         asyncio.run(serve_stdio(opened))
         return
 
