@@ -23,6 +23,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Server": (
         Command("up", "server:up", "Start everything on this machine (as root)."),
         Command("doctor", "server:doctor", "Check that agents can run here, and say what is missing."),
+        Command("init", "start:init", "Write a new project: an agent, its tests, a README.", "[DIR]"),
     ),
     "Sessions": (
         Command(
@@ -98,6 +99,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("schedule rm", "schedule:rm", "Remove a schedule.", "NAME"),
     ),
     "More": (
+        Command("mcp", "mcp:mcp", "Serve sessions to MCP clients, on stdin and stdout or over HTTP."),
         Command("completion", "completion:completion", "Print the completion script of a shell.", "[bash|zsh|fish]"),
         Command("version", "look:version", "Print the version of this program and of the server."),
     ),

@@ -404,10 +404,12 @@ _shared: list[Client] = []
 
 
 def _default_client() -> Client:
+    """The client of `start`, made anew when environment or credentials file name another server or token."""
     from rethaw.sdk.client import Client
+    from rethaw.sdk.transport import TIMEOUT_S, Target
 
-    if not _shared:
-        _shared.append(Client())
+    if not _shared or _shared[0].target != Target.find(None, None, TIMEOUT_S):
+        _shared[:] = [Client()]
     return _shared[0]
 
 

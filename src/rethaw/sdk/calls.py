@@ -78,7 +78,7 @@ def error_of(status: int, body: bytes, *, url: str, token_source: str) -> Rethaw
     cls = cast("type[RethawError]", by_code(code))
     remedy = cast("str | None", found.get("remedy"))
     if cls is Unauthorized:
-        remedy = f"{remedy or 'use the one that `rethaw up` wrote for you'} (yours: {token_source})"
+        remedy = f"{remedy or 'set RETHAW_TOKEN'} (yours: {token_source})"
     error = cls(message, remedy=remedy, **details)
     error.code = code  # kept when this client does not know the code
     return error

@@ -22,7 +22,7 @@ from rethaw.sdk.snapshots import Snapshots
 from rethaw.sdk.sse import Parser
 from rethaw.sdk.starting import starting
 from rethaw.sdk.templates import Templates
-from rethaw.sdk.transport import PATIENCE_S, POLL_S, OnGap, Patience, Target, failure
+from rethaw.sdk.transport import PATIENCE_S, POLL_S, TIMEOUT_S, OnGap, Patience, Target, failure
 from rethaw.sdk.types import Detail, Message, Outcome, Why
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Client:
         url: str | None = None,
         token: str | None = None,
         *,
-        timeout: Duration = 30,
+        timeout: Duration = TIMEOUT_S,
         patience: Duration = PATIENCE_S,
         on_gap: OnGap | None = None,
     ) -> None:
