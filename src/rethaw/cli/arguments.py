@@ -32,6 +32,7 @@ VALUES = frozenset(
         "--template",
         "--engine",
         "--workdir",
+        "--allow",
     }
 )
 

@@ -125,3 +125,7 @@ class EventType(StrEnum):
     DURABILITY_DEGRADED = "durability.degraded"
     DURABILITY_RESTORED = "durability.restored"
     CHANNEL_MALFORMED = "channel.malformed"
+    EGRESS_OPENED = "egress.opened"  # {host, port, address, tunnel}
+    EGRESS_REFUSED = "egress.refused"  # {host, port, why, rule?, repeats?, others?}
+    EGRESS_FAILED = "egress.failed"  # {host, port, error, repeats?, others?}
+    EGRESS_CLOSED = "egress.closed"  # {host, port, sent, received, seconds, tunnel, why?}

@@ -57,6 +57,7 @@ class AgentSpec(Wire):
     keep_bytes: int = 5 * 1024 * MIB  # ... as long as they add up to no more than this; needed and pinned ones always
     engine: EngineName | None = None  # None: the node's default
     template: Literal["none", "auto"] = "none"  # auto: the first start of it makes a template, later ones begin there
+    allow: tuple[str, ...] = ()  # where it may connect to, see model/egress.py; empty: nowhere
 
 
 # ---------------------------------------------------------------- the log

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
@@ -51,6 +51,7 @@ class Options:
     keep_size: int = 5 << 30
     template: str = "none"
     engine: str | None = None
+    allow: tuple[str, ...] = ()
 
     def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
         """The wire form, for a Python function (`entry` in `code`) or for a command."""
@@ -77,6 +78,7 @@ class Options:
             keep_bytes=self.keep_size,
             template=cast("Any", self.template),
             engine=cast("Any", self.engine),
+            allow=self.allow,
         )
 
 
@@ -98,6 +100,7 @@ def options(
     keep_size: str | int = "5GiB",
     template: str = "none",
     engine: str | None = None,
+    allow: Sequence[str] = (),
 ) -> Options:
     """Check what a person wrote. Raises InvalidInput naming the value and the remedy."""
     if not name or len(name) > 128 or not all(c.isalnum() or c in "._-" for c in name) or not name[0].isalnum():
@@ -129,7 +132,18 @@ def options(
         keep_size=size_bytes(keep_size),
         template=template,
         engine=engine,
+        allow=_allowed(allow),
     )
+
+
+def _allowed(allow: Sequence[str]) -> tuple[str, ...]:
+    if not allow:
+        return ()
+    from rethaw.model.egress import rules_of
+
+    if isinstance(allow, str):
+        raise InvalidInput(f"allow = {allow!r} is not a list", remedy=f"write allow=[{allow!r}]")
+    return tuple(rule.text for rule in rules_of(allow))
 
 
 class Agent(Generic[P, R_co]):
@@ -283,6 +297,7 @@ def agent(
     keep_size: str | int = "5GiB",
     template: str = "none",
     engine: str | None = None,
+    allow: Sequence[str] = (),
 ) -> _Decorator: ...
 def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
     """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments. An `async
@@ -295,6 +310,7 @@ def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = N
     `keep_snapshots`: every snapshot this young is kept, of older ones one an hour, within `keep_size` in all.
     `template="auto"`: the first start makes a template of the agent, with its file imported; later ones begin there.
     `engine`: "gvisor", or "qemu" for a microVM with a kernel of its own; None takes the server's default.
+    `allow`: hosts that it may connect to ("api.github.com", "*.pypi.org:443", "10.0.0.5:8080"); else none.
     """
 
     def make(f: Callable[..., Any]) -> Agent[..., Any]:

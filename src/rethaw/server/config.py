@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from rethaw.gateway.providers import Providers
+from rethaw.model.egress import EgressSettings
 from rethaw.model.errors import InvalidInput, NotFound
+from rethaw.server.config_egress import egress_settings
 from rethaw.server.config_snapshots import SnapshotSettings, snapshot_settings
 
 DEFAULT_DATA_DIR = Path("/var/lib/rethaw")
@@ -52,6 +54,7 @@ class Config:
     engine: str = ENGINES[0]  # of agents that do not say which
     source: Path | None = None
     snapshots: SnapshotSettings = field(default_factory=SnapshotSettings)
+    egress: EgressSettings = field(default_factory=EgressSettings)
 
     def url_at(self, port: int) -> str:
         """Where a client on this machine reaches a server that listens on `port`."""
@@ -73,7 +76,7 @@ def load(
     source = _find(path, env)
     table = _read(source) if source else {}
     where = str(source) if source else "rethaw.toml"
-    known = {*SETTINGS, "providers", "snapshots"}
+    known = {*SETTINGS, "providers", "snapshots", "egress"}
     for key in table:
         if key not in known:
             raise InvalidInput(f"{where}: {key!r} is not a setting", remedy=f"known: {', '.join(sorted(known))}")
@@ -104,6 +107,7 @@ def load(
         providers=_providers(table.get("providers", {}), where, env),
         source=source,
         snapshots=snapshot_settings(table.get("snapshots", {}), where, env),
+        egress=egress_settings(table.get("egress", {}), where, env),
     )
 
 

@@ -37,6 +37,7 @@ def run(
     workdir: str | None = None,
     template: str | None = None,
     engine: str | None = None,
+    allow: Annotated[list[str] | None, Parameter(negative="")] = None,
     json: Json = False,
 ) -> int:
     """Start a session and watch its output. Ctrl-C detaches; the session goes on.
@@ -79,6 +80,8 @@ def run(
         "auto": the first start makes a template of the agent, later ones begin there, with its file imported.
     engine:
         gvisor, or qemu for a microVM with a kernel of its own; else the server's default.
+    allow:
+        HOST or HOST:PORT that it may connect to, like api.github.com or "*.pypi.org:443"; may be given again.
     """
     given: dict[str, Any] = {
         "name": name,
@@ -90,6 +93,7 @@ def run(
         "workdir": workdir,
         "template": template,
         "engine": engine,
+        "allow": allow,
     }
     given = {option: value for option, value in given.items() if value is not None}
     with client(patient=not detach) as connection:
@@ -166,6 +170,8 @@ def _overridden(base: Options, given: dict[str, Any]) -> Options:
     changes = {field: getattr(checked, field) for field in given}
     if "env" in changes:
         changes["env"] = {**base.env, **changes["env"]}
+    if "allow" in changes:
+        changes["allow"] = (*base.allow, *(rule for rule in changes["allow"] if rule not in base.allow))
     return dataclasses.replace(base, **changes)
 
 
