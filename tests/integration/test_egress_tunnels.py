@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
+import signal
+import socket
 import ssl
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ from egress_fixtures import certificate, echo, pattern, server, way_out
 from link_fixtures import until
 
 from rethaw.model.egress import Address, EgressSettings, address_of, rules_of
+from rethaw.model.errors import QuiesceTimeout
 from rethaw.node import egress as egress_module
 
 
@@ -55,19 +61,22 @@ async def test_bytes_pass_both_ways_and_each_direction_ends_by_itself() -> None:
 async def test_no_byte_is_lost_or_doubled_over_many_thaws(seed: int) -> None:
     dice = random.Random(seed)
     async with server(echo) as port, way_out(["127.0.0.1:*"]) as out:
-        stop = asyncio.Event()
+        stop, thaws = asyncio.Event(), 0
 
         async def freeze() -> None:
-            n = 0
+            nonlocal thaws
             while not stop.is_set():
+                with contextlib.suppress(QuiesceTimeout):
+                    if dice.random() < 0.3:  # given up half-way
+                        await out.guest.link.quiesce(dice.random() * 0.002)
+                        await out.guest.link.go(out.guest.hellos[-1].generation)
                 await out.guest.thaw()
-                n += 1
-                await asyncio.sleep(dice.random() * 0.02)
-            assert n > 20
+                thaws += 1
+                await asyncio.sleep(dice.random() * 0.01)
 
         async def talk(n: int) -> None:
             reader, writer, _ = await out.connect(f"127.0.0.1:{port}")
-            sent = pattern(dice.choice([1, 1000, 400_000, 2_000_000]), n)
+            sent = pattern([1, 1000, 400_000, 4_000_000][n % 4], n)
 
             async def send() -> None:
                 at = 0
@@ -91,13 +100,48 @@ async def test_no_byte_is_lost_or_doubled_over_many_thaws(seed: int) -> None:
             writer.close()
 
         freezer = asyncio.create_task(freeze())
-        await asyncio.gather(*(talk(n) for n in range(12)))
+        talks = 0
+        while thaws < 60:
+            await asyncio.gather(*(talk(n) for n in range(12)))
+            talks += 12
         stop.set()
         await freezer
-        await until(lambda: len(out.sink.of("closed")) == 12)
+        await until(lambda: len(out.sink.of("closed")) == talks)
         assert {c.get("why") for c in out.sink.of("closed")} == {None}
         await out.guest.thaw()
         assert not out.egress._tunnels
+
+
+async def test_what_was_under_way_when_a_freeze_was_given_up_comes_once() -> None:
+    sent = pattern(1_000_000, 3)
+
+    async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(sent)
+
+    async with server(tell) as port, way_out(["127.0.0.1:*"]) as out:
+        pid = out.guest.process.pid
+        os.kill(pid, signal.SIGSTOP)
+        talks = [asyncio.create_task(out.connect(f"127.0.0.1:{port}")) for _ in range(8)]
+        got = [bytearray() for _ in talks]
+
+        async def listen(n: int) -> None:
+            reader, writer, _ = await talks[n]
+            while data := await reader.read(30_000):
+                got[n] += data
+            writer.close()
+
+        listening = asyncio.gather(*(listen(n) for n in range(len(talks))))
+        for _ in range(15):
+            os.kill(pid, signal.SIGCONT)
+            await asyncio.sleep(0.01)
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(0.01)  # the pipe is full now, and the queue before it is not empty
+            with pytest.raises(QuiesceTimeout):
+                await out.guest.link.quiesce(0.02)
+            os.kill(pid, signal.SIGCONT)
+            await out.guest.thaw()
+        await asyncio.wait_for(listening, 20)
+        assert [bytes(g) for g in got] == [sent] * len(talks)
 
 
 async def test_a_full_tunnel_holds_up_neither_others_nor_a_freeze() -> None:
@@ -144,6 +188,7 @@ async def test_a_restored_guest_finds_its_connections_reset_and_connects_anew() 
 async def test_a_connection_that_the_other_side_breaks_is_broken_inside() -> None:
     async def rude(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(2)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()
 
     async with server(rude) as port, way_out(["127.0.0.1:*"]) as out:
@@ -338,7 +383,6 @@ async def test_a_request_in_absolute_form_becomes_an_ordinary_one() -> None:
         seen.append(head + body)
         writer.write(b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 Fine\r\nX-A: 1\r\nConnection: keep-alive, x-b\r\n")
         writer.write(b"X-B: 2\r\nContent-Length: 5\r\n\r\nhello")
-        await reader.read()
 
     async with server(origin) as port, way_out(["127.0.0.1:*"]) as out:
         answer = await ask(

@@ -216,10 +216,7 @@ class Egress:
             except OSError as error:
                 self._over(tunnel, error.strerror or str(error) or type(error).__name__)
             else:
-                if not tunnel.whole:
-                    tunnel.whole = True
-                    tunnel.shut()
-                    self._owner.spawn(self._note(_closed(tunnel, None)))
+                self._whole(tunnel)
         if tunnel.over is not None:
             await stream.reset(tunnel.over)
 
@@ -285,6 +282,13 @@ class Egress:
 
     # ------------------------------------------------------------ ends
 
+    def _whole(self, tunnel: Tunnel) -> None:
+        """Both directions came to their end."""
+        if tunnel.live:
+            tunnel.whole = True
+            tunnel.shut()
+            self._owner.spawn(self._note(_closed(tunnel, None)))
+
     def _over(self, tunnel: Tunnel, why: str) -> None:
         """It broke, or was given up."""
         if tunnel.live:
@@ -297,7 +301,11 @@ class Egress:
     def _drop(self, stream: int, why: str) -> None:
         """The guest has done with it."""
         tunnel = self._tunnels.pop(stream, None)
-        if tunnel is not None:
+        if tunnel is None:
+            return
+        if tunnel.ended and tunnel.guest_ended:  # it has done with it, and a freeze came before that was said here
+            self._whole(tunnel)
+        else:
             self._over(tunnel, why)
 
     # ------------------------------------------------------------ events
