@@ -42,6 +42,7 @@ class Guest:
         self.calls: list[tuple[str, str, Any]] = []  # op, id, body; every time a call is handed over
         self.answers: dict[str, Callable[[str, dict[str, Any]], Awaitable[Any]]] = {}
         self.exchange: Callable[[Stream], Awaitable[None]] = echo
+        self.tunnel: Callable[[Any], Awaitable[None]] = refuse
         self.exit: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.hellos: list[Hello] = []
         self.left: list[tuple[str, int]] = []
@@ -119,6 +120,8 @@ class Guest:
             await self.exchange(stream)
         elif stream.kind == "call":
             await self._call(stream)
+        elif stream.kind == "tunnel":
+            await self.tunnel(stream)
         else:
             await self._output(stream)
 
@@ -159,6 +162,11 @@ async def echo(stream: Stream) -> None:
         await stream.end()
     else:
         await stream.reset("the echo was lost")
+
+
+async def refuse(stream: Stream) -> None:
+    await stream.head(403, "egress is closed", ())
+    await asyncio.get_running_loop().create_future()
 
 
 @asynccontextmanager

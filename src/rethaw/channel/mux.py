@@ -98,16 +98,22 @@ class Sender:
 
 
 class Receiver:
-    """One stream's incoming bytes: order, window and credit."""
+    """One stream's incoming bytes: order, window and credit. `held`: bytes before `base` that the reader has not taken yet,
+    for a window that goes on."""
 
     __slots__ = ("_consumed", "ended", "limit", "offset", "stream")
 
-    def __init__(self, stream: int, base: int = 0) -> None:
+    def __init__(self, stream: int, base: int = 0, held: int = 0) -> None:
         self.stream = stream
         self.offset = base
-        self.limit = base + WINDOW
+        self.limit = base - held + WINDOW
         self.ended = False
-        self._consumed = base
+        self._consumed = base - held
+
+    @property
+    def held(self) -> int:
+        """Bytes that the reader has not taken yet."""
+        return self.offset - self._consumed
 
     def data(self, offset: int, size: int) -> None:
         """`size` bytes came for `offset`. Raises ChannelBroken for a gap, a repetition, or more than was allowed."""

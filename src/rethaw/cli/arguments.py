@@ -45,6 +45,7 @@ VALUES = frozenset(
         "--budget-money",
         "--budget-calls",
         "--budget-wall",
+        "--allow",
     }
 )
 

@@ -29,11 +29,36 @@ def state_text(view: SessionView) -> str:
 
 def event_line(event: Event) -> str:
     """One event: seq, time, line, type, what it says."""
-    said = " ".join(f"{key}={_value(value)}" for key, value in event.data.items() if value is not None)
+    said = _egress(event.type.value, event.data) or " ".join(
+        f"{key}={_value(value)}" for key, value in event.data.items() if value is not None
+    )
     body = "" if event.body is None else f" {_body(event.body)}"
     at = event.at.astimezone().strftime("%H:%M:%S.%f")[:-3]
     text = f"{event.seq:>5}  {at}  {event.line:>2}  {event.type.value:<20}  {plain(said)}{body}".rstrip()
     return color(f"{text}  (superseded)", "2;9") if event.superseded else text
+
+
+def _egress(kind: str, data: dict[str, Any]) -> str:
+    """What an egress event says; empty for events of other kinds."""
+    host = str(data.get("host"))
+    where = f"[{host}]:{data.get('port')}" if ":" in host else f"{host}:{data.get('port')}"
+    more = "".join(
+        f" ({data[key]} more {what})"
+        for key, what in (("repeats", "of the same"), ("others", "to other places"))
+        if data.get(key)
+    )
+    if kind == "egress.opened":
+        return where if data.get("address") == host else f"{where} at {data.get('address')}"
+    if kind == "egress.refused":
+        rule = f"; to allow it: --allow {data['rule']}" if data.get("rule") else ""
+        return f"{where} refused: {data.get('why')}{rule}{more}"
+    if kind == "egress.failed":
+        return f"{data.get('error')}{more}"
+    if kind == "egress.closed":
+        sent, received = human_bytes(int(data.get("sent") or 0)), human_bytes(int(data.get("received") or 0))
+        why = f": {data['why']}" if data.get("why") else ""
+        return f"{where}, sent {sent}, received {received} in {human(float(data.get('seconds') or 0))}{why}"
+    return ""
 
 
 def _value(value: Any) -> str:
@@ -93,6 +118,7 @@ def show_lines(detail: Detail) -> list[str]:
         ("deadline", f"{view.deadline.astimezone():%Y-%m-%d %H:%M:%S}" if view.deadline else ""),
         ("created", f"{view.created_at.astimezone():%Y-%m-%d %H:%M:%S} ({ago(view.created_at)} ago)"),
         ("memory", human_bytes(view.agent.memory_bytes)),
+        ("may reach", plain(" ".join(view.agent.allow), 200)),
         ("log", f"{view.last_seq} events, line {view.line}, attempt {view.attempt}"),
         ("model", _model(stats)),
         ("snapshots", f"{stats.snapshots}, {human_bytes(stats.stored_bytes)} stored"),
@@ -236,6 +262,8 @@ def happening(event: Event, session: str) -> str | None:
         if data.get("what") == "uncounted":
             return plain(str(data.get("detail")))
         return plain(f"budget: {data.get('used')} of {data.get('limit')} {data.get('what')} are used")
+    if kind == "egress.refused":
+        return plain(f"egress to {_egress(kind, data)}")
     if kind == "durability.restored":
         return "durability restored"
     return None

@@ -13,6 +13,7 @@ from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.log.writer import create_session_in, erase_in
+from rethaw.model.egress import rules_of
 from rethaw.model.enums import Desired, Durability, EventType, Reason, State
 from rethaw.model.errors import AmbiguousId, Conflict, InvalidInput, KeyReused, NotFound
 from rethaw.model.types import MIB, AgentSpec, BudgetSpec, NewEvent, StartOptions
@@ -83,6 +84,7 @@ def check_agent(agent: AgentSpec, policy: Policy) -> None:
     for name in (*agent.env, *agent.image.env):
         if not name or "=" in name:
             raise InvalidInput(f"env of agent {agent.name}: {name!r} cannot name a variable", remedy="leave out the =")
+    rules_of(agent.allow)
     if agent.durability is Durability.REPLICATED and not policy.object_store:
         raise InvalidInput(
             f'agent {agent.name} asks for durability "replicated", which needs an object store, and none is configured',

@@ -166,6 +166,7 @@ class Guest:
             self._calls.info["generation"] = generation
             self._write("generation", generation)
             self._calls.restored(generation)
+            self._web.proxy.restored()
         self._agent.reap()
         return {**self._about(), "left": self._web.recently_left()}
 

@@ -18,6 +18,7 @@ from rethaw.channel.mux import WINDOW
 from rethaw.guest import http1
 from rethaw.guest import loop as loops
 from rethaw.guest.http1 import BadRequest, Body, Request
+from rethaw.guest.proxy import Proxy
 from rethaw.guest.wire import Stream, Wire, note
 from rethaw.model.errors import ChannelBroken
 
@@ -32,7 +33,8 @@ LEFT_S, LEFT_MOST = 120.0, 64  # how long, and how many of them, exchanges are r
 READ_SIZE = 65536
 _REASONS = {
     400: "Bad Request", 403: "Forbidden", 404: "Not Found", 413: "Content Too Large", 417: "Expectation Failed",
-    431: "Request Header Fields Too Large", 501: "Not Implemented", 505: "HTTP Version Not Supported",
+    431: "Request Header Fields Too Large", 501: "Not Implemented", 503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
 }  # fmt: skip
 _HOP = http1.HOP_BY_HOP - {"expect"}
 
@@ -114,6 +116,8 @@ class Server:
         self._socket.listen(512)
         self._socket.setblocking(False)
         self.address: Tuple[str, int] = self._socket.getsockname()
+        self.proxy = Proxy(loop, wire, new_id)
+        self.proxy.port = self.address[1]
         self.listen()
 
     def listen(self) -> None:
@@ -164,14 +168,9 @@ class Server:
 
     def route(self, request: Request) -> Dict[str, Any]:
         """The exchange's meta. Raises BadRequest for what is not served."""
-        target = request.target
-        if request.method == "CONNECT" or not target.startswith("/"):
-            if target == "*":
-                raise BadRequest("OPTIONS * is not served here", 404)
-            raise BadRequest(
-                f"{request.method} {target[:200]} refused: this sandbox has no network, egress is closed", 403
-            )
-        path, _, query = target.partition("?")
+        if request.target == "*":
+            raise BadRequest("OPTIONS * is not served here", 404)
+        path, _, query = request.target.partition("?")
         provider, slash, rest = path[1:].partition("/")
         if not provider or not slash:
             raise BadRequest(f"nothing is served at {path[:200]}; use /<provider>/<path>, such as /openai/v1", 404)
@@ -270,6 +269,12 @@ class Connection:
         return True
 
     def _begin(self, request: Request) -> None:
+        tunnel = self.server.proxy.take(request)
+        if tunnel is not None:
+            early = bytes(self._in)
+            self._leave()
+            tunnel.begin(self._socket, early)
+            return
         meta = self.server.route(request)
         body = Body(request, BODY_LIMIT)
         exchange = Exchange(self, meta)
@@ -490,9 +495,13 @@ class Connection:
 
     def _close(self) -> None:
         if self._open:
-            self._open = False
-            self.held = False
-            self._exchange = None
-            self.server.loop.mute(self._fd)
+            self._leave()
             self._socket.close()
-            self.server.closed(self)
+
+    def _leave(self) -> None:
+        """No more of this server's business."""
+        self._open = False
+        self.held = False
+        self._exchange = None
+        self.server.loop.mute(self._fd)
+        self.server.closed(self)

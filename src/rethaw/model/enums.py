@@ -134,3 +134,7 @@ class EventType(StrEnum):
     BUDGET_WARNING = "budget.warning"  # {what, used, limit}: 80 % of it are used, or tokens cannot be counted
     BUDGET_EXCEEDED = "budget.exceeded"  # {what, used, limit, calls}: the session is stopped
     BUDGET_CHANGED = "budget.changed"  # {budget}: a person gave the session another one
+    EGRESS_OPENED = "egress.opened"  # {host, port, address, tunnel}
+    EGRESS_REFUSED = "egress.refused"  # {host, port, why, rule?, repeats?, others?}
+    EGRESS_FAILED = "egress.failed"  # {host, port, error, repeats?, others?}
+    EGRESS_CLOSED = "egress.closed"  # {host, port, sent, received, seconds, tunnel, why?}

@@ -261,14 +261,21 @@ class GuestStream(Protocol):
     handed over anew; the former object is dead and its calls raise ChannelBroken."""
 
     id: int
-    kind: str  # "exchange", "call", "stdout", "stderr"
-    meta: dict[str, object]  # exchange: {provider, method, path, query, headers, guest_id}; call: {op, id}
+    kind: str  # "exchange", "call", "tunnel", "stdout", "stderr"
+    meta: dict[
+        str, object
+    ]  # exchange: {provider, method, path, query, headers, guest_id}; call: {op, id}; tunnel: {host, port, id}
     exchange: str | None  # the exchange id told to the guest by accept(), if any
     received: int  # response bytes that the guest holds already
     head_received: bool  # whether the guest holds the response head
-    base: int  # offset of the first byte that read() gives (stdout, stderr)
+    base: int  # offset of the first byte that read() gives (stdout, stderr, tunnel)
     hung_up: bool  # the agent closed its end; the handler was cancelled for that, and nobody waits for an answer
     taken: int  # response bytes that the agent had surely read when it hung up
+
+    @property
+    def confirmed(self) -> int:
+        """Response bytes that the guest has surely received; what was written beyond may have to be written again."""
+        ...
 
     async def read(self) -> bytes | None:
         """The next bytes from the guest in order (see `base`), None at its end."""
@@ -279,11 +286,12 @@ class GuestStream(Protocol):
         ...
 
     async def accept(self, exchange: str) -> None:
-        """Tell the guest that its request is durable as `exchange`: it need not keep the body."""
+        """Tell the guest that its request is durable as `exchange`: it need not keep the body. Of a tunnel: that its end
+        was taken."""
         ...
 
     async def ack(self, offset: int) -> None:
-        """stdout, stderr: bytes before `offset` are durable, the guest may forget them."""
+        """stdout, stderr, tunnel: bytes before `offset` are safe on this side, the guest may forget them."""
         ...
 
     async def head(self, status: int, reason: str, headers: Sequence[tuple[str, str]]) -> None: ...

@@ -103,6 +103,7 @@ class AgentSpec(Wire):
     agents: dict[str, AgentSpec] = Field(default_factory=dict[str, "AgentSpec"], exclude_if=_empty)  # what it may spawn
     retries: RetrySpec | None = None  # None: a program that fails ends its session
     budget: BudgetSpec | None = None
+    allow: tuple[str, ...] = ()  # where it may connect to, see model/egress.py; empty: nowhere
 
 
 # ---------------------------------------------------------------- the log

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rethaw.model.types import Assignment, Boot
 
+_DIRECT = "localhost,127.0.0.1,::1"  # the sandbox's own, the gateway among it
 GATEWAY = "http://127.0.0.1:8484"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # Without what the agent's environment says of Python.
@@ -34,7 +35,16 @@ def guest_env(a: Assignment, providers: Iterable[str]) -> dict[str, str]:
     }
     for name in providers:
         env[f"RETHAW_{name.upper().replace('-', '_')}_URL"] = f"{GATEWAY}/{name}"
-    return {**env, **a.agent.image.env, **a.agent.env}
+    given = {**a.agent.image.env, **a.agent.env}
+    return {**env, **_proxies(given), **given}
+
+
+def _proxies(given: Mapping[str, str]) -> dict[str, str]:
+    """The way out. It is there for an agent that may go nowhere as well: a refusal says more than a missing network. A
+    setting that the image or the agent makes itself, in capitals or not, stays alone."""
+    ours = {"HTTP_PROXY": GATEWAY, "HTTPS_PROXY": GATEWAY, "NO_PROXY": _DIRECT}
+    theirs = {name.upper() for name in given}
+    return {form: value for name, value in ours.items() if name not in theirs for form in (name, name.lower())}
 
 
 def start_config(a: Assignment, providers: Iterable[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rethaw.model.ports import GuestStream
 from rethaw.model.types import MIB, AgentSpec, Assignment, Boot, Fence, NewEvent
 from rethaw.node.calls import Calls
 from rethaw.node.carry import Carried
+from rethaw.node.egress import Egress
 from rethaw.node.link import Hello, Link
 from rethaw.node.outputs import Outputs
 from rethaw.node.parts import Parts
@@ -57,6 +58,7 @@ class Life:
         snapshot = assignment.snapshot
         self._restored = snapshot.id if snapshot else None  # until the first hello
         self.outputs = Outputs(parts.log, self.fence, self.attempt, snapshot.output if snapshot else {}, self.active)
+        self.egress = Egress(parts.log, self.fence, self.agent.allow, parts.egress, self)
         self.link = Link(
             sandbox.reader,
             sandbox.writer,
@@ -117,6 +119,7 @@ class Life:
             task.cancel()
         await self.link.close()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.egress.close()
         await self.gateway.detach()
         if self.calls.carried is not None:
             await self.calls.carried.close()
@@ -128,6 +131,7 @@ class Life:
     def _on_hello(self, hello: Hello) -> None:
         self.gateway.hello(hello.exchanges, hello.left)
         self.calls.still_open(hello.calls)
+        self.egress.hello(hello.tunnels)
         restored, self._restored = self._restored, None
         if restored is not None:
             self.calls.saved_in(restored, hello.calls)
@@ -140,6 +144,8 @@ class Life:
                 self.active()
             elif stream.kind == "call":
                 await self.calls.handle(stream)
+            elif stream.kind == "tunnel":
+                await self.egress.handle(stream)
             else:
                 await self.outputs.handle(stream)
         except Fenced as error:

@@ -124,6 +124,7 @@ class Link:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._cancel_handlers()
+                self._drop_tunnels()
                 await self._flushed()
                 self._still_open()
                 self._forget_streams("the guest is being frozen")
@@ -240,6 +241,12 @@ class Link:
             task.cancel()
         while self._tasks:
             await asyncio.wait(list(self._tasks))
+
+    def _drop_tunnels(self) -> None:
+        """What goes through tunnels is kept on this side until the guest has it: a freeze does not wait for that."""
+        for stream in self._streams.values():
+            if stream.kind == "tunnel":
+                stream.kill("the guest is being frozen")
 
     def _forget_streams(self, why: str) -> None:
         self._live = False
@@ -374,6 +381,7 @@ class Link:
             left=self._left,
             calls=tuple(str(s.meta.get("id")) for s in streams if s.kind == "call"),
             streams=len(streams),
+            tunnels=tuple(s.id for s in streams if s.kind == "tunnel"),
             pid=message["pid"] if isinstance(message.get("pid"), int) else 0,
             exited=message.get("exited") is True,
         )
@@ -405,7 +413,7 @@ class Link:
         except Exception as error:
             log.exception("%r: its handler failed", stream)
             why = f"internal error: {type(error).__name__}"
-        if not stream.over and stream.kind in ("exchange", "call"):
+        if not stream.over and stream.kind in ("exchange", "call", "tunnel"):
             await stream.reset(why)
 
     def _handled(self, task: asyncio.Task[None]) -> None:

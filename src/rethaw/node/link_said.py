@@ -37,6 +37,7 @@ class Hello:
     streams: int
     pid: int
     exited: bool
+    tunnels: tuple[int, ...] = ()  # streams
 
 
 def quiet_state(message: dict[str, Any], marker: bytes, took_s: float) -> QuietState:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from rethaw.channel import frames
-from rethaw.channel.mux import Mux, Receiver, Sender
+from rethaw.channel.mux import WINDOW, Mux, Receiver, Sender
 from rethaw.model.errors import ChannelBroken, Conflict, TooLarge
 
 OUTPUTS = ("stdout", "stderr")
-KINDS = ("exchange", "call", *OUTPUTS)
+KINDS = ("exchange", "call", "tunnel", *OUTPUTS)
 
 
 class Stream:
@@ -35,6 +35,7 @@ class Stream:
         self._flush = flush
         self._in = Receiver(id, self.base)
         self._out = Sender(id, self.received)
+        self._out.limit -= about["held"]
         self._data: deque[bytes] = deque()
         self._why: str | None = None
         self._waiters: list[asyncio.Future[None]] = []
@@ -52,14 +53,16 @@ class Stream:
             "received": raw.get("received", 0),
             "head_received": raw.get("head_received", False),
             "base": raw.get("base", 0),
+            "held": raw.get("held", 0),
         }
-        numbers = (about["received"], about["base"])
+        numbers = (about["received"], about["base"], about["held"])
         fits = (
             about["kind"] in KINDS
             and isinstance(about["meta"], dict)
             and isinstance(about["exchange"], str | None)
             and isinstance(about["head_received"], bool)
             and all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+            and about["held"] <= min(WINDOW, about["received"])
         )
         if not fits:
             raise ChannelBroken(f"malformed open of stream {frame.stream}: {str(raw)[:200]}")
@@ -125,6 +128,10 @@ class Stream:
 
     # ------------------------------------------------------------ to the guest
 
+    @property
+    def confirmed(self) -> int:
+        return self._out.limit - WINDOW
+
     async def accept(self, exchange: str) -> None:
         """Raises Conflict when the request was not read to its end before: the guest drops its copy."""
         self._alive()
@@ -140,11 +147,13 @@ class Stream:
         self._ack()
 
     def _ack(self) -> None:
-        if self.kind not in OUTPUTS or self.over:
+        tunnel = self.kind == "tunnel"
+        if not tunnel and (self.kind not in OUTPUTS or self.over):
             return
         offset = min(self._ack_wanted, self._in.offset - sum(len(d) for d in self._data))
-        self.over = self._in.ended and offset == self._in.offset
-        if offset > self._acked or self.over:
+        if not tunnel:
+            self.over = self._in.ended and offset == self._in.offset
+        if offset > self._acked or (self.over and not tunnel):
             self._acked = offset
             self._send(frames.encode(frames.ACK, self.id, offset))
 

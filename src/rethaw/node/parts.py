@@ -9,6 +9,7 @@ from rethaw.engines.base import Base, SandboxSpec
 from rethaw.engines.several import Engines
 from rethaw.gateway.gateway import Gateway
 from rethaw.images.builder import ImageStore
+from rethaw.model.egress import EgressSettings
 from rethaw.model.ports import ControlPlane, LogSink, SnapshotCatalog
 from rethaw.snapshots.store import SnapshotStore
 
@@ -45,6 +46,7 @@ class Parts:
     catalog: SnapshotCatalog
     providers: tuple[str, ...] = ()
     timing: Timing = field(default_factory=Timing)
+    egress: EgressSettings = field(default_factory=EgressSettings)
     ahead: int = 1  # sandboxes created ahead for each spec in use
 
     async def sandbox_spec(self, image_digest: str, rootfs: Path, memory_bytes: int, pids: int) -> SandboxSpec:

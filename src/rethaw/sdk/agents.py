@@ -56,6 +56,7 @@ class Options:
     starting: Starting = field(default_factory=Starting)
     retries: Retries | None = None
     budget: Budget | None = None
+    allow: tuple[str, ...] = ()
 
     def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
         """The wire form, for a Python function (`entry` in `code`) or for a command."""
@@ -84,6 +85,7 @@ class Options:
             engine=cast("Any", self.engine),
             retries=self.retries.spec() if self.retries is not None else None,
             budget=self.budget.spec() if self.budget is not None else None,
+            allow=self.allow,
         )
 
 
@@ -111,6 +113,7 @@ def options(
     tags: Sequence[str] = (),
     retries: int | Retries | None = None,
     budget: Budget | None = None,
+    allow: Sequence[str] = (),
 ) -> Options:
     """Check what a person wrote. Raises InvalidInput naming the value and the remedy."""
     if not name or len(name) > 128 or not all(c.isalnum() or c in "._-" for c in name) or not name[0].isalnum():
@@ -145,7 +148,18 @@ def options(
         starting=starting(queue=queue, priority=priority, ttl=ttl, tags=tags),
         retries=retries_of(retries),
         budget=checked_budget(budget),
+        allow=_allowed(allow),
     )
+
+
+def _allowed(allow: Sequence[str]) -> tuple[str, ...]:
+    if not allow:
+        return ()
+    from rethaw.model.egress import rules_of
+
+    if isinstance(allow, str):
+        raise InvalidInput(f"allow = {allow!r} is not a list", remedy=f"write allow=[{allow!r}]")
+    return tuple(rule.text for rule in rules_of(allow))
 
 
 class Agent(Generic[P, R_co]):
@@ -341,6 +355,7 @@ def agent(
     tags: Sequence[str] = (),
     retries: int | Retries | None = None,
     budget: Budget | None = None,
+    allow: Sequence[str] = (),
 ) -> _Decorator: ...
 def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
     """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments. An `async
@@ -355,6 +370,7 @@ def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = N
     `engine`: "gvisor", or "qemu" for a microVM with a kernel of its own; None takes the server's default. `queue`,
     `priority`, `ttl`, `tags`: of its starts, see `with_options`.
     `retries`: new attempts after one that failed, a number or `Retries(...)`. `budget`: what a session may spend.
+    `allow`: hosts that it may connect to ("api.github.com", "*.pypi.org:443", "10.0.0.5:8080"); else none.
     """
 
     def make(f: Callable[..., Any]) -> Agent[..., Any]:

@@ -18,7 +18,9 @@ from typing import Any, cast
 
 from rethaw.control.prices import Prices, prices_from
 from rethaw.gateway.providers import Providers
+from rethaw.model.egress import EgressSettings
 from rethaw.model.errors import InvalidInput, NotFound
+from rethaw.server.config_egress import egress_settings
 from rethaw.server.config_snapshots import SnapshotSettings, snapshot_settings
 
 DEFAULT_DATA_DIR = Path("/var/lib/rethaw")
@@ -54,6 +56,7 @@ class Config:
     source: Path | None = None
     snapshots: SnapshotSettings = field(default_factory=SnapshotSettings)
     prices: Prices = field(default_factory=Prices)
+    egress: EgressSettings = field(default_factory=EgressSettings)
 
     def url_at(self, port: int) -> str:
         """Where a client on this machine reaches a server that listens on `port`."""
@@ -75,7 +78,7 @@ def load(
     source = _find(path, env)
     table = _read(source) if source else {}
     where = str(source) if source else "rethaw.toml"
-    known = {*SETTINGS, "providers", "snapshots", "prices"}
+    known = {*SETTINGS, "providers", "snapshots", "prices", "egress"}
     for key in table:
         if key not in known:
             raise InvalidInput(f"{where}: {key!r} is not a setting", remedy=f"known: {', '.join(sorted(known))}")
@@ -107,6 +110,7 @@ def load(
         source=source,
         snapshots=snapshot_settings(table.get("snapshots", {}), where, env),
         prices=prices_from(table.get("prices", {}), where),
+        egress=egress_settings(table.get("egress", {}), where, env),
     )
 
 

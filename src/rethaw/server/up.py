@@ -200,6 +200,7 @@ async def _run(
             control=control,
             catalog=catalog,
             providers=tuple(config.providers.names()),
+            egress=config.egress,
         )
         node = Node(parts)
         await node.start()

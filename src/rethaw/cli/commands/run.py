@@ -52,6 +52,7 @@ def run(
     budget_money: Annotated[str | None, Number] = None,
     budget_calls: Annotated[int | None, Number] = None,
     budget_wall: str | None = None,
+    allow: Annotated[list[str] | None, Parameter(negative="")] = None,
     json: Json = False,
 ) -> int:
     """Start a session and watch its output. Ctrl-C detaches; the session goes on.
@@ -118,6 +119,8 @@ def run(
         Stop it after so many model calls.
     budget_wall:
         Stop it once it has run so long, like 2h; suspended time is not counted.
+    allow:
+        HOST or HOST:PORT that it may connect to, like api.github.com or "*.pypi.org:443"; may be given again.
     """
     from rethaw.sdk.starting import starting
 
@@ -136,6 +139,7 @@ def run(
         "engine": engine,
         "retries": _retries(retries, retry_delay),
         "budget": _budget(budget_tokens, budget_money, budget_calls, budget_wall),
+        "allow": allow,
     }
     given = {option: value for option, value in given.items() if value is not None}
     with client(patient=not detach) as connection:
@@ -218,6 +222,8 @@ def _overridden(base: Options, given: dict[str, Any]) -> Options:
     changes = {field: getattr(checked, field) for field in given}
     if "env" in changes:
         changes["env"] = {**base.env, **changes["env"]}
+    if "allow" in changes:
+        changes["allow"] = (*base.allow, *(rule for rule in changes["allow"] if rule not in base.allow))
     return dataclasses.replace(base, **changes)
 
 
