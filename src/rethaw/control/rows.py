@@ -18,6 +18,7 @@ from rethaw.log.writer import append_in
 from rethaw.model.enums import Desired, EventType, Reason, State
 from rethaw.model.errors import Fenced, NotFound
 from rethaw.model.types import AgentSpec, Event, Fence, NewEvent, SessionView
+from rethaw.model.versions import digest
 
 Conn = Connection
 # suspended by policy: whatever it waits for resumes it
@@ -94,6 +95,8 @@ class Row:
     inbox_base: int
     outbox_base: int
     high_attempt: int
+    carry: str | None
+    version: int | None
 
     @property
     def loop(self) -> Loop:
@@ -105,7 +108,7 @@ class Row:
 
 
 _DETAIL_LIMIT = 4000  # characters
-_SPECS = {"agent", "args"}
+_SPECS = {"agent", "args", "version"}
 _COLUMNS = sql.SQL(", ").join(sql.Identifier("p" if field.name in _SPECS else "s", field.name) for field in fields(Row))
 _SELECT = sql.SQL("SELECT {} FROM sessions s JOIN session_specs p ON p.session = s.id ").format(_COLUMNS).as_bytes(None)
 
@@ -221,4 +224,6 @@ def view(row: Row) -> SessionView:
         crashes=row.crashes,
         forked_from=row.forked_from,
         forked_seq=row.fork_seq if row.forked_from is not None else None,
+        version=row.version,
+        version_digest=digest(row.agent),
     )

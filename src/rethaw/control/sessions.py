@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg import sql
 
-from rethaw.control import leases, placement, recovery, rows
+from rethaw.control import agents, leases, placement, recovery, rows, specs
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -99,7 +99,11 @@ async def create(
     former = await rows.select(conn, "WHERE s.id = %s OR (%s::text IS NOT NULL AND s.key = %s)", (session, key, key))
     if former:
         row = former[0]
-        if row.key == key and (canonical(row.agent.model_dump(mode="json")), row.args) != (spec, text):
+        same = row.args == text and (
+            canonical(row.agent.model_dump(mode="json")) == spec
+            or (row.attempt > 1 and (await specs.of_attempt(conn, row.id, 1))[0] == agent)  # upgraded since
+        )
+        if row.key == key and not same:
             raise KeyReused(
                 f"key {key!r} belongs to session {row.id}, started with another agent or other arguments",
                 remedy="use a new key, or the same agent and arguments",
@@ -107,7 +111,10 @@ async def create(
             )
         return row, row.id == session
     await create_session_in(conn, session)
-    await conn.execute("INSERT INTO session_specs (session, agent, args) VALUES (%s, %s, %s)", (session, spec, text))
+    await conn.execute(
+        "INSERT INTO session_specs (session, agent, args, version) VALUES (%s, %s, %s, %s)",
+        (session, spec, text, await agents.number(conn, agent)),
+    )
     await rows.update(conn, session, attempt=1, key=key, agent_name=agent.name, memory_bytes=agent.memory_bytes)
     if agent.max_duration_s is not None:
         until = sql.SQL("UPDATE sessions SET give_up_at = now() + make_interval(secs => %s) WHERE id = %s")

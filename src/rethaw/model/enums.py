@@ -65,6 +65,7 @@ class Reason(StrEnum):
     FENCED = "fenced"
     FORKED = "forked"  # a new session from another one's snapshot
     REWOUND = "rewound"  # a person took it back to an older snapshot
+    UPGRADED = "upgraded"  # a person gave it another version of its agent
 
 
 class Durability(StrEnum):
@@ -93,6 +94,7 @@ class EventType(StrEnum):
     SESSION_RESULT = "session.result"  # body: JSON value the agent returned
     SESSION_DIVERGED = "session.diverged"
     SESSION_CRASHED = "session.crashed"  # {reason, detail, generation}
+    SESSION_UPGRADED = "session.upgraded"  # the new attempt runs another version {from_version, to_version, at, files?}
     SESSION_FORKED = "session.forked"  # another session begins here {fork, seq, snapshot}
     LINE_OPENED = "line.opened"  # {line, parent, branch_seq, snapshot?, why, seq?}
     ATTEMPT_STARTED = "attempt.started"  # {attempt, fresh, command}

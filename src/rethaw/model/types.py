@@ -229,6 +229,8 @@ class SessionView(Wire):
     crashes: int = 0
     forked_from: str | None = None  # the session whose log is this one's up to `forked_seq`
     forked_seq: int | None = None
+    version: int | None = None  # of its agent, as counted by the agent's name
+    version_digest: str | None = None  # hex
 
 
 class Template(Wire):
@@ -260,6 +262,7 @@ class Assignment(Wire):
     agent: AgentSpec
     boot: Boot | None = None  # with start
     snapshot: SnapshotInfo | None = None  # with restore
+    carry: SnapshotInfo | None = None  # whose files the attempt begins with
     branch: int | None = None  # of a fork, or after a rewind: what is at or before this seq is of the past
     reason: Reason = Reason.NONE
     revision: int  # grows with each new assignment to this node
