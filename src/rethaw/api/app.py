@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.responses import StreamingResponse
 
 from rethaw import __version__
-from rethaw.api import blobs, errors, models, rawjson, sessions, snapshots, snapshots_look, templates
+from rethaw.api import agents, blobs, errors, models, rawjson, sessions, snapshots, snapshots_look, templates
 from rethaw.api.errors import Ascii
 from rethaw.api.guard import Guard
 from rethaw.api.rooms import Rooms
@@ -57,6 +57,7 @@ def create_app(
     app.include_router(snapshots_look.router(rooms))
     app.include_router(snapshots.router(rooms))
     app.include_router(templates.router(rooms))
+    app.include_router(agents.router(rooms))
     _other_routes(app, rooms)
     _describe_token(app)
     return app

@@ -78,10 +78,13 @@ def image_text(view: SessionView) -> str:
 
 def show_lines(detail: Detail) -> list[str]:
     """The text of `rethaw show`."""
+    from rethaw.model.versions import label
+
     view, stats = detail.view, detail.stats
     rows = [
         ("session", view.id),
         ("agent", agent_text(view)),
+        ("version", label(view.version, view.version_digest) or ""),
         ("image", image_text(view)),
         ("state", color(state_text(view), state_color(view.state.value))),
         ("detail", plain(view.detail or "")),

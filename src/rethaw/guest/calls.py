@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 HEADER_LIMIT = 4096
 BODY_LIMIT = 16 << 20
 OPS = frozenset(
-    ("receive", "send", "emit", "signal_url", "wait", "sleep", "snapshot", "history", "result", "consumed")
+    ("receive", "send", "emit", "signal_url", "wait", "sleep", "snapshot", "history", "result", "consumed", "carried")
 )  # what goes to the node
 READ_SIZE = 65536
 

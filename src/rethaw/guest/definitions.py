@@ -21,6 +21,15 @@ class Agent:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
+    @classmethod
+    def from_name(cls, name: str, *, version: Optional[int] = None) -> Agent:
+        """One that is deployed: to be named, not to be run here."""
+
+        def deployed(*args: Any, **kwargs: Any) -> Any:
+            raise TypeError(f"agent {name!r} is deployed: its code is not here")
+
+        return cls(deployed, {"name": name, "version": version})
+
     @property
     def name(self) -> str:
         return str(self.options.get("name") or self.__name__)

@@ -7,6 +7,7 @@ same call: every operation here is idempotent by it.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import time
@@ -15,10 +16,11 @@ from typing import Any, Protocol
 
 from rethaw.channel.payload import embed, split
 from rethaw.model.enums import EventType
-from rethaw.model.errors import InvalidInput, RethawError, TooLarge
+from rethaw.model.errors import Fenced, InvalidInput, RethawError, StorageFull, TooLarge, Unavailable
 from rethaw.model.ids import new_id
 from rethaw.model.ports import GuestStream
 from rethaw.model.types import MESSAGE_LIMIT, Boot, Event, Fence, NewEvent, WaitSpec, WaitState
+from rethaw.node.carry import Carry
 from rethaw.node.parts import Parts
 from rethaw.node.saver import Saver
 
@@ -56,6 +58,7 @@ class Calls:
         self._saved: dict[str, str] = {}
         self.waiting: dict[str, float] = {}
         self._wait_ids: dict[str, str] = {}
+        self.carry: Carry | None = None  # files that the attempt begins with
         self._ops: dict[str, Callable[[str, Body], Awaitable[Any]]] = {
             "info": self._info,
             "receive": self._receive,
@@ -69,6 +72,7 @@ class Calls:
             "history": self._history,
             "result": self._result,
             "exit": self._exit,
+            "carried": self._carried,
         }
 
     async def handle(self, stream: GuestStream) -> None:
@@ -217,6 +221,20 @@ class Calls:
 
     async def _save(self) -> str:
         return (await self._saver.save("requested")).id
+
+    async def _carried(self, call: str, body: Body) -> Any:
+        """Files of a former life; see node.carry."""
+        if self.carry is None:
+            raise InvalidInput("this attempt begins with no files of another one")
+        try:
+            data, end = await self.carry.read(int(body["offset"]))
+        except (StorageFull, Unavailable) as error:
+            raise Unavailable(str(error)) from error  # not the snapshot's fault: asked again
+        except (RethawError, OSError) as error:
+            log.warning("session %s: files of snapshot %s: %s", self._fence.session, self.carry.info.id, error)
+            await self._parts.control.report_unusable(self._fence, self.carry.info.id, str(error))
+            raise Fenced("the attempt begins again without these files") from error
+        return {"data": base64.b64encode(data).decode(), "end": end}
 
     # ------------------------------------------------------------ waits
 

@@ -7,6 +7,7 @@ VERB is one of
     tree            the same for all there is, but for what is the kernel's or guestd's
     content         the bytes of a regular file
     archive         a tar of PATH
+    take            reads NUL-ended paths from stdin, prints a tar of those that are there, each by itself
     hashes          reads NUL-ended paths from stdin, prints the SHA-256 of each, or "-"
 
 What is wrong with PATH goes to stderr as one JSON line {"code", "message"} before anything is printed; exit code 3.
@@ -22,6 +23,7 @@ import json
 import os
 import stat
 import sys
+from typing import Any
 
 KERNEL = (b"/proc", b"/sys", b"/dev")
 OURS = (b"/run/rethaw", b"/.rethaw")  # guestd's own files
@@ -200,6 +202,39 @@ def content(path: bytes) -> None:
         wrong(error, path)
 
 
+def put_into(tar: Any, one: bytes, name: bytes) -> str:
+    """One file, link or directory, without what is in it; its kind. Nothing of what it has no member for."""
+    import tarfile
+
+    found = os.lstat(one)
+    info = tarfile.TarInfo(shown(name))
+    info.mode, info.mtime = stat.S_IMODE(found.st_mode), int(found.st_mtime)
+    info.uid, info.gid = found.st_uid, found.st_gid
+    kind = kind_of(found)
+    if kind == "file":
+        with open(one, "rb") as file:
+            info.size = os.fstat(file.fileno()).st_size
+            tar.addfile(info, file)
+    elif kind == "link":
+        info.type, info.linkname = tarfile.SYMTYPE, shown(os.readlink(one))
+        tar.addfile(info)
+    elif kind == "directory":
+        info.type = tarfile.DIRTYPE
+        tar.addfile(info)
+    return kind
+
+
+def take() -> None:
+    import contextlib
+    import tarfile
+
+    paths = sys.stdin.buffer.read().split(b"\0")[:-1]
+    with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT, bufsize=CHUNK) as tar:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                put_into(tar, path, path.lstrip(b"/"))
+
+
 def archive(path: bytes) -> None:
     import tarfile
 
@@ -215,21 +250,7 @@ def archive(path: bytes) -> None:
     with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT, bufsize=CHUNK) as tar:
 
         def put(one: bytes, name: bytes) -> None:
-            found = os.lstat(one)
-            info = tarfile.TarInfo(shown(name))
-            info.mode, info.mtime = stat.S_IMODE(found.st_mode), int(found.st_mtime)
-            info.uid, info.gid = found.st_uid, found.st_gid
-            kind = kind_of(found)
-            if kind == "file":
-                with open(one, "rb") as file:
-                    info.size = os.fstat(file.fileno()).st_size
-                    tar.addfile(info, file)
-            elif kind == "link":
-                info.type, info.linkname = tarfile.SYMTYPE, shown(os.readlink(one))
-                tar.addfile(info)
-            elif kind == "directory":
-                info.type = tarfile.DIRTYPE
-                tar.addfile(info)
+            if put_into(tar, one, name) == "directory":
                 for child in sorted(os.listdir(one)):
                     path = os.path.join(one, child)
                     if path not in KERNEL:
@@ -247,6 +268,8 @@ def main() -> None:
         files(path, verb == "deep")
     elif verb == "tree":
         below(b"/", True, KERNEL + OURS, times=True)
+    elif verb == "take":
+        take()
     elif verb == "hashes":
         hashes()
     elif verb == "content":

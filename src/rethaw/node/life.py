@@ -15,6 +15,7 @@ from rethaw.model.errors import Fenced, RethawError, Unavailable
 from rethaw.model.ports import GuestStream
 from rethaw.model.types import MIB, AgentSpec, Assignment, Boot, Fence, NewEvent
 from rethaw.node.calls import Calls
+from rethaw.node.carry import Carry
 from rethaw.node.link import Hello, Link
 from rethaw.node.outputs import Outputs
 from rethaw.node.parts import Parts
@@ -80,6 +81,8 @@ class Life:
         )
         boot = assignment.boot or Boot(args={}, cursor=0, fresh=False)
         self.calls = Calls(parts, self.fence, self.attempt, boot, self.saver, self)
+        if assignment.carry is not None:
+            self.calls.carry = Carry(parts, assignment.carry, self.agent, self.fence.generation)
 
     def watch(self) -> None:
         """Start the tasks that live as long as the sandbox: death, pings, saves."""
@@ -117,6 +120,8 @@ class Life:
         await self.gateway.detach()
         if destroy:
             await self.sandbox.destroy()
+        if self.calls.carry is not None:
+            await self.calls.carry.close()
 
     # ------------------------------------------------------------ what the guest says
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import httpx2
 
@@ -13,13 +13,19 @@ from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.enums import State
 from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
-from rethaw.sdk import calls
+from rethaw.sdk import calls, versions
 from rethaw.sdk.calls import Call
 from rethaw.sdk.snapshots import AsyncSnapshots
 from rethaw.sdk.sse import Parser
 from rethaw.sdk.templates import AsyncTemplates
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, OnGap, Patience, Target, failure
 from rethaw.sdk.types import Detail, Message, Outcome, Why
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rethaw.model.versions import Files, Upgraded
+    from rethaw.sdk.agents import Agent
 
 T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
@@ -50,6 +56,7 @@ class AsyncClient:
         self.blobs = AsyncBlobs(self)
         self.snapshots = AsyncSnapshots(self)
         self.templates = AsyncTemplates(self)
+        self.agents = versions.AsyncAgents(self)
 
     @property
     def url(self) -> str:
@@ -290,6 +297,26 @@ class AsyncSessions:
         """Take the session back to `to` (a seq or a snapshot's id), also one that has ended. Its log keeps both lines."""
         return await self._client.run(calls.rewind(session, to, redeliver))
 
+    async def upgrade(
+        self,
+        session: str,
+        to: int | Agent[..., Any] | Path | str | None = None,
+        *,
+        from_seq: int | None = None,
+        files: Files = "keep",
+    ) -> Upgraded:
+        """Let the session go on with another version of its agent: `to`, by its number or as an agent (or FILE.py[::NAME]);
+        None takes what a start by name does. The new code boots with the context of the old one (`ctx.history()`,
+        `ctx.fresh`), its inbox, its open waits, and unless `files="fresh"` the files of the last snapshot. `from_seq`: the
+        log up to this event is its context, what came after is left. Also one that has ended.
+
+        Answers once the new attempt is on its way. Raises NotFound, InvalidInput, Conflict."""
+        spec = None
+        if to is not None and not isinstance(to, int):
+            spec = await versions.found(to).uploaded_async(self._client)
+        number = to if isinstance(to, int) else None
+        return await self._client.run(versions.upgrade(session, number, spec, from_seq, files))
+
     async def snapshot(self, session: str) -> SnapshotInfo:
         """Take one now."""
         return await self._client.run(calls.snapshot(session))
@@ -385,6 +412,18 @@ class AsyncSession(Generic[R_co]):
         """Back to a seq or a snapshot; see `Sessions.rewind`."""
         self.view = await self.client.sessions.rewind(self.id, to=to, redeliver=redeliver)
         return self.view
+
+    async def upgrade(
+        self,
+        to: int | Agent[..., Any] | Path | str | None = None,
+        *,
+        from_seq: int | None = None,
+        files: Files = "keep",
+    ) -> Upgraded:
+        """Go on with another version of the agent; see `AsyncSessions.upgrade`."""
+        done = await self.client.sessions.upgrade(self.id, to, from_seq=from_seq, files=files)
+        self.view = done.session
+        return done
 
     async def snapshot(self) -> SnapshotInfo:
         return await self.client.sessions.snapshot(self.id)

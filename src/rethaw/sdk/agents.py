@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
@@ -211,7 +212,29 @@ class Agent(Generic[P, R_co]):
 
     def with_options(self, *, key: str | None = None) -> Agent[P, R_co]:
         """The same agent with options for the next start. `key`: starting again with it gives the same session."""
-        return Agent(self.function, replace(self.options), key=key)
+        changed = copy(self)
+        changed.options, changed.key = replace(self.options), key
+        return changed
+
+    @staticmethod
+    def from_name(name: str, *, version: int | None = None) -> Agent[..., Any]:
+        """An agent that `rethaw deploy` registered, to be started from anywhere: its code is on the server. `version`:
+        that one; else the pinned one, or what was deployed last, as it is at each start."""
+        from rethaw.sdk.versions import named
+
+        return named(name, version)
+
+    def uploaded(self, client: Client) -> AgentSpec:
+        """The wire form, its code on the server of `client`."""
+        package = self.package()
+        client.blobs.put(package.data)
+        return self.spec(package.digest)
+
+    async def uploaded_async(self, client: AsyncClient) -> AgentSpec:
+        """`uploaded` with await."""
+        package = self.package()
+        await client.blobs.put(package.data)
+        return self.spec(package.digest)
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
         """Start a session on the server of RETHAW_URL or the credentials file."""
@@ -219,9 +242,8 @@ class Agent(Generic[P, R_co]):
 
     def start_on(self, client: Client, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
         """Start a session on the server of `client`."""
-        given, package = self.arguments(*args, **kwargs), self.package()
-        client.blobs.put(package.data)
-        return cast("Session[R_co]", client.sessions.start(self.spec(package.digest), given, key=self.key))
+        given = self.arguments(*args, **kwargs)
+        return cast("Session[R_co]", client.sessions.start(self.uploaded(client), given, key=self.key))
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run it in this process, without a server and without durability, for a debugger. Nothing comes into its inbox; to
@@ -251,9 +273,9 @@ class AsyncAgent(Generic[P, R_co]):
     async def start_on(self, client: AsyncClient, *args: P.args, **kwargs: P.kwargs) -> AsyncSession[R_co]:
         """Start a session on the server of `client`."""
         agent = self._agent
-        given, package = agent.arguments(*args, **kwargs), agent.package()
-        await client.blobs.put(package.data)
-        return cast("AsyncSession[R_co]", await client.sessions.start(agent.spec(package.digest), given, key=agent.key))
+        given = agent.arguments(*args, **kwargs)
+        spec = await agent.uploaded_async(client)
+        return cast("AsyncSession[R_co]", await client.sessions.start(spec, given, key=agent.key))
 
 
 @overload
