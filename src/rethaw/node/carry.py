@@ -17,6 +17,7 @@ import os
 import tarfile
 from pathlib import Path
 
+from rethaw.model import faults
 from rethaw.model.errors import RethawError
 from rethaw.model.types import AgentSpec, SnapshotInfo
 from rethaw.node import compare, peek
@@ -66,6 +67,7 @@ class Carry:
                 await self._take(box, paths)
         finally:
             await throwaways.close()
+        faults.point("carry.made")
         log.info("%d files of snapshot %s, %d bytes", len(paths), self.info.id, self._path.stat().st_size)
 
     def _wanted(self, tree: compare.Tree) -> list[str]:
