@@ -7,8 +7,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from e2e_cli import refused
 from e2e_fixtures import ASK, House, Session, house
 
+from rethaw.cli.main import main
 from rethaw.model.errors import RethawError
 from rethaw.testing.chaos.run import code_archive
 
@@ -25,6 +27,26 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 PAGE = Path(__file__).resolve().parents[2] / "docs/versions.md"
+
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(name="cli")
+def cli_fixture(h: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """The command line in this process, in a directory of the test's: starting an interpreter for each takes a second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RETHAW_URL", h.server.url)
+    monkeypatch.setenv("RETHAW_TOKEN", h.server.token)
+
+    def run(*args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = main(args)
+        done = subprocess.CompletedProcess(args, code, *capsys.readouterr())
+        assert code == 0 or not check, done
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="module", name="h")
@@ -74,11 +96,10 @@ def helper(ctx, who):
 )
 
 
-def test_a_bug_is_corrected_in_the_middle_of_a_conversation(h: House, tmp_path: Path) -> None:
-    cli = h.server.cli
+def test_a_bug_is_corrected_in_the_middle_of_a_conversation(h: House, cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "helper.py"
     file.write_text(HELPER)
-    assert cli("deploy", "helper.py", cwd=tmp_path).stdout == "helper@1\n"
+    assert cli("deploy", "helper.py").stdout == "helper@1\n"
     session = Session(h, {"id": cli("run", "-d", "--agent", "helper", "--who", "Ann").stdout.strip()})
     session.send("hello")
     until_sent(session, "v1 echo hello to Ann")
@@ -87,8 +108,8 @@ def test_a_bug_is_corrected_in_the_middle_of_a_conversation(h: House, tmp_path: 
     assert "a bug was shipped" in session.output("stderr")
     refused(cli("upgrade", session.id, check=False), 5, "runs version 1 already")
     file.write_text(HELPER.replace("BUG = 1", "BUG = 0"))
-    assert cli("deploy", "helper.py", cwd=tmp_path).stdout == "helper@2\n"
-    assert "already" in cli("deploy", "helper.py", cwd=tmp_path).stderr
+    assert cli("deploy", "helper.py").stdout == "helper@2\n"
+    assert "already" in cli("deploy", "helper.py").stderr
     said = cli("upgrade", session.id).stdout
     assert re.match(rf"{session.id}  version 1 -> 2 \([0-9a-f]{{8}}\); ", said), said
     until_sent(session, "v1 echo hello to Ann", "v2 echo boom to Ann")  # delivered again
@@ -134,16 +155,15 @@ def waiter(ctx):
 """
 
 
-def test_an_old_callback_address_completes_the_new_codes_wait(h: House, tmp_path: Path) -> None:
-    cli = h.server.cli
+def test_an_old_callback_address_completes_the_new_codes_wait(h: House, cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "waiter.py"
     file.write_text(WAITS)
-    sessions = [Session(h, {"id": cli("run", "-d", "waiter.py", cwd=tmp_path).stdout.strip()}) for _ in range(2)]
+    sessions = [Session(h, {"id": cli("run", "-d", "waiter.py").stdout.strip()}) for _ in range(2)]
     for session in sessions:
         session.until_state("suspended")
     refused(cli("upgrade", sessions[0].id, check=False), 4, "waiter", "never deployed")
     file.write_text(WAITS.replace('"old"', '"new"'))
-    cli("deploy", "waiter.py", cwd=tmp_path)
+    cli("deploy", "waiter.py")
     lines = cli("upgrade", "--all-of", "waiter").stdout.splitlines()
     assert len(lines) == 2 and all("version 1 -> 2" in line for line in lines)
     for number, session in enumerate(sessions):
@@ -211,54 +231,52 @@ def main(ctx):
     assert session.result() == [3000000, "é", "0o750", [], True, True]
 
 
-@pytest.mark.parametrize("point", ["control.upgrade.before", "control.upgrade.after", "carry.made"])
-def test_the_server_is_killed_in_the_middle_of_an_upgrade(h: House, point: str) -> None:
-    code = """
+KEEPS = """
 def main(ctx):
     if not ctx.fresh:
         open("/srv/kept", "w").write("of the first life")
     return ["old", ctx.wait("go", timeout="1h").payload, open("/srv/kept").read(), ctx.attempt]
 """
-    session = h.agent(code, idle_suspend_s=0.2)
-    session.until_state("suspended")
-    h.server.stop()
-    h.server.restart(faults=f"{point}:1=kill")
-    new = version(session, code.replace('"old"', '"new"'))
-    with contextlib.suppress(OSError, RethawError):
-        upgrade(session, new)
-    assert h.server.process is not None
-    h.server.process.wait(60)
+
+
+def test_the_server_is_killed_in_the_middle_of_an_upgrade(h: House) -> None:
+    points = ("carry.made", "control.upgrade.before", "control.upgrade.after")
+    sessions = [h.agent(KEEPS, idle_suspend_s=0.2) for _ in points]
+    for session in sessions:
+        session.until_state("suspended")
+    new = version(sessions[0], KEEPS.replace('"old"', '"new"'))
+    for point, session in zip(points, sessions, strict=True):
+        h.server.restart(faults=f"{point}:1=kill")
+        with contextlib.suppress(OSError, RethawError):
+            upgrade(session, new)
+        assert h.server.process is not None
+        h.server.process.wait(60)
     h.server.restart()
-    done = upgrade(session, new)  # as who saw no answer does
-    assert done["changed"] is (point == "control.upgrade.before")
-    session.signal("go", 1)
-    assert session.result() == ["new", 1, "of the first life", 2]
-    assert len(session.events("session.upgraded", all_lines=True)) == 1
-    every = session.events(all_lines=True)
-    assert [e["seq"] for e in every] == list(range(1, len(every) + 1))
+    for point, session in zip(points, sessions, strict=True):
+        done = upgrade(session, new)  # as who saw no answer does
+        assert done["changed"] is (point == "control.upgrade.before")
+        session.signal("go", point)
+    for point, session in zip(points, sessions, strict=True):
+        assert session.result() == ["new", point, "of the first life", 2]
+        every = session.events(all_lines=True)
+        assert [e["type"] for e in every].count("session.upgraded") == 1
+        assert [e["seq"] for e in every] == list(range(1, len(every) + 1))
 
 
-def test_the_page(h: House, tmp_path: Path) -> None:
+def test_the_page(h: House, cli: Cli, tmp_path: Path) -> None:
     text = PAGE.read_text()
     agent, begin, correct = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     (tmp_path / "helper.py").write_text(agent.replace("helper(ctx", "guide(ctx"))
     (tmp_path / "helper2.py").write_text(agent.replace("helper(ctx", "guide(ctx").replace("{who}: ", "{who}, "))
-    h.server.cli("deploy", "helper.py", cwd=tmp_path)
+    cli("deploy", "helper.py")
     scope: dict[str, Any] = {}
     exec(compile(begin.replace('"helper"', '"guide"') + correct, str(PAGE), "exec"), scope)
-    before = dict(os.environ)
-    os.environ.update({"RETHAW_URL": h.server.url, "RETHAW_TOKEN": h.server.token})
-    try:
-        session = Session(h, {"id": scope["begin"]("Bea")})
-        until_sent(session, "Bea: hello")
-        assert scope["correct"](session.id, str(tmp_path / "helper2.py")) == 2
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    session = Session(h, {"id": scope["begin"]("Bea")})
+    until_sent(session, "Bea: hello")
+    assert scope["correct"](session.id, str(tmp_path / "helper2.py")) == 2
     session.send("again")
     until_sent(session, "Bea: hello", "Bea, again")
     assert session.view["version"] == 2
-    cli = h.server.cli
     assert cli("agent", "pin", "guide", "1").stdout == "guide@1\n"
     assert "pinned" in cli("agent", "ls").stdout
     assert cli("agent", "unpin", "guide").stdout == "guide@2\n"
@@ -274,4 +292,4 @@ def test_the_page(h: House, tmp_path: Path) -> None:
         (("upgrade", session.id, "helper.py", "--to", "1"), 2, ["--to"]),
         (("upgrade", "--all-of", "nobody"), 4, ["nobody"]),
     ):
-        refused(cli(*args, check=False, cwd=tmp_path), code, *words)
+        refused(cli(*args, check=False), code, *words)
