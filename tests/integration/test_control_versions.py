@@ -343,3 +343,28 @@ async def test_what_is_refused(w: World) -> None:
     template = await w.control.create_template("warm", OLD, {})
     with pytest.raises(Conflict, match="template rm"):
         await w.control.upgrade(template.session, NEW)
+
+
+async def test_one_that_began_from_a_template_finds_its_arguments_again(w: World) -> None:
+    template = await w.control.create_template("warm", OLD, {})
+    _, fence = await w.back(template.session, "start")
+    await w.control.open_wait(fence, 1, WaitSpec(id="1.1", kind="signal", name="rethaw.start"))
+    info = await w.save(fence)
+    await w.control.template_ready(template, info.id, "call")
+    view, _ = await w.control.start_template("warm", b'{"topic": 1}', None)
+    await w.back(view.id)
+    assert view.version == 1
+    _, assignment, _ = await upgraded(w, view.id, files="fresh")
+    assert assignment.agent == NEW.model_copy(update={"env": {"RETHAW_TEMPLATE": "warm"}})
+    assert (await w.control.session(view.id)).version == 2
+    assert not (await w.control.upgrade(view.id, NEW)).changed
+
+
+async def test_the_result_of_a_former_version_is_not_the_new_ones(w: World) -> None:
+    session, fence = await w.start()
+    await w.append(fence, EventType.SESSION_RESULT, b'"old"', key="result:1.1")
+    await w.report(fence, S.COMPLETED, reason=Reason.EXITED, exit_code=0)
+    assert (await w.control.result(session))[1] == b'"old"'
+    _, _, new = await upgraded(w, session)
+    await w.report(new, S.FAILED, reason=Reason.EXITED, exit_code=1)
+    assert (await w.control.result(session))[1] is None

@@ -163,6 +163,8 @@ def happening(event: Event, session: str) -> str | None:
     if kind == "snapshot.restored":
         took = data.get("resume_ms")
         return f"restored{f' in {human(float(took) / 1000)}' if took is not None else ''}"
+    if kind == "session.upgraded":
+        return f"upgraded from version {data.get('from_version')} to {data.get('to_version')}"
     if kind == "wait.opened":
         if data.get("kind") == "signal":
             return plain(f"waits for signal {data.get('name')!r}: rethaw signal {session} {data.get('name')} PAYLOAD")

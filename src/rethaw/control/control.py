@@ -346,7 +346,10 @@ class Control:
         row = await self._run(lambda conn: upgrade.ask(conn, session, wanted, at, self.policy))
         same = row.version is not None and (await self._run(lambda conn: agents.number(conn, wanted))) == row.version
         if files == "keep" and at is None and row.state in upgrade.LIVE and not same:
-            await self.snapshot(session)
+            try:
+                await self.snapshot(session)
+            except WaitTimeout as error:
+                raise WaitTimeout(error.message, remedy="`--files fresh` upgrades it without its files") from error
         faults.point("control.upgrade.before")
         want = upgrade.Wanted(wanted, at, files == "keep", row.state.final, new_generation())
         done = await self._run(lambda conn: upgrade.upgrade(conn, session, want, self.policy))
@@ -421,6 +424,7 @@ class Control:
                 f"session {session} is {now.state.value}, it has no result yet", remedy="wait longer", state=now.state
             )
         events = await self._log.read(session, types=[EventType.SESSION_RESULT], limit=1000)
+        events = [event for event in events if event.attempt == view.attempt]  # a former version's is not this one's
         return view, events[-1].body if events else None
 
     async def stats(self, session: str) -> dict[str, int]:

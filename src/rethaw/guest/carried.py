@@ -76,6 +76,7 @@ def main() -> int:
     try:
         connection = Connection(protocol.socket_path(None))
         put(Source(connection))
+        connection.call("carried", b'{"done": true}')
         connection.close()
     except (OSError, ValueError, tarfile.TarError, RethawError) as error:
         print(f"rethaw: the files of the former life cannot be put back: {error}", file=sys.stderr)

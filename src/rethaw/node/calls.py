@@ -226,6 +226,9 @@ class Calls:
         """Files of a former life; see node.carry."""
         if self.carry is None:
             raise InvalidInput("this attempt begins with no files of another one")
+        if body.get("done"):
+            await self.carry.close()
+            return {}
         try:
             data, end = await self.carry.read(int(body["offset"]))
         except (StorageFull, Unavailable) as error:

@@ -103,11 +103,12 @@ class Carry:
             feeding.cancel()
 
     async def close(self) -> None:
-        """The life is over, or has all of them."""
-        if self._making is not None:
-            self._making.cancel()
+        """The life is over, or has all of them. Asked again, it reads them again."""
+        making, self._making = self._making, None
+        if making is not None:
+            making.cancel()
             with contextlib.suppress(asyncio.CancelledError, RethawError, OSError):
-                await self._making
+                await making
         self._path.unlink(missing_ok=True)
 
 
