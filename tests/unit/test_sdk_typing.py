@@ -51,6 +51,7 @@ reveal_type(ask.start("x", n=2).result())
 reveal_type(plain.with_options(key="k").start(a=1))
 async def later() -> None:
     reveal_type(await (await ask.aio.start("x")).result())
+reveal_type(rethaw.Agent.from_name("x", version=2).start(any=1))
 ask.start(3)
 plain.start()
 plain.start(a=1, b=2)
@@ -69,6 +70,7 @@ REVEALED = [
     "str",
     "Session[dict[str, int]]",
     "str",
+    "Session[Any]",
 ]
 
 

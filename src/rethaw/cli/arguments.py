@@ -21,6 +21,7 @@ from rethaw.sdk.agents import signature
 FLAGS = frozenset({"--detach", "-d", "--json", "--help", "-h"})
 VALUES = frozenset(
     {
+        "--agent",
         "--key",
         "--image",
         "--name",

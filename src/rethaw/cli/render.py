@@ -103,10 +103,13 @@ def image_text(view: SessionView) -> str:
 
 def show_lines(detail: Detail) -> list[str]:
     """The text of `rethaw show`."""
+    from rethaw.model.versions import label
+
     view, stats = detail.view, detail.stats
     rows = [
         ("session", view.id),
         ("agent", agent_text(view)),
+        ("version", label(view.version, view.version_digest) or ""),
         ("image", image_text(view)),
         ("state", color(state_text(view), state_color(view.state.value))),
         ("detail", plain(view.detail or "")),
@@ -244,6 +247,8 @@ def happening(event: Event, session: str) -> str | None:
     if kind == "snapshot.restored":
         took = data.get("resume_ms")
         return f"restored{f' in {human(float(took) / 1000)}' if took is not None else ''}"
+    if kind == "session.upgraded":
+        return f"upgraded from version {data.get('from_version')} to {data.get('to_version')}"
     if kind == "wait.opened":
         if data.get("kind") == "signal":
             return plain(f"waits for signal {data.get('name')!r}: rethaw signal {session} {data.get('name')} PAYLOAD")

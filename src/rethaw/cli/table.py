@@ -30,7 +30,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "run",
             "run:run",
             "Start a session and watch it.",
-            "FILE.py[::NAME] [--ARG VALUE ...] | --image base -- COMMAND ...",
+            "FILE.py[::NAME] [--ARG VALUE ...] | --agent NAME[@VERSION] ... | --image base -- COMMAND ...",
         ),
         Command("ls", "look:ls", "List sessions.", aliases=("ps",)),
         Command("show", "look:show", "Show a session, and what durability did for it.", "SESSION"),
@@ -56,6 +56,19 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("snapshot unpin", "keep:unpin", "Leave a snapshot to retention again.", "SNAPSHOT"),
         Command("snapshot export", "keep:export", "Write a snapshot into a file.", "SNAPSHOT FILE"),
         Command("snapshot import", "keep:import_", "Make a session of an exported file.", "FILE"),
+    ),
+    "Versions": (
+        Command("deploy", "agent:deploy", "Register a version of an agent.", "FILE.py[::NAME]"),
+        Command(
+            "upgrade",
+            "agent:upgrade",
+            "Let a session go on with another version of its agent.",
+            "SESSION [FILE.py[::NAME] | --to VERSION] | --all-of AGENT",
+        ),
+        Command("agent ls", "agent:ls", "List agents."),
+        Command("agent show", "agent:show", "Show an agent's versions and who runs which.", "NAME"),
+        Command("agent pin", "agent:pin", "Let starts by name take one version.", "NAME VERSION"),
+        Command("agent unpin", "agent:unpin", "Let them take what was deployed last.", "NAME"),
     ),
     "Looking inside": (
         Command("shell", "inspect:shell", "Open a shell inside a snapshot.", "SNAPSHOT [-- COMMAND ...]"),
@@ -105,6 +118,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
 }
 GROUP_HELP = {
+    "agent": "Agents by name, and their versions.",
     "snapshot": "Snapshots of a session.",
     "template": "Warm agents that sessions are started from.",
     "queue": "How many sessions run at once, and who is next.",

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Literal, TypeVar
 
 from rethaw.control import (
+    agents,
     budgets,
     children,
     finding,
@@ -29,8 +30,10 @@ from rethaw.control import (
     schedules,
     self_forks,
     sessions,
+    specs,
     stats,
     templates,
+    upgrade,
     waits,
 )
 from rethaw.control.policy import Policy
@@ -67,6 +70,7 @@ from rethaw.model.types import (
     WaitSpec,
     WaitState,
 )
+from rethaw.model.versions import AgentDetail, AgentVersion, Files, Upgraded
 
 T = TypeVar("T")
 _SNAPSHOT_WAIT_S = 55.0
@@ -407,6 +411,59 @@ class Control:
         """Each life of its process tree, and how it ended."""
         return await self._run(lambda conn: stats.attempts(conn, session))
 
+    async def agent_of(self, session: str, attempt: int) -> AgentSpec:
+        """What that attempt of the session runs or ran."""
+        return (await self._run(lambda conn: specs.of_attempt(conn, session, attempt)))[0]
+
+    async def deploy(self, agent: AgentSpec) -> tuple[AgentVersion, bool]:
+        """Register a version and let starts by name take it; whether it was not deployed before."""
+        sessions.check_agent(agent, self.policy)
+        return await self._run(lambda conn: agents.deploy(conn, agent))
+
+    async def agents(self) -> list[AgentVersion]:
+        """The current version of each agent."""
+        return await self._run(agents.every)
+
+    async def agent(self, name: str) -> AgentDetail:
+        return await self._run(lambda conn: agents.show(conn, name))
+
+    async def agent_version(self, name: str, version: int | None = None) -> AgentVersion:
+        """`version`, or what a start by name takes."""
+        return await self._run(lambda conn: agents.pick(conn, name, version))
+
+    async def pin(self, name: str, version: int | None) -> AgentVersion:
+        """Let starts by name take `version`; None: what was deployed last."""
+        return await self._run(lambda conn: agents.pin(conn, name, version))
+
+    async def upgrade(
+        self,
+        session: str,
+        agent: AgentSpec | None = None,
+        version: int | None = None,
+        *,
+        at: int | None = None,
+        files: Files = "keep",
+    ) -> Upgraded:
+        """Let the session go on with `agent`, or with a version of its own (None: the current one). `at`: from this event
+        on; what came after it is left. Of one that runs a snapshot is taken first if its files are to be kept."""
+        view = await self.session(session)
+        wanted = agent or (await self.agent_version(view.agent.name, version)).spec
+        row = await self._run(lambda conn: upgrade.ask(conn, session, wanted, at, self.policy))
+        same = row.version is not None and (await self._run(lambda conn: agents.number(conn, wanted))) == row.version
+        if files == "keep" and at is None and row.state in upgrade.LIVE and not same:
+            try:
+                await self.snapshot(session)
+            except WaitTimeout as error:
+                raise WaitTimeout(error.message, remedy="`--files fresh` upgrades it without its files") from error
+        faults.point("control.upgrade.before")
+        want = upgrade.Wanted(wanted, at, files == "keep", row.state.final, new_generation())
+        done = await self._run(lambda conn: upgrade.upgrade(conn, session, want, self.policy))
+        faults.point("control.upgrade.after")
+        return Upgraded(
+            session=rows.view(done.row), from_version=done.before, to_version=done.after, changed=done.changed,
+            at=done.at, files=done.row.files_from if done.changed else None,
+        )  # fmt: skip
+
     async def described(self, info: SnapshotInfo) -> dict[str, Any]:
         """What an exported snapshot says of its session."""
         return await self._run(lambda conn: imports.described(conn, info))
@@ -472,6 +529,7 @@ class Control:
                 f"session {session} is {now.state.value}, it has no result yet", remedy="wait longer", state=now.state
             )
         events = await self._log.read(session, types=[EventType.SESSION_RESULT], limit=1000)
+        events = [event for event in events if event.attempt == view.attempt]  # a former version's is not this one's
         return view, events[-1].body if events else None
 
     async def stats(self, session: str) -> dict[str, int]:

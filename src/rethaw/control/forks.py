@@ -12,7 +12,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from rethaw.control import inbox, lineage, outbox, placement, rows, sessions, waits, wakeups
+from rethaw.control import inbox, lineage, outbox, placement, rows, sessions, specs, waits, wakeups
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.model.enums import Desired, EventType, Reason, State
@@ -68,7 +68,7 @@ async def _locate(conn: Conn, row: Row, at: int | str | None) -> Target:
     # A suspended one as it is now: what came in since it went to sleep is still before it.
     seq = row.last_seq if row.state == State.SUSPENDED else usable[0].seq
     line = row.line if row.state == State.SUSPENDED else usable[0].line
-    return Target(seq, line, (await _line_at(conn, row, seq))["line"], usable[0])
+    return Target(seq, line, (await line_at(conn, row, seq))["line"], usable[0])
 
 
 async def _by_seq(conn: Conn, row: Row, seq: int) -> Target:
@@ -76,7 +76,7 @@ async def _by_seq(conn: Conn, row: Row, seq: int) -> Target:
         raise InvalidInput(
             f"there is no event {seq} in session {row.id}", remedy=f"its log goes from 1 to {row.last_seq}", seq=seq
         )
-    there = await _line_at(conn, row, seq)
+    there = await line_at(conn, row, seq)
     found = await rows.one(
         conn,
         f"""SELECT s.* FROM rethaw_path(%s, %s) p
@@ -119,10 +119,10 @@ async def _by_snapshot(conn: Conn, row: Row, text: str) -> Target:
         )
     if info.unusable:
         raise SnapshotUnusable(f"snapshot {ident} cannot be used: {info.unusable}", remedy="choose another one")
-    return Target(info.seq, info.line, (await _line_at(conn, row, info.seq))["line"], info)
+    return Target(info.seq, info.line, (await line_at(conn, row, info.seq))["line"], info)
 
 
-async def _line_at(conn: Conn, row: Row, seq: int) -> dict[str, Any]:
+async def line_at(conn: Conn, row: Row, seq: int) -> dict[str, Any]:
     """line and attempt of the session's log at `seq`."""
     found = await rows.one(
         conn,
@@ -167,6 +167,7 @@ async def fork(
     )
     awake = State.QUEUED if queued else State.RESUMING
     await _insert(conn, parent, target, forks, State.SUSPENDED if asleep else awake)
+    await specs.inherit(conn, parent, ids)
     await waits.inherit(conn, ids, target.snapshot.attempt)
     first = await rows.load(conn, ids[0])
     numbers = {"outbox_base": await outbox.shared_until(conn, ids[0]), "progress": await lineage.progress(conn, first)}
@@ -188,7 +189,8 @@ async def fork(
 async def _insert(conn: Conn, parent: Row, target: Target, forks: dict[str, str], state: State) -> None:
     info, line = target.snapshot, target.last_line + 1
     place: dict[str, Any] = {"snapshot": info.id, "seq": target.seq}
-    born = {"agent": parent.agent.name, "forked_from": parent.id, **place}
+    agent, version = await specs.of_attempt(conn, parent.id, info.attempt)
+    born = {"agent": agent.name, "forked_from": parent.id, **place}
     opened = {"line": line, "parent": info.line, "branch_seq": info.seq, "why": "fork", **place}
     same_attempt = info.attempt == parent.attempt
     values: dict[str, Any] = {
@@ -211,7 +213,10 @@ async def _insert(conn: Conn, parent: Row, target: Target, forks: dict[str, str]
         "snapshot_line": info.line,
         "at_line": target.line,
         "files_from": parent.files_from if same_attempt else None,
-        "max_duration": parent.agent.max_duration_s,
+        "max_duration": agent.max_duration_s,
+        "memory": agent.memory_bytes,
+        "agent": agent.model_dump_json(),
+        "version": version,
         "types": [EventType.SESSION_CREATED.value, EventType.LINE_OPENED.value, EventType.SESSION_STATE.value],
         "datas": [Jsonb(born), Jsonb(opened), Jsonb({"state": state.value, "reason": Reason.FORKED.value})],
     }
@@ -219,7 +224,7 @@ async def _insert(conn: Conn, parent: Row, target: Target, forks: dict[str, str]
         """INSERT INTO sessions (id, last_seq, generation, line, attempt, agent_name, memory_bytes, state, desired, reason,
                snapshot, restored, published_seq, attempt_line, attempt_seq, forked_from, fork_seq, first_line,
                branch_after, high_attempt, budget, files_from, give_up_at, inbox_base)
-           SELECT u.id, %(seq)s + 3, u.generation, %(line)s, %(attempt)s, p.agent_name, p.memory_bytes, %(state)s,
+           SELECT u.id, %(seq)s + 3, u.generation, %(line)s, %(attempt)s, p.agent_name, %(memory)s, %(state)s,
                %(desired)s, %(reason)s, %(snapshot)s, %(restored)s, %(shared)s, %(attempt_line)s, %(attempt_seq)s, p.id,
                %(seq)s, %(line)s, %(seq)s, %(high_attempt)s, p.budget, %(files_from)s,
                now() + make_interval(secs => %(max_duration)s::float8),
@@ -227,8 +232,8 @@ async def _insert(conn: Conn, parent: Row, target: Target, forks: dict[str, str]
                 JOIN inbox i ON i.session = w.session AND i.seq > w.after AND i.seq <= least(w.upto, %(seq)s))
            FROM sessions p, unnest(%(ids)s::text[], %(generations)s::text[]) u (id, generation)
            WHERE p.id = %(parent)s""",
-        """INSERT INTO session_specs (session, agent, args, queue, priority, concurrency_key, tags, slot)
-           SELECT u, p.agent, p.args, CASE p.queue WHEN '' THEN 'default' ELSE p.queue END, p.priority, p.concurrency_key,
+        """INSERT INTO session_specs (session, agent, args, version, queue, priority, concurrency_key, tags, slot)
+           SELECT u, %(agent)s, p.args, %(version)s, CASE p.queue WHEN '' THEN 'default' ELSE p.queue END, p.priority, p.concurrency_key,
                p.tags, CASE %(state)s WHEN 'suspended' THEN 'free' ELSE 'waiting' END
            FROM session_specs p, unnest(%(ids)s::text[]) u WHERE p.session = %(parent)s""",
         """INSERT INTO lines (session, line, parent, parent_session, branch_seq, why, snapshot, from_session, from_line,
@@ -259,6 +264,7 @@ async def rewind(conn: Conn, session: str, to: int | str, generation: str, redel
     target = await locate(conn, row, to)
     later = await _later(conn, row, target.seq) if redeliver else _Later([], [])
     info = target.snapshot
+    row = await specs.go_back(conn, row, info.attempt)
     row = await lineage.open_line(
         conn, row, info.line, info.seq, why="rewind", snapshot=info.id, attempt=info.attempt,
         back_to=(target.line, target.seq),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rethaw.control import rows, sessions
+from rethaw.control import agents, rows, sessions, specs
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.log.writer import create_session_in
@@ -28,7 +28,10 @@ async def take_in(
     sessions.check_agent(agent, policy)
     await create_session_in(conn, session)
     spec, text = sessions.canonical(agent.model_dump(mode="json")), sessions.canonical(args)
-    await conn.execute("INSERT INTO session_specs (session, agent, args) VALUES (%s, %s, %s)", (session, spec, text))
+    await conn.execute(
+        "INSERT INTO session_specs (session, agent, args, version) VALUES (%s, %s, %s, %s)",
+        (session, spec, text, await agents.number(conn, agent)),
+    )
     await rows.update(
         conn, session, attempt=info.attempt, agent_name=agent.name, memory_bytes=agent.memory_bytes,
         desired=Desired.SUSPENDED.value,
@@ -65,4 +68,5 @@ async def take_in(
 async def described(conn: Conn, info: SnapshotInfo) -> dict[str, Any]:
     """What an exported snapshot says of its session: {agent, args}."""
     row = await rows.load(conn, info.session)
-    return {"agent": row.agent.model_dump(mode="json"), "args": json.loads(row.args)}
+    agent, _ = await specs.of_attempt(conn, info.session, info.attempt)
+    return {"agent": agent.model_dump(mode="json"), "args": json.loads(row.args)}

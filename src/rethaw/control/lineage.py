@@ -76,9 +76,9 @@ async def open_line(
     high = max(row.attempt, row.high_attempt)
     if new_attempt:
         attempt = high + 1
-        columns |= {"attempt_line": parent, "attempt_seq": branch_seq}
+        columns |= {"attempt_line": parent, "attempt_seq": branch_seq, "files_from": None}
     elif attempt is not None and attempt != row.attempt:
-        columns |= {"attempt_line": parent, "attempt_seq": branch_seq, "high_attempt": high}
+        columns |= {"attempt_line": parent, "attempt_seq": branch_seq, "high_attempt": high, "files_from": None}
     await rows.update(conn, row.id, **columns)
     await open_line_in(conn, row.id, branch_seq, why, snapshot, parent=parent, attempt=attempt, back_to=back_to)
     row = await rows.load(conn, row.id)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from psycopg.rows import dict_row
+
 from rethaw.control import lineage, queues, rows, wakeups
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -103,19 +105,36 @@ async def choose(conn: Conn, memory_bytes: int, policy: Policy, only: str | None
     return None
 
 
+_TURN = """WITH p AS MATERIALIZED (SELECT * FROM rethaw_path(%(session)s, %(line)s)),
+e AS (
+    SELECT e.seq, e.type, e.data FROM events e
+    JOIN p ON e.session = p.session AND e.line = p.line AND e.seq <= p.upto
+    WHERE e.session = ANY(%(sessions)s)
+      AND e.type IN ('wait.opened', 'wait.completed', 'session.result', 'attempt.exited')
+), m AS (
+    SELECT m.number, m.seq FROM inbox_moves m
+    JOIN p ON m.session = p.session AND m.line = p.line AND m.seq <= p.upto
+    WHERE m.session = ANY(%(sessions)s) ORDER BY m.number DESC, m.seq DESC LIMIT 1
+)
+SELECT m.number, EXISTS (
+    SELECT 1 FROM e WHERE e.seq > coalesce((
+        SELECT max(c.seq) FROM e c WHERE c.type = 'wait.completed' AND c.data->>'number' = m.number::text), m.seq)
+    AND (e.type = 'session.result'
+         OR e.type = 'wait.opened' AND (e.data->>'kind' = 'inbox' OR e.data->'parts' @> '[{"kind": "inbox"}]')
+         OR e.type = 'attempt.exited' AND e.data->>'exit_code' = '0')
+) AS finished FROM m"""
+
+
 async def cursor(conn: Conn, row: Row) -> int:
-    """Up to which number the path has consumed the inbox."""
-    found = await rows.one(
-        conn,
-        """WITH m AS (
-               SELECT m.* FROM inbox_moves m
-               JOIN rethaw_path(%s, %s) p ON m.session = p.session AND m.line = p.line AND m.seq <= p.upto
-               WHERE m.session = ANY(%s))
-           SELECT coalesce(max(number), 0) AS n FROM m
-           WHERE seq >= coalesce((SELECT max(b.seq) FROM m b WHERE b.back), 0)""",
-        (row.id, row.line, await lineage.sessions(conn, row)),
-    )
-    return int(found["n"]) if found else 0
+    """Up to which number the path has consumed the inbox and is done with it. A message's turn is over once the agent asks
+    for the next one, or ends in order; one whose turn was cut off is delivered again."""
+    values = {"session": row.id, "line": row.line, "sessions": await lineage.sessions(conn, row)}
+    async with conn.cursor(row_factory=dict_row) as reader:
+        await reader.execute(_TURN, values)
+        found = await reader.fetchone()
+    if found is None:
+        return 0
+    return int(found["number"]) if found["finished"] else int(found["number"]) - 1
 
 
 async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:

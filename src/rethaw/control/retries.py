@@ -90,15 +90,7 @@ async def _begin(conn: Conn, row: Row, detail: str, data: dict[str, Any], at: da
     whole = not row.state.final or row.reason in _WHOLE
     if not whole:  # it ended in the middle of a crash: what came after its newest snapshot was seen by nobody
         row = await recovery.boot_anew(conn, row, Reason.RETRY.value)
-    cursor = await _cursor(conn, row)
-    if cursor is not None:
-        data["cursor"] = cursor
     (event,) = await rows.append(conn, row.id, NewEvent(type=EventType.RETRY_SCHEDULED, data=data))
-    if cursor is not None:
-        await conn.execute(
-            "INSERT INTO inbox_moves (session, line, seq, number, back) VALUES (%s, %s, %s, %s, true)",
-            (row.id, event.line, event.seq, cursor),
-        )
     if whole:
         row = await lineage.open_line(
             conn, row, event.line, event.seq, why=Reason.RETRY.value, snapshot=None, new_attempt=True
@@ -160,26 +152,6 @@ async def _why_not(conn: Conn, row: Row, spec: RetrySpec, exit_code: int | None,
     if count > spec.max:
         return f"{count} attempts failed, last: {ended(exit_code)}" if count > 1 else f"it failed: {ended(exit_code)}"
     return None
-
-
-async def _cursor(conn: Conn, row: Row) -> int | None:
-    """Where the inbox is to be read on when that is before the cursor: the last message that was consumed is given again
-    unless its agent has asked for the next one since. None: where the cursor is."""
-    found = await rows.one(
-        conn,
-        """WITH p AS MATERIALIZED (SELECT * FROM rethaw_path(%s, %s)),
-           m AS (SELECT m.* FROM inbox_moves m
-                 JOIN p ON m.session = p.session AND m.line = p.line AND m.seq <= p.upto WHERE m.session = ANY(%s)),
-           b AS (SELECT coalesce(max(seq), 0) AS seq FROM m WHERE back),
-           last AS (SELECT m.seq, m.number FROM m, b WHERE m.seq > b.seq ORDER BY m.number DESC LIMIT 1)
-           SELECT last.number, coalesce((SELECT max(m.number) FROM m, b
-                                         WHERE m.seq >= b.seq AND m.number < last.number), 0) AS former
-           FROM last WHERE NOT EXISTS (
-               SELECT 1 FROM events e JOIN p ON e.session = p.session AND e.line = p.line AND e.seq <= p.upto
-               WHERE e.session = ANY(%s) AND e.seq > last.seq AND e.type = 'wait.opened' AND e.data->>'kind' = 'inbox')""",
-        (row.id, row.line, (owners := await lineage.sessions(conn, row)), owners),
-    )
-    return None if found is None else int(found["former"])
 
 
 def _next(row: Row) -> int:

@@ -18,6 +18,7 @@ from rethaw.log.writer import append_in
 from rethaw.model.enums import Desired, EventType, Reason, State
 from rethaw.model.errors import Fenced, NotFound
 from rethaw.model.types import AgentSpec, BudgetSpec, Event, Fence, NewEvent, SessionView
+from rethaw.model.versions import digest
 
 Conn = Connection
 # suspended by policy: whatever it waits for resumes it
@@ -110,6 +111,7 @@ class Row:
     awake_until: datetime | None
     wall_at: datetime | None
     files_from: str | None
+    version: int | None
 
     @property
     def limits(self) -> BudgetSpec | None:
@@ -128,6 +130,7 @@ class Row:
 _DETAIL_LIMIT = 4000  # characters
 _SPECS = {
     "agent", "args", "queue", "priority", "concurrency_key", "not_before", "expires_at", "tags",
+    "version",
 }  # fmt: skip
 _COLUMNS = sql.SQL(", ").join(sql.Identifier("p" if field.name in _SPECS else "s", field.name) for field in fields(Row))
 _SELECT = sql.SQL("SELECT {} FROM sessions s JOIN session_specs p ON p.session = s.id ").format(_COLUMNS).as_bytes(None)
@@ -268,4 +271,6 @@ def view(row: Row) -> SessionView:
         not_before=row.not_before,
         expires_at=row.expires_at,
         retry_at=row.retry_at,
+        version=row.version,
+        version_digest=digest(row.agent),
     )

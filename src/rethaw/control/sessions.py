@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg import sql
 
-from rethaw.control import leases, placement, queues, recovery, rows, wakeups
+from rethaw.control import agents, leases, placement, queues, recovery, rows, specs, wakeups
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -141,7 +141,11 @@ async def create(
     former = await rows.select(conn, "WHERE s.id = %s OR (%s::text IS NOT NULL AND s.key = %s)", (session, key, key))
     if former:
         row = former[0]
-        if row.key == key and (canonical(row.agent.model_dump(mode="json")), row.args) != (spec, text):
+        same = row.args == text and (
+            canonical(row.agent.model_dump(mode="json")) == spec
+            or (row.attempt > 1 and (await specs.of_attempt(conn, row.id, 1))[0] == agent)  # upgraded since
+        )
+        if row.key == key and not same:
             raise KeyReused(
                 f"key {key!r} belongs to session {row.id}, started with another agent or other arguments",
                 remedy="use a new key, or the same agent and arguments",
@@ -149,7 +153,10 @@ async def create(
             )
         return row, row.id == session
     await create_session_in(conn, session)
-    await conn.execute("INSERT INTO session_specs (session, agent, args) VALUES (%s, %s, %s)", (session, spec, text))
+    await conn.execute(
+        "INSERT INTO session_specs (session, agent, args, version) VALUES (%s, %s, %s, %s)",
+        (session, spec, text, await agents.number(conn, agent)),
+    )
     await queues.enter(conn, session, options, queue=queue)
     await rows.update(conn, session, attempt=1, key=key, agent_name=agent.name, memory_bytes=agent.memory_bytes)
     born = (

@@ -252,7 +252,7 @@ async def _given_up(conn: Conn, found: list[SnapshotInfo]) -> list[SnapshotInfo]
         conn,
         """UPDATE snapshots n SET erased = true
            WHERE n.id = ANY(%s) AND (n.erased OR NOT n.pinned AND (n.unusable IS NOT NULL OR NOT EXISTS (
-               SELECT 1 FROM sessions s WHERE n.id IN (s.snapshot, s.restored)
+               SELECT 1 FROM sessions s WHERE n.id IN (s.snapshot, s.restored, s.files_from)
                AND s.state NOT IN ('completed', 'failed', 'cancelled')))) RETURNING n.id""",
         ([r["id"] for r in locked],),
     )

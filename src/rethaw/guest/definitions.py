@@ -27,6 +27,15 @@ class Agent:
 
         return LocalContext().run(self.function, **kwargs)
 
+    @classmethod
+    def from_name(cls, name: str, *, version: Optional[int] = None) -> Agent:
+        """One that is deployed: to be named, not to be run here."""
+
+        def deployed(*args: Any, **kwargs: Any) -> Any:
+            raise TypeError(f"agent {name!r} is deployed: its code is not here")
+
+        return cls(deployed, {"name": name, "version": version})
+
     @property
     def name(self) -> str:
         return str(self.options.get("name") or self.__name__)

@@ -73,6 +73,11 @@ def pack(data: bytes) -> tuple[int, bytes]:
 
 def unpack(stored: bytes, codec: int, size: int) -> bytes:
     """What `pack` was given. Raises RethawError when the stored bytes are not that."""
+    if codec not in (RAW, ZSTD):
+        raise RethawError(
+            f"bytes are stored with codec {codec}, this Rethaw knows {RAW} and {ZSTD}",
+            remedy="start the newer Rethaw that wrote them",
+        )
     try:
         data = bytes(stored) if codec == RAW else zstd.decompress(stored)
     except zstd.ZstdError as e:

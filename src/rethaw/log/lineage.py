@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from rethaw.db.pool import Connection
 from rethaw.model.enums import EventType
-from rethaw.model.errors import NotFound
+from rethaw.model.errors import Conflict, NotFound
 from rethaw.model.types import Line
 
+FORMAT = 1  # of a log: what its rows mean. In sessions.log_format; logs of every former one are read (tests/golden)
 FOREVER = (1 << 63) - 1  # upto_seq of the current line
 
 # Equal to the SQL function rethaw_stays (0003_forks.sql); a test compares them.
@@ -87,10 +88,18 @@ class Part:
 
 
 async def parts_in(conn: Connection, session: str) -> list[Part]:
-    """The whole log of `session`, its ancestors' parts first; empty for an unknown session. Never changes."""
+    """The whole log of `session`, its ancestors' parts first; empty for an unknown session. Never changes. Raises Conflict
+    for a log whose format is newer than FORMAT."""
     cursor = await conn.execute(
-        "SELECT a.session, least(s.fork_seq, a.upto), a.upto FROM rethaw_ancestry(%s) a"
+        "SELECT a.session, least(s.fork_seq, a.upto), a.upto, s.log_format FROM rethaw_ancestry(%s) a"
         " JOIN sessions s ON s.id = a.session ORDER BY a.depth DESC",
         (session,),
     )
-    return [Part(row[0], row[1], row[2]) for row in await cursor.fetchall()]
+    found = await cursor.fetchall()
+    for row in found:
+        if row[3] > FORMAT:
+            raise Conflict(
+                f"the log of session {row[0]} has format {row[3]}, this Rethaw reads formats up to {FORMAT}",
+                remedy="start the newer Rethaw that wrote it",
+            )
+    return [Part(row[0], row[1], row[2]) for row in found]

@@ -33,6 +33,8 @@ class Report:
 async def verify_in(db: Database, session: str) -> Report:
     """Reads everything of `session`. Raises NotFound."""
     report = Report(session)
+    async with db.connection() as conn:
+        await lineage.parts_in(conn, session)  # a format that is not known is not called damaged
     await _events(db, report)
     await _contents(db, report)
     await _exchanges(db, report)

@@ -10,6 +10,7 @@ from psycopg.rows import tuple_row
 
 from rethaw.db.pool import Connection, translated
 from rethaw.log import encoding
+from rethaw.log.lineage import FORMAT
 from rethaw.model.enums import EventType
 from rethaw.model.errors import Conflict, InvalidInput, NotFound
 from rethaw.model.types import Event, NewEvent
@@ -26,10 +27,10 @@ _APPEND = (
 async def create_session_in(conn: Connection, session: str) -> None:
     """The session's row and its first line. Raises Conflict when the id is or was in use."""
     cursor = await conn.execute(
-        "WITH s AS (INSERT INTO sessions (id) SELECT %s WHERE NOT EXISTS (SELECT 1 FROM erasures WHERE session = %s)"
+        "WITH s AS (INSERT INTO sessions (id, log_format) SELECT %s, %s::smallint WHERE NOT EXISTS (SELECT 1 FROM erasures WHERE session = %s)"
         " ON CONFLICT DO NOTHING RETURNING id)"
         " INSERT INTO lines (session, line, branch_seq, why) SELECT id, 1, 0, 'start' FROM s",
-        (session, session),
+        (session, FORMAT, session),
     )
     if cursor.rowcount != 1:
         raise Conflict(f"session {session} exists, or was erased", remedy="use a new id")

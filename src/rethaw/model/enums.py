@@ -68,6 +68,7 @@ class Reason(StrEnum):
     EXPIRED = "expired"  # it had not started when its ttl was over
     RETRY = "retry"  # its program failed; a new attempt begins
     BUDGET_EXCEEDED = "budget_exceeded"  # it has spent what it may
+    UPGRADED = "upgraded"  # a person gave it another version of its agent
 
 
 class Durability(StrEnum):
@@ -96,6 +97,7 @@ class EventType(StrEnum):
     SESSION_RESULT = "session.result"  # body: JSON value the agent returned
     SESSION_DIVERGED = "session.diverged"
     SESSION_CRASHED = "session.crashed"  # {reason, detail, generation}
+    SESSION_UPGRADED = "session.upgraded"  # the new attempt runs another version {from_version, to_version, at, files?}
     SESSION_FORKED = "session.forked"  # another session begins here {fork, seq, snapshot}
     LINE_OPENED = "line.opened"  # {line, parent, branch_seq, snapshot?, why, seq?}
     ATTEMPT_STARTED = "attempt.started"  # {attempt, fresh, command}
@@ -130,7 +132,7 @@ class EventType(StrEnum):
     DURABILITY_DEGRADED = "durability.degraded"
     DURABILITY_RESTORED = "durability.restored"
     CHANNEL_MALFORMED = "channel.malformed"
-    RETRY_SCHEDULED = "retry.scheduled"  # {attempt, of, after, at, delay_s, cursor}: a new attempt begins
+    RETRY_SCHEDULED = "retry.scheduled"  # {attempt, of, after, at, delay_s}: a new attempt begins
     BUDGET_WARNING = "budget.warning"  # {what, used, limit}: 80 % of it are used, or tokens cannot be counted
     BUDGET_EXCEEDED = "budget.exceeded"  # {what, used, limit, calls}: the session is stopped
     BUDGET_CHANGED = "budget.changed"  # {budget}: a person gave the session another one

@@ -234,6 +234,10 @@ class ControlPlane(Protocol):
         "relaxed")."""
         ...
 
+    async def agent_of(self, session: str, attempt: int) -> AgentSpec:
+        """What that attempt of the session runs or ran. Raises NotFound."""
+        ...
+
     async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
         """Saving keeps failing, or works again: row flag and event."""
         ...

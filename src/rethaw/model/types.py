@@ -293,6 +293,8 @@ class SessionView(Wire):
     not_before: datetime | None = None  # of a delay
     expires_at: datetime | None = None  # fails if it has not started by then
     retry_at: datetime | None = None  # queued: when the next attempt begins
+    version: int | None = None  # of its agent, as counted by the agent's name
+    version_digest: str | None = None  # hex
 
 
 class StartOptions(Wire):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from rethaw.channel.payload import embed, split
 from rethaw.model.enums import EventType
-from rethaw.model.errors import InvalidInput, NotFound, RethawError, TooLarge
+from rethaw.model.errors import Fenced, InvalidInput, NotFound, RethawError, StorageFull, TooLarge, Unavailable
 from rethaw.model.ids import new_id
 from rethaw.model.ports import GuestStream
 from rethaw.model.types import MESSAGE_LIMIT, AgentFork, Boot, Event, Fence, NewEvent, WaitPart, WaitSpec, WaitState
@@ -315,7 +315,14 @@ class Calls:
     async def _carry(self, call: str, body: Body) -> Any:
         if self.carried is None:
             raise NotFound("this attempt begins with the files of its image")
-        return await self.carried.chunk(int(body["offset"]))
+        try:
+            return await self.carried.chunk(int(body["offset"]))
+        except (StorageFull, Unavailable) as error:
+            raise Unavailable(str(error)) from error  # not the snapshot's fault: asked again
+        except (RethawError, OSError) as error:
+            log.warning("session %s: files of snapshot %s: %s", self._fence.session, self.carried.info.id, error)
+            await self._parts.control.report_unusable(self._fence, self.carried.info.id, str(error))
+            raise Fenced("the attempt begins again without these files") from error
 
     async def _exit(self, call: str, body: Body) -> Any:
         code, signal = body.get("code"), body.get("signal")

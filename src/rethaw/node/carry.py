@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import logging
 import os
+import tarfile
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rethaw.model.errors import RethawError, SnapshotUnusable
-from rethaw.model.types import Fence, SnapshotInfo
+from rethaw.model import faults
+from rethaw.model.types import AgentSpec, SnapshotInfo
 from rethaw.node import compare, peek
 from rethaw.node.parts import Parts
 from rethaw.node.peek import Throwaways
-
-log = logging.getLogger("rethaw.node")
 
 CHUNK = 384 << 10  # of one answer
 REMOVED = ".rethaw-removed"  # the first member of a pack: NUL-ended paths that the image has and the snapshot has not
 _TAKEN = ("file", "directory", "link")  # of a pipe, a socket or a device nothing can be kept
 # Written by the engine or by guestd at each boot.
+_APP = "/app/"
 _NOT = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/rethaw")
 
 
-async def pack(parts: Parts, info: SnapshotInfo, target: BinaryIO) -> None:
-    """Write the files that `info` has on top of its image into `target`, with the paths that it has no more.
+async def pack(parts: Parts, info: SnapshotInfo, target: BinaryIO, brought: Collection[str] = ()) -> None:
+    """Write the files that `info` has on top of its image into `target`, with the paths that it has no more. Of `brought`,
+    which the new attempt has of its own, nothing; of Python's byte code neither (its new source may be as old and as long).
 
     Raises SnapshotUnusable, EngineError, ImageError, StorageFull, Unavailable."""
     throwaways = Throwaways(parts)
@@ -38,7 +39,8 @@ async def pack(parts: Parts, info: SnapshotInfo, target: BinaryIO) -> None:
     try:
         rootfs = await parts.images.rootfs(info.image)
         tree = await asyncio.to_thread(compare.above, await peek.drain(await box.tell("tree")), rootfs)
-        own = {path: found for path, found in sorted(tree.own.items()) if path not in _NOT}
+        skip = {*_NOT, *brought}
+        own = {path: found for path, found in sorted(tree.own.items()) if path not in skip and not _bytecode(path)}
         wanted = [path for path, found in own.items() if found is not None and found.kind in _TAKEN]
         removed = [path for path, found in own.items() if found is None]
         run = await box.tell("pack")
@@ -61,18 +63,24 @@ async def _feed(run: Any, removed: list[str], wanted: list[str]) -> None:
     run.end_input()
 
 
-class Carried:
-    """The pack for one life; made when it is first asked for. It has no name, so nothing is left of it after a kill."""
+def _bytecode(path: str) -> bool:
+    return path.endswith(".pyc") or (path + "/").endswith("/__pycache__/")
 
-    def __init__(self, parts: Parts, fence: Fence, info: SnapshotInfo) -> None:
+
+class Carried:
+    """The pack for one life, which runs `agent` in `image`; made when it is first asked for. It has no name, so nothing is
+    left of it after a kill."""
+
+    def __init__(self, parts: Parts, info: SnapshotInfo, agent: AgentSpec, image: str) -> None:
+        self.info = info
         self._parts = parts
-        self._fence = fence
-        self._info = info
+        self._code = agent.code if image != info.image else None  # other code than the snapshot's
         self._making: asyncio.Task[BinaryIO] | None = None
 
     async def chunk(self, offset: int) -> dict[str, Any]:
         """The bytes from `offset` on, and how many there are in all."""
-        if self._making is None:
+        failed = self._making is not None and self._making.done() and self._making.exception() is not None
+        if self._making is None or failed:
             # A save cancels whoever asks; the pack goes on being made.
             self._making = asyncio.ensure_future(self._make())
         file = await asyncio.shield(self._making)
@@ -84,17 +92,21 @@ class Carried:
         directory = self._parts.data_dir / "run"
         file = await asyncio.to_thread(_nameless, directory)
         try:
-            await pack(self._parts, self._info, file)
+            brought = await asyncio.to_thread(self._brought)
+            await pack(self._parts, self.info, file, brought)
             await asyncio.to_thread(file.flush)
-        except BaseException as error:
+        except BaseException:
             file.close()
-            if isinstance(error, SnapshotUnusable):
-                try:
-                    await self._parts.catalog.mark_unusable(self._fence, self._info.id, str(error))
-                except RethawError as other:
-                    log.info("session %s: %s", self._fence.session, other)
             raise
+        faults.point("carry.made")
         return file
+
+    def _brought(self) -> set[str]:
+        """Paths that the new code has."""
+        if self._code is None:
+            return set()
+        with tarfile.open(self._parts.data_dir / "code" / f"{self._code}.tar.gz") as code:
+            return {_APP + os.path.normpath(member.name) for member in code if not member.isdir()}
 
     async def close(self) -> None:
         if self._making is None:

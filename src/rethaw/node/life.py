@@ -84,7 +84,7 @@ class Life:
         boot = assignment.boot or Boot(args={}, cursor=0, fresh=False)
         self.calls = Calls(parts, self.fence, self.attempt, boot, self.saver, self)
         if assignment.files is not None:
-            self.calls.carried = Carried(parts, self.fence, assignment.files)
+            self.calls.carried = Carried(parts, assignment.files, self.agent, self.image)
 
     def watch(self) -> None:
         """Start the tasks that live as long as the sandbox: death, pings, saves."""

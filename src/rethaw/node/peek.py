@@ -102,7 +102,7 @@ class Throwaways:
 
     async def _restore(self, info: SnapshotInfo) -> Sandbox:
         parts = self._parts
-        agent = (await parts.control.session(info.session)).agent
+        agent = await parts.control.agent_of(info.session, info.attempt)
         rootfs = await parts.images.rootfs(info.image)
         if rootfs is None:
             built = await parts.images.ensure(agent.image, lambda _: None)
@@ -292,5 +292,5 @@ class NodeShell:
 
 async def workdir_of(parts: Parts, info: SnapshotInfo) -> str:
     """Where the agent was started."""
-    agent = (await parts.control.session(info.session)).agent
+    agent = await parts.control.agent_of(info.session, info.attempt)
     return "/app" if agent.entry and agent.workdir == "/" else agent.workdir

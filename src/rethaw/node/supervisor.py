@@ -215,6 +215,7 @@ class Supervisor:
     def _session_gateway(self, agent: AgentSpec) -> SessionGateway:
         if self._gateway is None:
             self._gateway = self._parts.gateway.session(self.session, agent)
+        self._gateway.agent = agent  # of another version by now, perhaps
         return self._gateway
 
     async def _boot(self, a: Assignment) -> Life:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import httpx2
 
@@ -13,7 +13,7 @@ from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.enums import State
 from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
-from rethaw.sdk import calls
+from rethaw.sdk import calls, versions
 from rethaw.sdk.calls import Call
 from rethaw.sdk.limits import Budget, add_names
 from rethaw.sdk.listing import PAGE, Page, When, wanted
@@ -25,6 +25,12 @@ from rethaw.sdk.starting import starting
 from rethaw.sdk.templates import AsyncTemplates
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, TIMEOUT_S, OnGap, Patience, Target, failure
 from rethaw.sdk.types import Detail, Message, Outcome, Why
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rethaw.model.versions import Files, Upgraded
+    from rethaw.sdk.agents import Agent
 
 T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
@@ -57,6 +63,7 @@ class AsyncClient:
         self.templates = AsyncTemplates(self)
         self.queues = AsyncQueues(self)
         self.schedules = AsyncSchedules(self)
+        self.agents = versions.AsyncAgents(self)
 
     @property
     def url(self) -> str:
@@ -384,6 +391,26 @@ class AsyncSessions:
         goes on where it was."""
         return await self._client.run(calls.budget(session, limits.spec(), add_names(add)))
 
+    async def upgrade(
+        self,
+        session: str,
+        to: int | Agent[..., Any] | Path | str | None = None,
+        *,
+        from_seq: int | None = None,
+        files: Files = "keep",
+    ) -> Upgraded:
+        """Let the session go on with another version of its agent: `to`, by its number or as an agent (or FILE.py[::NAME]);
+        None takes what a start by name does. The new code boots with the context of the old one (`ctx.history()`,
+        `ctx.fresh`), its inbox, its open waits, and unless `files="fresh"` the files of the last snapshot. `from_seq`: the
+        log up to this event is its context, what came after is left. Also one that has ended.
+
+        Answers once the new attempt is on its way. Raises NotFound, InvalidInput, Conflict."""
+        spec = None
+        if to is not None and not isinstance(to, int):
+            spec = await versions.found(to).uploaded_async(self._client)
+        number = to if isinstance(to, int) else None
+        return await self._client.run(versions.upgrade(session, number, spec, from_seq, files))
+
     async def snapshot(self, session: str) -> SnapshotInfo:
         """Take one now."""
         return await self._client.run(calls.snapshot(session))
@@ -493,6 +520,18 @@ class AsyncSession(Generic[R_co]):
         """Other limits; see `Sessions.budget`."""
         self.view = await self.client.sessions.budget(self.id, limits, add=add)
         return self.view
+
+    async def upgrade(
+        self,
+        to: int | Agent[..., Any] | Path | str | None = None,
+        *,
+        from_seq: int | None = None,
+        files: Files = "keep",
+    ) -> Upgraded:
+        """Go on with another version of the agent; see `AsyncSessions.upgrade`."""
+        done = await self.client.sessions.upgrade(self.id, to, from_seq=from_seq, files=files)
+        self.view = done.session
+        return done
 
     async def snapshot(self) -> SnapshotInfo:
         return await self.client.sessions.snapshot(self.id)

@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
@@ -266,12 +267,34 @@ class Agent(Generic[P, R_co]):
         changes: dict[str, Any] = {"retries": retries_of(retries), "budget": checked_budget(budget)}
         options = replace(self.options, **{name: value for name, value in changes.items() if value is not None})
         how = starting(queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags)
-        return Agent(self.function, options, key=key, how=how)
+        changed = copy(self)
+        changed.options, changed.key, changed.how = options, key, how
+        return changed
 
     @property
     def starting(self) -> Starting:
         """How the next session is started: options of this start over those of the definition."""
         return self.how.over(self.options.starting)
+
+    @staticmethod
+    def from_name(name: str, *, version: int | None = None) -> Agent[..., Any]:
+        """An agent that `rethaw deploy` registered, to be started from anywhere: its code is on the server. `version`:
+        that one; else the pinned one, or what was deployed last, as it is at each start."""
+        from rethaw.sdk.versions import named
+
+        return named(name, version)
+
+    def uploaded(self, client: Client) -> AgentSpec:
+        """The wire form, its code on the server of `client`."""
+        package = self.package()
+        client.blobs.put(package.data)
+        return self.spec(package.digest)
+
+    async def uploaded_async(self, client: AsyncClient) -> AgentSpec:
+        """`uploaded` with await."""
+        package = self.package()
+        await client.blobs.put(package.data)
+        return self.spec(package.digest)
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
         """Start a session on the server of RETHAW_URL or the credentials file."""
@@ -279,11 +302,10 @@ class Agent(Generic[P, R_co]):
 
     def start_on(self, client: Client, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
         """Start a session on the server of `client`."""
-        given, package = self.arguments(*args, **kwargs), self.package()
-        client.blobs.put(package.data)
+        given = self.arguments(*args, **kwargs)
         return cast(
             "Session[R_co]",
-            client.sessions.start(self.spec(package.digest), given, key=self.key, **self.starting.given()),
+            client.sessions.start(self.uploaded(client), given, key=self.key, **self.starting.given()),
         )
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
@@ -314,11 +336,11 @@ class AsyncAgent(Generic[P, R_co]):
     async def start_on(self, client: AsyncClient, *args: P.args, **kwargs: P.kwargs) -> AsyncSession[R_co]:
         """Start a session on the server of `client`."""
         agent = self._agent
-        given, package = agent.arguments(*args, **kwargs), agent.package()
-        await client.blobs.put(package.data)
+        given = agent.arguments(*args, **kwargs)
+        spec = await agent.uploaded_async(client)
         return cast(
             "AsyncSession[R_co]",
-            await client.sessions.start(agent.spec(package.digest), given, key=agent.key, **agent.starting.given()),
+            await client.sessions.start(spec, given, key=agent.key, **agent.starting.given()),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import httpx2
 
@@ -12,7 +12,7 @@ from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.enums import State
 from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
-from rethaw.sdk import calls
+from rethaw.sdk import calls, versions
 from rethaw.sdk.calls import Call
 from rethaw.sdk.limits import Budget, add_names
 from rethaw.sdk.listing import PAGE, Page, When, wanted
@@ -24,6 +24,12 @@ from rethaw.sdk.starting import starting
 from rethaw.sdk.templates import Templates
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, TIMEOUT_S, OnGap, Patience, Target, failure
 from rethaw.sdk.types import Detail, Message, Outcome, Why
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rethaw.model.versions import Files, Upgraded
+    from rethaw.sdk.agents import Agent
 
 T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
@@ -56,6 +62,7 @@ class Client:
         self.templates = Templates(self)
         self.queues = Queues(self)
         self.schedules = Schedules(self)
+        self.agents = versions.Agents(self)
 
     @property
     def url(self) -> str:
@@ -380,6 +387,26 @@ class Sessions:
         goes on where it was."""
         return self._client.run(calls.budget(session, limits.spec(), add_names(add)))
 
+    def upgrade(
+        self,
+        session: str,
+        to: int | Agent[..., Any] | Path | str | None = None,
+        *,
+        from_seq: int | None = None,
+        files: Files = "keep",
+    ) -> Upgraded:
+        """Let the session go on with another version of its agent: `to`, by its number or as an agent (or FILE.py[::NAME]);
+        None takes what a start by name does. The new code boots with the context of the old one (`ctx.history()`,
+        `ctx.fresh`), its inbox, its open waits, and unless `files="fresh"` the files of the last snapshot. `from_seq`: the
+        log up to this event is its context, what came after is left. Also one that has ended.
+
+        Answers once the new attempt is on its way. Raises NotFound, InvalidInput, Conflict."""
+        spec = None
+        if to is not None and not isinstance(to, int):
+            spec = versions.found(to).uploaded(self._client)
+        number = to if isinstance(to, int) else None
+        return self._client.run(versions.upgrade(session, number, spec, from_seq, files))
+
     def snapshot(self, session: str) -> SnapshotInfo:
         """Take one now."""
         return self._client.run(calls.snapshot(session))
@@ -486,6 +513,18 @@ class Session(Generic[R_co]):
         """Other limits; see `Sessions.budget`."""
         self.view = self.client.sessions.budget(self.id, limits, add=add)
         return self.view
+
+    def upgrade(
+        self,
+        to: int | Agent[..., Any] | Path | str | None = None,
+        *,
+        from_seq: int | None = None,
+        files: Files = "keep",
+    ) -> Upgraded:
+        """Go on with another version of the agent; see `Sessions.upgrade`."""
+        done = self.client.sessions.upgrade(self.id, to, from_seq=from_seq, files=files)
+        self.view = done.session
+        return done
 
     def snapshot(self) -> SnapshotInfo:
         return self.client.sessions.snapshot(self.id)

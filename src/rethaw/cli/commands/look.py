@@ -94,7 +94,7 @@ def ls(
         crashes = str(view.crashes) if view.crashes else "-"
         return [
             ids[view.id],
-            view.agent.name,
+            view.agent.name if view.version is None else f"{view.agent.name}@{view.version}",
             state_text(view),
             output.ago(view.updated_at),
             output.ago(view.created_at),

@@ -29,6 +29,7 @@ def run(
     /,
     *rest: Annotated[str, Parameter(show=False)],
     image: str | None = None,
+    agent: str | None = None,
     detach: Annotated[bool, Flag, Parameter(name=("--detach", "-d"))] = False,
     key: str | None = None,
     name: str | None = None,
@@ -67,12 +68,15 @@ def run(
       rethaw run examples/hello.py
       rethaw run research.py::researcher --topic "heat pumps" --depth 3
       rethaw run -d --key nightly-2026-01-01 report.py
+      rethaw run --agent researcher@2 --topic "heat pumps"
       rethaw run --image base -- sh -c 'echo hello; sleep 5'
 
     Parameters
     ----------
     image:
         Run a command in this image; "base" is Debian with Python, git and ripgrep.
+    agent:
+        NAME[@VERSION] of a deployed agent, in place of FILE.py.
     detach:
         Print the session's id and return at once.
     key:
@@ -143,7 +147,10 @@ def run(
     }
     given = {option: value for option, value in given.items() if value is not None}
     with client(patient=not detach) as connection:
-        if image is not None:
+        if agent is not None:
+            tokens = [*([target] if target is not None else []), *rest]
+            session = _of_name(connection, agent, tokens, image, given, key)
+        elif image is not None:
             command = [*([target] if target is not None else []), *rest]
             session = connection.sessions.start(_of_command(image, command, given), key=key, **how.given())
         else:
@@ -209,6 +216,27 @@ def _of_file(
     package = changed.package()
     connection.blobs.put(package.data)
     return connection.sessions.start(changed.spec(package.digest), args, key=key, **changed.starting.given())
+
+
+def _of_name(
+    connection: Client, agent: str, tokens: list[str], image: str | None, given: dict[str, Any], key: str | None
+) -> Session[Any]:
+    from rethaw.cli.arguments import parse
+    from rethaw.model.errors import InvalidInput
+    from rethaw.sdk.versions import named
+    from rethaw.sdk.versions import parse as parse_name
+
+    if image is not None:
+        raise InvalidInput("both --agent and --image are given", remedy="give one of them")
+    if given:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise InvalidInput(
+            f"{option} belongs to the agent's definition, which --agent {agent} takes as it was deployed",
+            remedy=f"leave {option} out, or deploy another version",
+        )
+    one = named(*parse_name(agent))
+    args = parse(one.function, tokens)
+    return connection.sessions.start(one.uploaded(connection), args, key=key)
 
 
 def _overridden(base: Options, given: dict[str, Any]) -> Options:

@@ -10,6 +10,3 @@ ALTER TABLE sessions
     ADD COLUMN wall_at timestamptz;                         -- when the wall budget is to be looked at
 CREATE INDEX sessions_retry_at ON sessions (retry_at) WHERE retry_at IS NOT NULL;
 CREATE INDEX sessions_wall_at ON sessions (wall_at) WHERE wall_at IS NOT NULL;
-
--- Moves of the cursor back, to a message whose turn did not finish: what was consumed before them counts no more.
-ALTER TABLE inbox_moves ADD COLUMN back boolean NOT NULL DEFAULT false;

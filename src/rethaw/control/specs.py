@@ -1,0 +1,62 @@
+"""Which version of its agent each attempt of a session runs.
+
+`session_specs` has what the current attempt runs; `attempt_specs` what former ones ran, from the first change on. A snapshot
+belongs to the version whose memory it holds, so whoever goes back to one takes the spec of its attempt."""
+
+from __future__ import annotations
+
+import json
+
+from rethaw.control import rows
+from rethaw.control.rows import Conn, Row
+from rethaw.model.types import AgentSpec
+
+_SETTLE = """INSERT INTO attempt_specs (session, attempt, agent, version)
+    SELECT p.session, n, p.agent, p.version
+    FROM session_specs p JOIN sessions s ON s.id = p.session,
+         generate_series(1, greatest(s.attempt, s.high_attempt)) n
+    WHERE p.session = %s AND (%s OR EXISTS (SELECT 1 FROM attempt_specs t WHERE t.session = p.session))
+    ON CONFLICT DO NOTHING"""
+
+
+async def of_attempt(conn: Conn, session: str, attempt: int) -> tuple[AgentSpec, int | None]:
+    """What that attempt ran, and the number of that version. Raises NotFound."""
+    found = await rows.one(
+        conn,
+        """SELECT coalesce(t.agent, p.agent) AS agent, CASE WHEN t.session IS NULL THEN p.version ELSE t.version END AS version
+           FROM session_specs p LEFT JOIN attempt_specs t ON t.session = p.session AND t.attempt = %s
+           WHERE p.session = %s""",
+        (attempt, session),
+    )
+    if found is None:
+        raise rows.unknown(session)
+    return AgentSpec.model_validate_json(found["agent"]), found["version"]
+
+
+async def inherit(conn: Conn, parent: Row, forks: list[str]) -> None:
+    """Forks of the locked `parent` know what its attempts ran."""
+    await conn.execute(_SETTLE, (parent.id, False))
+    await conn.execute(
+        """INSERT INTO attempt_specs (session, attempt, agent, version)
+           SELECT u, t.attempt, t.agent, t.version FROM unnest(%s::text[]) u, attempt_specs t WHERE t.session = %s""",
+        (forks, parent.id),
+    )
+
+
+async def switch(conn: Conn, row: Row, agent: AgentSpec, version: int | None) -> Row:
+    """From its next attempt on the locked session runs `agent`."""
+    await conn.execute(_SETTLE, (row.id, True))
+    await conn.execute(
+        "UPDATE session_specs SET agent = %s, version = %s WHERE session = %s",
+        (json.dumps(agent.model_dump(mode="json"), sort_keys=True, separators=(",", ":")), version, row.id),
+    )
+    await rows.update(conn, row.id, agent_name=agent.name, memory_bytes=agent.memory_bytes)
+    return await rows.load(conn, row.id)
+
+
+async def go_back(conn: Conn, row: Row, attempt: int) -> Row:
+    """The locked session goes back to `attempt`: what that ran is what it runs again."""
+    if attempt == row.attempt:
+        return row
+    agent, version = await of_attempt(conn, row.id, attempt)
+    return row if agent == row.agent and version == row.version else await switch(conn, row, agent, version)
