@@ -17,9 +17,10 @@ from rethaw.control import transitions
 from rethaw.control.policy import Policy
 from rethaw.model.enums import Desired, EventType, Reason, State
 from rethaw.model.errors import Conflict, Fenced
-from rethaw.model.types import Assignment, Fence, WaitSpec
+from rethaw.model.types import Assignment, Fence, RetrySpec, WaitSpec
 
 S = State
+TRIED_AGAIN = AGENT.model_copy(update={"retries": RetrySpec(max=2, delay_s=0.0, jitter=False)})
 
 
 class _Runner:
@@ -53,12 +54,13 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
 
         def __init__(self) -> None:
             super().__init__()
-            view, _ = run(w.control.create(AGENT, {}))
+            view, _ = run(w.control.create(TRIED_AGAIN, {}))
             self.id: str = view.id
             self.todo: list[Assignment] = []
             self.fence: Fence | None = None  # of the life that the node runs
             self.zombies: list[Fence] = []
             self.counter = 0  # in guest memory
+            self.number = 1  # of the attempt that the node runs
             self.saved: dict[str, int] = {}  # the counter in each snapshot
             self.sent = 0
             self.waiting: set[str] = set()
@@ -106,6 +108,7 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
         # ---- the node
 
         def listen(self) -> None:
+            run(w.loops.fire())
             self.todo += [a for a in run(w.node.work()) if a.session == self.id]
 
         @rule()
@@ -121,7 +124,7 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
                     run(w.report(fence, S.RUNNING))
                 except (Fenced, Conflict):
                     return
-                self.fence, self.waiting = fence, set()
+                self.fence, self.waiting, self.number = fence, set(), task.attempt
                 self.counter = self.saved[task.snapshot.id] if task.snapshot else 0
             elif task.action == "kill":
                 if self.fence == fence:
@@ -185,6 +188,19 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
                 self.attempt(w.report(self.fence, S.COMPLETED, exit_code=0), Fenced, Conflict)
                 self.drop()
 
+        @precondition(lambda self: self.fence is not None)
+        @rule(really=st.integers(0, 3))
+        def fail(self, really: int) -> None:
+            if really == 0 and self.fence is not None:
+                failed = w.report(self.fence, S.FAILED, reason=Reason.EXITED, exit_code=1)
+                self.attempt(failed, Fenced, Conflict)
+                self.drop()
+
+        @rule(really=st.integers(0, 4))
+        def try_again(self, really: int) -> None:
+            if really == 0:
+                self.attempt(w.control.retry(self.id), Conflict)
+
         # ---- the agent, who acts most of the time
 
         def say(self, work: Callable[[Fence], Coroutine[Any, Any, Any]]) -> Any:
@@ -204,10 +220,10 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
 
         def send(self) -> None:
             self.counter += 1
-            key = f"send:{self.counter}"
+            key = f"send:{self.number}.{self.counter}"
             self.sent += 1
             name = f"m_{self.id}_{self.sent}"
-            text = b"%d" % self.counter
+            text = b"%d.%d" % (self.number, self.counter)
             self.say(lambda f: w.append(f, EventType.MESSAGE_SENT, text, message=name, key=key))
 
         @precondition(lambda self: self.fence is not None)
@@ -232,7 +248,11 @@ def machine(runner: _Runner) -> type[RuleBasedStateMachine]:
             for old, new in itertools.pairwise(states):
                 assert transitions.allowed(old, new), (old, new)
             if view.state.final:
-                assert sum(s.final for s in states) == 1
+                assert all(new == S.QUEUED for old, new in itertools.pairwise(states) if old.final)
+            attempts = [e.attempt for e in events]
+            assert attempts == sorted(attempts) and max(attempts) <= view.attempt
+            if view.retry_at is not None:
+                assert view.state == S.QUEUED and view.node is None
             if view.state == S.SUSPENDED:
                 assert view.node is None and view.snapshot is not None
                 # nothing sleeps through what it waits for

@@ -247,14 +247,20 @@ async def test_a_retry_by_hand(w: World) -> None:
 async def test_a_retry_by_hand_after_a_crash_loop_begins_at_the_newest_snapshot(w: World) -> None:
     session, fence = await w.start(agent())
     kept = await w.act(fence)
+    await w.control.send(session, b"1")
+    await w.control.open_wait(fence, 1, WaitSpec(id="1.1", kind="inbox", after=0))
+    await w.control.consume(fence, 1, 1)
     await w.save(fence)
     lost = await w.act(fence)
     await w.control.report_death(fence, Reason.COMMAND_NOT_FOUND, "gone")
     assert (await w.control.session(session)).state == S.FAILED
-    view = await w.control.retry(session)
-    assert view.attempt == 2
-    seqs = [e.seq for e in await w.events(session)]
-    assert kept.seq in seqs and lost.seq not in seqs
+    await w.control.retry(session)
+    for _ in range(2):
+        assignment, fence = await w.back(session, "start")
+        assert (assignment.attempt, assignment.boot and assignment.boot.cursor) == (2, 0)
+        seqs = [e.seq for e in await w.events(session)]
+        assert kept.seq in seqs and lost.seq not in seqs
+        await w.control.report_death(fence, Reason.SANDBOX_DIED, "it died")
 
 
 async def test_a_rewind_leads_out_of_a_backoff(w: World) -> None:

@@ -1,4 +1,4 @@
-"""An agent's arguments from the command line: `--task "Fix it" --retries 3 --dry-run`, typed by its function.
+"""An agent's arguments from the command line: `--task "Fix it" --depth 3 --dry-run`, typed by its function.
 
 Text stays text where the function says `str`; everything else is read as JSON; without a type, what is JSON is JSON.
 """

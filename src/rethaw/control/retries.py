@@ -95,6 +95,8 @@ async def _begin(conn: Conn, row: Row, detail: str, data: dict[str, Any], at: da
         row = await lineage.open_line(
             conn, row, event.line, event.seq, why=Reason.RETRY.value, snapshot=None, new_attempt=True
         )
+    else:  # a crash before the first snapshot comes back to here
+        await rows.update(conn, row.id, attempt_line=event.line, attempt_seq=event.seq)
     await placement.clear(conn, row.id)
     row = await rows.load(conn, row.id)
     row = await rows.move(

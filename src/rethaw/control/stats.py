@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from rethaw.control import arrivals, placement, queues, rows
@@ -50,14 +50,13 @@ async def why(conn: Conn, session: str) -> dict[str, Any]:
                 "wakes_it": f"rethaw resume {row.id}",
             }
         )
-    elif row.retry_at is not None:
-        number = max(row.attempt, 1)
+    elif row.retry_at is not None and row.retry_at > datetime.now(UTC):
         waiting.append(
             {
                 "kind": "retry",
                 "name": None,
                 "since": row.state_since.isoformat(),
-                "wakes_it": f"time: attempt {number} begins at {row.retry_at.isoformat(timespec='seconds')}"
+                "wakes_it": f"time: attempt {row.attempt} begins at {row.retry_at.isoformat(timespec='seconds')}"
                 f" (rethaw retry {row.id} begins it now)",
                 "deadline": row.retry_at.isoformat(),
             }
