@@ -76,6 +76,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
     "More": (
         Command("mcp", "mcp:mcp", "Serve sessions to MCP clients, on stdin and stdout or over HTTP."),
+        Command("completion", "completion:completion", "Print the completion script of a shell.", "[bash|zsh|fish]"),
         Command("version", "look:version", "Print the version of this program and of the server."),
     ),
 }
