@@ -23,6 +23,7 @@ class AgentsDir:
     """Listing reads the files; starting one imports it here, as `rethaw run` does."""
 
     def __init__(self, directory: Path) -> None:
+        directory = directory.expanduser()  # a client's configuration has no shell that does it
         if not directory.is_dir():
             raise InvalidInput(f"{str(directory)!r} is no directory", remedy="name one that has agents in it")
         self.root = directory.resolve()
