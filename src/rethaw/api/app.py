@@ -58,7 +58,7 @@ def create_app(
     app.include_router(snapshots.router(rooms))
     app.include_router(templates.router(rooms))
     app.include_router(queues.router(rooms))
-    app.include_router(schedules.router(rooms))
+    app.include_router(schedules.router(rooms, app.state.warming))
     _other_routes(app, rooms)
     _describe_token(app)
     return app

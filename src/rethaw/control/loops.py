@@ -23,7 +23,8 @@ _BATCH = 200
 _SOONEST = """
 SELECT extract(epoch FROM min(at) - clock_timestamp()) AS left FROM (
     SELECT min(deadline) AS at FROM waits WHERE state = 'open' AND deadline IS NOT NULL
-    UNION ALL SELECT min(expires_at) FROM session_specs WHERE expires_at IS NOT NULL
+    UNION ALL SELECT min(expires_at) FROM session_specs
+        WHERE expires_at IS NOT NULL AND slot = 'waiting'
     UNION ALL SELECT min(give_up_at) FROM sessions WHERE give_up_at IS NOT NULL
     UNION ALL SELECT min(cancel_by) FROM sessions WHERE cancel_by IS NOT NULL) t"""
 
@@ -108,7 +109,8 @@ class ControlLoops:
             lambda s: run(lambda conn: sessions.end_cancel(conn, s)),
         )
         await self._each(
-            "SELECT session AS id FROM session_specs WHERE expires_at <= clock_timestamp() LIMIT %s",
+            """SELECT session AS id FROM session_specs
+               WHERE expires_at <= clock_timestamp() AND slot = 'waiting' LIMIT %s""",
             lambda s: run(lambda conn: sessions.expire(conn, s)),
         )
 
