@@ -542,7 +542,12 @@ async def test_finding_over_http(api: Api) -> None:
         assert [s["id"] for s in (await api.get("/v1/sessions", **wanted))["sessions"]] == [one["id"]], wanted
     assert (await api.get("/v1/sessions", tag=["a", "c"]))["sessions"] == []
     assert (await api.get("/v1/sessions", created_after=future))["sessions"] == []
-    for wrong in ({"state": "tired"}, {"created_after": "yore"}, {"created_after": "2026-01-01T00:00:00"}, {"limit": 0}):
+    for wrong in (
+        {"state": "tired"},
+        {"created_after": "yore"},
+        {"created_after": "2026-01-01T00:00:00"},
+        {"limit": 0},
+    ):
         error_of(await api.http.get("/v1/sessions", params=wrong), 422, "invalid_input")
 
 
@@ -556,7 +561,9 @@ async def test_schedules_over_http(api: Api) -> None:
     one = await api.post("/v1/schedules/s/trigger")
     assert one["tags"] == ["schedule:s"] and one["state"] == "starting"
     assert [f["what"] for f in (await api.get("/v1/schedules/s"))["firings"]] == ["triggered"]
-    assert (await api.post("/v1/schedules/s/pause"))["paused"] and not (await api.post("/v1/schedules/s/resume"))["paused"]
+    assert (await api.post("/v1/schedules/s/pause"))["paused"] and not (await api.post("/v1/schedules/s/resume"))[
+        "paused"
+    ]
     assert [s["name"] for s in (await api.get("/v1/schedules"))["schedules"]] == ["s"]
     for wrong in (
         {"cron": "0 9 * *"}, {"tz": "Moon"}, {"every_s": 5}, {"cron": None}, {"cron": None, "every_s": 0.1}, {"name": "a/b"},
