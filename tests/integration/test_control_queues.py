@@ -311,7 +311,7 @@ async def test_a_session_that_was_rewound_waits_for_a_slot(w: World) -> None:
 
 async def test_forks_are_in_their_parents_queue(w: World) -> None:
     await w.control.queues.change("q", {"limit": 2})
-    one = await start(w, priority=3, concurrency_key="k", tags=("t",))
+    one = await start(w, priority=3, concurrency_key="k", tags=("t", "schedule:s"))
     fence = await run(w, one.id)
     await w.act(fence)
     info = await w.save(fence)
@@ -395,8 +395,10 @@ async def test_a_ttl_ends_what_has_not_started(quick: World) -> None:
 
 
 async def test_a_queued_session_can_be_cancelled(w: World) -> None:
-    one = await start(w, delay_s=60)
-    assert (await w.control.cancel(one.id)).state == S.CANCELLED
+    one = await start(w, delay_s=60, ttl_s=1)
+    assert one.expires_at is not None
+    gone = await w.control.cancel(one.id)
+    assert gone.state == S.CANCELLED and gone.expires_at is None, "else it would be due for ever"
     assert (await w.control.queues.every())[0].delayed == 0
 
 

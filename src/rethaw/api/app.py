@@ -70,7 +70,7 @@ def create_app(
     app.include_router(snapshots.router(rooms))
     app.include_router(templates.router(rooms))
     app.include_router(queues.router(rooms))
-    app.include_router(schedules.router(rooms))
+    app.include_router(schedules.router(rooms, app.state.warming))
     app.include_router(agents.router(rooms))
     _other_routes(app, rooms)
     _describe_token(app)

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from rethaw.api import models
 from rethaw.api.rooms import Rooms
+from rethaw.api.warming import Warming
 from rethaw.model.errors import NotFound
 from rethaw.model.types import Schedule, ScheduleSpec, SessionView
 
@@ -24,7 +25,7 @@ class Schedules(BaseModel):
     schedules: list[Schedule]
 
 
-def router(rooms: Rooms) -> APIRouter:
+def router(rooms: Rooms, warming: Warming) -> APIRouter:
     api = APIRouter(prefix="/v1/schedules", responses=models.ERRORS, tags=["schedules"])
     schedules = rooms.control.schedules
 
@@ -34,7 +35,10 @@ def router(rooms: Rooms) -> APIRouter:
         if body.agent.code is not None and not rooms.has_blob(body.agent.code):
             raise NotFound(f"there is no code {body.agent.code}", remedy="upload it to /v1/blobs first")
         given: dict[str, Any] = {field: getattr(body, field) for field in ScheduleSpec.model_fields}
-        return await schedules.create(body.name, ScheduleSpec(**given), replace=body.replace)
+        made = await schedules.create(body.name, ScheduleSpec(**given), replace=body.replace)
+        if body.agent.template == "auto":
+            warming.begin(body.agent)
+        return made
 
     @api.get("")
     async def find() -> Schedules:

@@ -552,8 +552,12 @@ class Control:
 
     async def place_waiting(self) -> None:
         """Give sessions that wait for a node to one, as far as there is room."""
-        for session in await self._run(leases.waiting_for_node):
-            await self._run(lambda conn, s=session: sessions.place(conn, s, self.policy))
+        too_much: int | None = None  # memory that no node has left
+        for session, memory in await self._run(leases.waiting_for_node):
+            if too_much is None or memory < too_much:
+                with contextlib.suppress(NotFound):  # erased meanwhile
+                    if not await self._run(lambda conn, s=session: sessions.place(conn, s, self.policy)):
+                        too_much = memory
 
     # ------------------------------------------------------------ waiting
 

@@ -151,7 +151,7 @@ async def fork(
 ) -> list[Row]:
     """New sessions (`forks`: id -> generation) that begin where `session` was at `at`. One transaction, a fixed number
     of statements. They are `resuming` without a node, or suspended as their parent is; or `queued`. They are in its queue,
-    with its priority and tags."""
+    with its priority and tags, but for those of a schedule."""
     parent = await rows.load(conn, session, lock=True)
     ids = list(forks)
     if made := await rows.select(conn, "WHERE s.id = ANY(%s) ORDER BY s.id", (ids,)):
@@ -233,8 +233,9 @@ async def _insert(conn: Conn, parent: Row, target: Target, forks: dict[str, str]
            FROM sessions p, unnest(%(ids)s::text[], %(generations)s::text[]) u (id, generation)
            WHERE p.id = %(parent)s""",
         """INSERT INTO session_specs (session, agent, args, version, queue, priority, concurrency_key, tags, slot)
-           SELECT u, %(agent)s, p.args, %(version)s, CASE p.queue WHEN '' THEN 'default' ELSE p.queue END, p.priority, p.concurrency_key,
-               p.tags, CASE %(state)s WHEN 'suspended' THEN 'free' ELSE 'waiting' END
+           SELECT u, %(agent)s, p.args, %(version)s, CASE p.queue WHEN '' THEN 'default' ELSE p.queue END, p.priority,
+               p.concurrency_key, ARRAY(SELECT t FROM unnest(p.tags) t WHERE NOT starts_with(t, 'schedule:')),
+               CASE %(state)s WHEN 'suspended' THEN 'free' ELSE 'waiting' END
            FROM session_specs p, unnest(%(ids)s::text[]) u WHERE p.session = %(parent)s""",
         """INSERT INTO lines (session, line, parent, parent_session, branch_seq, why, snapshot, from_session, from_line,
                from_seq, opened_after)

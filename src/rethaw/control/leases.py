@@ -96,9 +96,9 @@ async def recover_lost(conn: Conn, session: str, policy: Policy, *, expired: boo
     )
 
 
-async def waiting_for_node(conn: Conn) -> list[str]:
+async def waiting_for_node(conn: Conn) -> list[tuple[str, int]]:
     """Sessions that want a node and have none, while any node is alive: those that had one first, the longest waiting
-    before others; then those whose turn it is in their queues."""
+    before others; then those whose turn it is in their queues. Each with the memory that it asks for."""
     found = await rows.many(
         conn,
         f"""SELECT s.id FROM sessions s JOIN session_specs p ON p.session = s.id WHERE s.node IS NULL AND EXISTS (
@@ -110,7 +110,10 @@ async def waiting_for_node(conn: Conn) -> list[str]:
            ORDER BY s.state_since LIMIT 100""",
         (Desired.RUNNING.value, Reason.NODE_STOPPED.value, Reason.PROVIDER_HOLD.value),
     )
-    return [r["id"] for r in found] + await queues.next_up(conn, 100)
+    ids = [r["id"] for r in found] + await queues.next_up(conn, 100)
+    sizes = await rows.many(conn, "SELECT id, memory_bytes FROM sessions WHERE id = ANY(%s)", (ids,))
+    memory: dict[str, int] = {r["id"]: r["memory_bytes"] for r in sizes}
+    return [(session, memory[session]) for session in ids if session in memory]
 
 
 async def held(conn: Conn, session: str) -> bool:

@@ -23,7 +23,8 @@ _BATCH = 200
 _SOONEST = """
 SELECT extract(epoch FROM min(at) - clock_timestamp()) AS left FROM (
     SELECT min(deadline) AS at FROM waits WHERE state = 'open' AND deadline IS NOT NULL
-    UNION ALL SELECT min(expires_at) FROM session_specs WHERE expires_at IS NOT NULL
+    UNION ALL SELECT min(expires_at) FROM session_specs
+        WHERE expires_at IS NOT NULL AND slot = 'waiting'
     UNION ALL SELECT min(retry_at) FROM sessions WHERE retry_at > clock_timestamp()
     UNION ALL SELECT min(wall_at) FROM sessions WHERE wall_at IS NOT NULL
     UNION ALL SELECT min(give_up_at) FROM sessions WHERE give_up_at IS NOT NULL
@@ -111,7 +112,8 @@ class ControlLoops:
         )
         await children.work(self._control.transactions, self._policy)
         await self._each(
-            "SELECT session AS id FROM session_specs WHERE expires_at <= clock_timestamp() LIMIT %s",
+            """SELECT session AS id FROM session_specs
+               WHERE expires_at <= clock_timestamp() AND slot = 'waiting' LIMIT %s""",
             lambda s: run(lambda conn: sessions.expire(conn, s)),
         )
 

@@ -33,25 +33,9 @@ _WANTS = """p.slot = 'waiting' AND s.node IS NULL AND s.state IN ('created', 'qu
 PLACEABLE = """EXISTS (
     SELECT 1 FROM nodes n WHERE n.lease_until > now() AND n.memory_bytes >= s.memory_bytes
       AND (s.restored IS NULL OR n.id = (SELECT x.node FROM snapshots x WHERE x.id = s.restored)))"""
-_ORDER = "priority DESC, created_at, session"
-# Those of one queue whose turn it is, first come first: as many as there are free slots, of one key as many as it may have.
-_TURN = f"""
-WITH held AS (
-    SELECT p.concurrency_key AS key, count(*) AS n FROM session_specs p
-    WHERE p.slot = 'held' AND p.queue = %(queue)s GROUP BY 1
-), wants AS (
-    SELECT p.session, p.priority, s.created_at, p.concurrency_key AS key,
-           row_number() OVER (PARTITION BY p.concurrency_key ORDER BY p.priority DESC, s.created_at, p.session) AS nth
-    FROM session_specs p JOIN sessions s ON s.id = p.session
-    WHERE p.queue = %(queue)s AND {_WANTS} AND {PLACEABLE}
-), fit AS (
-    SELECT w.session, row_number() OVER (ORDER BY {_ORDER}) AS nth FROM wants w
-    WHERE w.key IS NULL OR %(max_per_key)s::int IS NULL
-       OR w.nth + coalesce((SELECT h.n FROM held h WHERE h.key = w.key), 0) <= %(max_per_key)s::int
-)
-SELECT session FROM fit
-WHERE %(max_sessions)s::int IS NULL OR nth + (SELECT coalesce(sum(n), 0) FROM held) <= %(max_sessions)s::int
-ORDER BY nth LIMIT %(limit)s"""
+# Ids are in the order of their making.
+_ORDER = "-p.priority, p.session"
+_BATCH = 200
 
 
 def check_options(options: StartOptions) -> None:
@@ -112,7 +96,7 @@ async def admits(conn: Conn, row: Row) -> bool:
     if found["name"] is None:
         return True
     limits = await rows.one(conn, "SELECT * FROM queues WHERE name = %s FOR UPDATE", (found["queue"],))
-    return limits is None or row.id in await _turn(conn, limits)
+    return limits is None or row.id in await _turn(conn, limits, until=row.id)
 
 
 async def would_wait(conn: Conn, options: StartOptions) -> bool:
@@ -140,26 +124,59 @@ async def take(conn: Conn, row: Row) -> None:
     )
 
 
-async def _turn(conn: Conn, limits: dict[str, Any], limit: int = 1_000_000) -> list[str]:
+async def _turn(conn: Conn, limits: dict[str, Any], *, until: str | None = None, most: int = 1_000_000) -> list[str]:
+    """Those whose turn it is in a queue with `limits`, first come first: as many as there are free slots (at most `most`, no
+    more after `until`), of one key as many as it may have."""
     if limits["paused"]:
         return []
+    per_key, free = limits["max_per_key"], most
+    held = await rows.many(
+        conn,
+        """SELECT concurrency_key AS key, count(*) AS n FROM session_specs
+           WHERE slot = 'held' AND queue = %s GROUP BY 1""",
+        (limits["name"],),
+    )
     if limits["max_sessions"] is not None:
-        held = await rows.one(
-            conn, "SELECT count(*) AS n FROM session_specs WHERE slot = 'held' AND queue = %s", (limits["name"],)
-        )
-        if held is None or held["n"] >= limits["max_sessions"]:
-            return []
-    given = {name: limits[name] for name in ("max_sessions", "max_per_key")}
-    return [r["session"] for r in await rows.many(conn, _TURN, {**given, "queue": limits["name"], "limit": limit})]
+        free = min(free, limits["max_sessions"] - sum(r["n"] for r in held))
+    used: dict[str, int] = {r["key"]: r["n"] for r in held if r["key"] is not None}
+    out: list[str] = []
+    after: tuple[int, str] | None = None
+    while len(out) < free:
+        found = await rows.many(
+            conn,
+            f"""SELECT p.session, p.priority, p.concurrency_key AS key
+                FROM session_specs p JOIN sessions s ON s.id = p.session
+                WHERE p.queue = %(queue)s AND {_WANTS} AND {PLACEABLE}
+                  AND (p.concurrency_key IS NULL OR p.concurrency_key <> ALL(%(full)s))
+                  AND (%(session)s::text IS NULL OR (-p.priority, p.session) > (%(minus)s::int, %(session)s::text))
+                ORDER BY {_ORDER} LIMIT %(batch)s""",
+            {
+                "queue": limits["name"], "batch": min(_BATCH, free - len(out)) if per_key is None else _BATCH,
+                "full": [key for key, n in used.items() if per_key is not None and n >= per_key],
+                "minus": after and after[0], "session": after and after[1],
+            },
+        )  # fmt: skip
+        for one in found:
+            key, after = one["key"], (-one["priority"], one["session"])
+            if per_key is not None and key is not None:
+                if used.get(key, 0) >= per_key:
+                    continue
+                used[key] = used.get(key, 0) + 1
+            out.append(one["session"])
+            if len(out) == free or one["session"] == until:
+                return out
+        if not found:
+            return out
+    return out
 
 
 async def next_up(conn: Conn, limit: int) -> list[str]:
-    """Sessions that a slot is free for, in the order that they are to have one."""
+    """Sessions that a slot is free for, in the order that they are to have one; those of queues without limits first."""
     found = await rows.many(
         conn,
         f"""SELECT p.session FROM session_specs p JOIN sessions s ON s.id = p.session
             WHERE {_WANTS} AND {PLACEABLE} AND NOT EXISTS (SELECT 1 FROM queues q WHERE q.name = p.queue)
-            ORDER BY p.priority DESC, s.created_at, p.session LIMIT %s""",
+            ORDER BY {_ORDER} LIMIT %s""",
         (limit,),
     )
     out = [r["session"] for r in found]
@@ -169,7 +186,7 @@ async def next_up(conn: Conn, limit: int) -> list[str]:
                SELECT 1 FROM session_specs p WHERE p.slot = 'waiting' AND p.queue = q.name)
            ORDER BY q.name""",
     ):
-        out += await _turn(conn, limits, limit)
+        out += await _turn(conn, limits, most=limit)
     return out
 
 
@@ -216,18 +233,16 @@ async def obstacle(conn: Conn, row: Row, *, counted: bool = False) -> Obstacle |
         return None
     if found["paused"]:
         return Obstacle("queue", f"queue {row.queue} is paused", f"rethaw queue resume {row.queue}")
-    if row.id in await _turn(conn, found):
+    if row.id in await _turn(conn, found, until=row.id):
         return None
     numbers = await rows.one_named(
         conn,
         f"""SELECT count(*) FILTER (WHERE p.slot = 'held') AS held,
                    count(*) FILTER (WHERE p.slot = 'held' AND p.concurrency_key = %(key)s) AS held_key,
-                   count(*) FILTER (WHERE {_WANTS} AND (-p.priority, s.created_at, p.session)
-                       < (%(minus)s, %(created)s, %(id)s)) AS ahead
+                   count(*) FILTER (WHERE {_WANTS} AND (-p.priority, p.session) < (%(minus)s, %(id)s)) AS ahead
             FROM session_specs p JOIN sessions s ON s.id = p.session WHERE p.queue = %(queue)s AND p.slot <> 'free'""",
         {
-            "key": row.concurrency_key, "minus": -row.priority, "created": row.created_at, "id": row.id,
-            "queue": row.queue,
+            "key": row.concurrency_key, "minus": -row.priority, "id": row.id, "queue": row.queue,
         },
     )  # fmt: skip
     most, key_most, key = found["max_sessions"], found["max_per_key"], row.concurrency_key
@@ -260,7 +275,7 @@ async def get(conn: Conn, name: str) -> Queue:
     first = await rows.many(
         conn,
         f"""SELECT p.session FROM session_specs p JOIN sessions s ON s.id = p.session
-            WHERE p.queue = %s AND {_WANTS} ORDER BY p.priority DESC, s.created_at, p.session LIMIT %s""",
+            WHERE p.queue = %s AND {_WANTS} ORDER BY {_ORDER} LIMIT %s""",
         (name, _SHOWN),
     )
     return found[0].model_copy(update={"next": tuple(r["session"] for r in first)})

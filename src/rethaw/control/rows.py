@@ -231,10 +231,11 @@ async def _slot(conn: Conn, row: Row, state: State, reason: Reason) -> None:
     """What a move means for the row's slot in its queue. A server that stops takes none away."""
     if state.final or (state == State.SUSPENDED and reason != Reason.NODE_STOPPED):
         if not state.final:
-            queue = await one(conn, "SELECT suspended_count FROM queues WHERE name = %s FOR SHARE", (row.queue,))
+            queue = await one(conn, "SELECT suspended_count FROM queues WHERE name = %s FOR UPDATE", (row.queue,))
             if queue is None or queue["suspended_count"]:
                 return
-        await conn.execute("UPDATE session_specs SET slot = 'free' WHERE session = %s AND slot <> 'free'", (row.id,))
+        freed = "UPDATE session_specs SET slot = 'free', expires_at = NULL WHERE session = %s AND slot <> 'free'"
+        await conn.execute(freed, (row.id,))
         wakeups.note(wakeups.QUEUE_CHANNEL, wakeups.ANY)
     elif state in (State.RESUMING, State.QUEUED):
         await conn.execute("UPDATE session_specs SET slot = 'waiting' WHERE session = %s AND slot = 'free'", (row.id,))

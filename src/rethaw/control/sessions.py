@@ -342,11 +342,11 @@ async def _pending(conn: Conn, row: Row, action: str) -> bool:
     )
 
 
-async def place(conn: Conn, session: str, policy: Policy) -> None:
-    """Try again to give a session that waits for a node to one."""
+async def place(conn: Conn, session: str, policy: Policy) -> bool:
+    """Try again to give a session that waits for a node to one. False: no node has room for as much memory."""
     row = await rows.load(conn, session, lock=True)
     if row.node is not None or row.state.final:
-        return
+        return True
     if row.state == State.SUSPENDED:
         if row.desired == Desired.RUNNING and (
             row.reason == Reason.NODE_STOPPED
@@ -355,8 +355,13 @@ async def place(conn: Conn, session: str, policy: Policy) -> None:
             await recovery.resume(conn, row, policy)
     elif row.state in (*_UNPLACED, State.RESUMING, State.RECOVERING):
         row = await placement.dispatch(conn, row, policy)
-        if row.state in _UNPLACED and row.detail != (why := await obstacle(conn, row)):
-            await rows.update(conn, row.id, detail=why)
+        if row.node is None:
+            queued = await queues.obstacle(conn, row)
+            why = queued.text if queued is not None else await no_room(conn, row)
+            if row.state in _UNPLACED and row.detail != why:
+                await rows.update(conn, row.id, detail=why)
+            return queued is not None or row.restored is not None
+    return True
 
 
 async def expire(conn: Conn, session: str) -> None:

@@ -16,6 +16,8 @@ UPDATE session_specs p SET queue = CASE WHEN EXISTS (SELECT 1 FROM templates t W
         WHEN s.state IN ('created', 'queued') THEN 'waiting' ELSE 'held' END
     FROM sessions s WHERE s.id = p.session;
 CREATE INDEX session_specs_slot ON session_specs (slot, queue, concurrency_key) WHERE slot <> 'free';
+CREATE INDEX session_specs_turn ON session_specs (queue, (-priority), session) WHERE slot = 'waiting';
+CREATE INDEX session_specs_order ON session_specs ((-priority), session) WHERE slot = 'waiting';
 CREATE INDEX session_specs_expires ON session_specs (expires_at) WHERE expires_at IS NOT NULL;
 CREATE INDEX session_specs_tags ON session_specs USING gin (tags);
 
