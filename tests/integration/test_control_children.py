@@ -151,9 +151,13 @@ async def test_waiting_for_all(w: World) -> None:
     await complete(w, second)
     await w.loops.fire()
     assert not (await w.control.poll_wait(fence, 1, "1.9", 0)).done
-    await complete(w, first)
+    told = (await w.control.why(fence.session))["waiting_for"]
+    assert [(t["kind"], t["name"], t["wakes_it"]) for t in told] == [("child", one, f"the end of its child {one}")]
+    await w.report(first, S.FAILED, reason=Reason.EXITED, exit_code=3)
     await w.loops.fire()
-    assert (await w.control.poll_wait(fence, 1, "1.9", 0)).done
+    state = await w.control.poll_wait(fence, 1, "1.9", 0)
+    assert state.done and state.payload == b"[null,1]" and state.outcome is not None
+    assert [one["state"] for one in state.outcome["children"]] == ["failed", "completed"]
 
 
 async def test_children_of_a_session_that_fails_are_cancelled(w: World) -> None:

@@ -130,7 +130,7 @@ async def test_children(g: Guest) -> None:
 
     async def wait_any(call: str, body: dict[str, Any]) -> Any:
         if body["all"]:
-            return {}
+            return {"outcome": None}
         if body["parts"][0]["name"] == "s_1":
             return {"part": 0, "outcome": {"state": "completed", "reason": "exited"}, "payload": {"sum": 3}}
         outcome = {"state": "failed", "reason": "exited", "detail": "exit code 3"}
@@ -159,6 +159,20 @@ async def test_children(g: Guest) -> None:
     ]  # fmt: skip
     assert g.ops("child_send") == [{"child": "s_1", "payload": {"go": True}}]
     assert g.ops("child_cancel") == [{"child": "s_2"}]
+
+
+async def test_the_ends_of_all_come_in_one_answer(g: Guest) -> None:
+    ends = [{"state": "completed"}, {"state": "cancelled", "reason": "cancelled"}]
+    answering(g, "wait_any", {"outcome": {"children": ends}, "payload": [{"n": 1}, None]})
+    context = AsyncContext(g.socket)
+    one, two = context.child("s_1"), context.child("s_2")
+    value, error = await context.wait_all(one, two)
+    assert value == {"n": 1} and "child s_2 was cancelled" in str(error)
+    assert (await context.wait_all(one, two))[0] == value  # known by now
+    assert len(g.calls) == 1
+    answering(g, "wait_any", {"timeout": True})
+    with pytest.raises(WaitTimeout, match="not all children ended within 1s"):
+        await context.wait_all(context.child("s_3"), timeout="1s")
 
 
 async def test_a_fork_is_told_which_it_is(g: Guest) -> None:

@@ -59,7 +59,7 @@ plain.start(a=1, b=2)
 REVEALED = [
     "dict[str, int]",
     "Child[Any]",
-    "Signal | Message | Timer | Handle",
+    "Signal | Message | Timer | Child[Any]",
     "str",
     "Messages",
     "int",

@@ -11,7 +11,7 @@ from typing import Any
 from rethaw.control import lineage, rows
 from rethaw.control.rows import Conn, Row
 from rethaw.model.errors import InvalidInput, NotFound
-from rethaw.model.types import WaitPart, WaitSpec
+from rethaw.model.types import MESSAGE_LIMIT, WaitPart, WaitSpec
 
 MOST = 1000  # parts of one wait
 KINDS = ("any", "all")
@@ -108,8 +108,7 @@ async def check_children(conn: Conn, row: Row, spec: WaitSpec) -> None:
 
 
 async def own_child(conn: Conn, row: Row, child: str) -> None:
-    """Raises NotFound unless the session (or one that it was forked from) spawned `child` on its path, or its agent's
-    child it is anyhow."""
+    """Raises NotFound unless `child` is one of the session's, or of one that it was forked from."""
     if rows.clean(child) == child:
         family = await lineage.sessions(conn, row)
         found = await rows.one(
@@ -137,20 +136,32 @@ async def message(conn: Conn, row: Row, after: int) -> dict[str, Any] | None:
     )
 
 
-async def child(conn: Conn, index: int, child: str) -> Arrival | None:
-    """The child's end. Its row stays as it is until the transaction is over: who ends it later sees this wait."""
-    found = await rows.one(conn, "SELECT * FROM children WHERE child = %s FOR SHARE", (child,))
-    if found is None or found["state"] != "ended":
-        return None
+async def ended(conn: Conn, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Those of the wait's children that have ended. The rows of all stay as they are until the transaction is over: who ends
+    one later sees this wait."""
+    if not plan.children:
+        return {}
+    found = await rows.many(conn, "SELECT * FROM children WHERE child = ANY(%s) FOR SHARE", (plan.children,))
+    return {one["child"]: one for one in found if one["state"] == "ended"}
+
+
+def child(index: int, found: dict[str, Any]) -> Arrival:
+    """The end of a child, from its row."""
     result = found["result"]
     return Arrival(
         found["ended_at"],
         index,
         "child",
-        item=child,
+        item=found["child"],
         payload=None if result is None else bytes(result),
         outcome=json.loads(found["outcome"]),
     )
+
+
+def together(came: Sequence[Arrival]) -> tuple[dict[str, Any], bytes] | None:
+    """Outcomes and results of all children, in order; None when that is more than fits into one answer."""
+    results = b"[" + b",".join(one.payload if one.payload is not None else b"null" for one in came) + b"]"
+    return ({"children": [one.outcome for one in came]}, results) if len(results) <= MESSAGE_LIMIT else None
 
 
 async def taken(conn: Conn, index: int, wait: dict[str, Any]) -> Arrival | None:

@@ -146,7 +146,7 @@ class ControlLoops:
 
         await self._control.transactions.run(fn)
 
-    async def _each(self, query: str, act: Callable[[str], Awaitable[None]]) -> None:
+    async def _each(self, query: str, act: Callable[[str], Awaitable[object]]) -> None:
         found = await self._control.transactions.db.fetch(query, (_BATCH,))
         for (session,) in found:
             with contextlib.suppress(NotFound):  # erased meanwhile

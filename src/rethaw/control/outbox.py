@@ -12,11 +12,15 @@ from rethaw.model.types import Event, Message, NewEvent
 
 _SENT = """SELECT e.seq, e.line, e.attempt, e.at, e.type, e.key, e.data, e.size, e.codec, e.body
     FROM events e JOIN rethaw_path(%s, %s) p ON e.session = p.session AND e.line = p.line AND e.seq <= p.upto
-    WHERE e.session = ANY(%s) AND e.type = 'message.sent' AND e.seq > %s AND e.seq <= %s ORDER BY e.seq"""
+    WHERE e.session = ANY(%s) AND e.type = ANY(%s) AND e.seq > %s AND e.seq <= %s ORDER BY e.seq"""
+
+
+_TYPES = [EventType.MESSAGE_SENT.value, *(kind.value for kind in spawned.TYPES)]
 
 
 async def publish(conn: Conn, row: Row, upto: int | None) -> None:
-    """Publish what the path of the locked row sent up to the position `upto` (None: all of it).
+    """Publish what the path of the locked row sent up to the position `upto` (None: all of it); what it did to children is
+    due from then on (control/spawned.py).
 
     A message that the agent sent again, by the same call with the same payload, after its line had been left is the
     one that is published already."""
@@ -24,10 +28,12 @@ async def publish(conn: Conn, row: Row, upto: int | None) -> None:
     if limit <= row.published_seq:
         return
     sessions = await lineage.sessions(conn, row)
-    cursor = await conn.execute(_SENT, (row.id, row.line, sessions, row.published_seq, limit))
-    for record in await cursor.fetchall():
-        await _publish_one(conn, row, event_of(row.id, record))
-    await spawned.publish(conn, row, sessions, limit)
+    cursor = await conn.execute(_SENT, (row.id, row.line, sessions, _TYPES, row.published_seq, limit))
+    for event in [event_of(row.id, record) for record in await cursor.fetchall()]:
+        if event.type == EventType.MESSAGE_SENT:
+            await _publish_one(conn, row, event)
+        else:
+            await spawned.publish(conn, row, event)
     await rows.update(conn, row.id, published_seq=limit)
 
 

@@ -7,27 +7,19 @@ import json
 
 from rethaw.control import rows, wakeups
 from rethaw.control.rows import Conn, Row
-from rethaw.log.writer import event_of
 from rethaw.model.enums import EventType
 from rethaw.model.types import Event
 
-_DONE = """SELECT e.seq, e.line, e.attempt, e.at, e.type, e.key, e.data, e.size, e.codec, e.body
-    FROM events e JOIN rethaw_path(%s, %s) p ON e.session = p.session AND e.line = p.line AND e.seq <= p.upto
-    WHERE e.session = ANY(%s) AND e.type IN ('child.spawned', 'child.told') AND e.seq > %s AND e.seq <= %s
-    ORDER BY e.seq"""
+TYPES = (EventType.CHILD_SPAWNED, EventType.CHILD_TOLD)
 
 
-async def publish(conn: Conn, row: Row, sessions: list[str], limit: int) -> None:
-    """What the path of the locked row holds of it up to the position `limit` is due. Repeats find it there already."""
-    cursor = await conn.execute(_DONE, (row.id, row.line, sessions, row.published_seq, limit))
-    done = [event_of(row.id, record) for record in await cursor.fetchall()]
-    for event in done:
-        if event.type == EventType.CHILD_SPAWNED:
-            await _spawn(conn, row, event)
-        else:
-            await _act(conn, row, event)
-    if done:
-        wakeups.note(wakeups.TIMER_CHANNEL, wakeups.ANY)
+async def publish(conn: Conn, row: Row, event: Event) -> None:
+    """What `event` of the locked row's path says is due. Repeats find it there already."""
+    if event.type == EventType.CHILD_SPAWNED:
+        await _spawn(conn, row, event)
+    else:
+        await _act(conn, row, event)
+    wakeups.note(wakeups.TIMER_CHANNEL, wakeups.ANY)
 
 
 async def _spawn(conn: Conn, row: Row, event: Event) -> None:

@@ -30,7 +30,10 @@ async def stored(conn: Conn, session: str) -> dict[str, int]:
 async def why(conn: Conn, session: str) -> dict[str, Any]:
     """Waiting for what, since when, what wakes it, the last snapshot, where it would resume."""
     row = await rows.load(conn, session)
-    waiting = [told for r in await _open_waits(conn, session, row.attempt) for told in _waits(r)]
+    waiting: list[dict[str, Any]] = []
+    for found in await _open_waits(conn, session, row.attempt):
+        over = {} if found["parts"] is None else await arrivals.ended(conn, arrivals.plan_of(found["parts"]))
+        waiting += _waits(found, set(over))
     queued: queues.Obstacle | None = None
     for found in await _open_exchanges(conn, session):
         waiting.append(
@@ -160,14 +163,15 @@ async def _open_exchanges(conn: Conn, session: str) -> list[dict[str, Any]]:
     )
 
 
-def _waits(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One wait; of one for several things each of them."""
+def _waits(found: dict[str, Any], over: set[str]) -> Iterator[dict[str, Any]]:
+    """One wait; of one for several things each of them, without children that are over."""
     if found["parts"] is None:
         yield _wait(found)
         return
     plan = arrivals.plan_of(found["parts"])
     for part, deadline in zip(plan.parts, plan.deadlines, strict=True):
-        yield _wait({**found, "kind": part.kind, "name": part.name, "deadline": deadline or plan.until})
+        if part.kind != "child" or part.name not in over:
+            yield _wait({**found, "kind": part.kind, "name": part.name, "deadline": deadline or plan.until})
 
 
 def _wait(found: dict[str, Any]) -> dict[str, Any]:

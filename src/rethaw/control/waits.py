@@ -290,14 +290,15 @@ async def _try_parts(conn: Conn, row: Row, found: dict[str, Any]) -> bool:
     clock = await rows.one(conn, "SELECT clock_timestamp() AS now")
     assert clock is not None
     now: datetime = clock["now"]
+    ended = await arrivals.ended(conn, plan)
     came: list[arrivals.Arrival] = []
     for index, part in enumerate(plan.parts):
         deadline = plan.deadlines[index]
         one: arrivals.Arrival | None = None
         if part.kind == "signal":
             one = await _signal_part(conn, row, found, index, str(part.name), part.wait)
-        elif part.kind == "child":
-            one = await arrivals.child(conn, index, str(part.name))
+        elif part.kind == "child" and part.name in ended:
+            one = arrivals.child(index, ended[part.name])
         elif part.kind == "timer" and deadline is not None and deadline <= now:
             one = arrivals.Arrival(deadline, index, "timer")
         elif part.kind == "inbox" and (message := await arrivals.message(conn, row, part.after)) is not None:
@@ -309,7 +310,8 @@ async def _try_parts(conn: Conn, row: Row, found: dict[str, Any]) -> bool:
             came.append(one)
     if found["kind"] == "all":
         if len(came) == len(plan.parts):
-            await _done(conn, row, found)
+            outcome, results = arrivals.together(came) or (None, None)
+            await _done(conn, row, found, payload=results, outcome=outcome)
             return True
     elif (best := arrivals.first(came, plan.until, now, found)) is not None:
         seq = await _done(
@@ -404,11 +406,13 @@ async def _done(
     item: str | None = None,
     payload: bytes | None = None,
     of: arrivals.Arrival | None = None,
+    outcome: dict[str, Any] | None = None,
 ) -> int:
     data: dict[str, Any] = {"kind": found["kind"], "timed_out": timed_out}
     more = {"name": found["name"], "number": number, "item": item}
     if of is not None:
         more |= {"part": of.index, "of": of.kind, "name": of.name}
+        outcome = of.outcome
     data |= {k: v for k, v in more.items() if v is not None}
     seq = await _close(conn, row, found, "done", EventType.WAIT_COMPLETED, data)
     await conn.execute(
@@ -420,7 +424,7 @@ async def _done(
             item,
             payload,
             None if of is None else of.index,
-            None if of is None or of.outcome is None else json.dumps(of.outcome),
+            None if outcome is None else json.dumps(outcome),
             row.id,
             found["attempt"],
             found["id"],

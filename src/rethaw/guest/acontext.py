@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
 
     from rethaw.guest.children import P, Spawnable
-    from rethaw.guest.waiting import Came, Thing
+    from rethaw.guest.waiting import Thing
 
 R = TypeVar("R")
 
@@ -134,7 +134,9 @@ class AsyncContext:
         wanted = name.name if isinstance(name, Signal) else name
         return protocol.signal_of(await self._call("wait", protocol.wait_body(wanted, timeout)), wanted, timeout)
 
-    async def wait_any(self, *things: Union[Thing, Awaitable[Signal]], timeout: Optional[Duration] = None) -> Came:
+    async def wait_any(
+        self, *things: Union[Thing, Awaitable[Signal]], timeout: Optional[Duration] = None
+    ) -> Union[Signal, Message, Timer, AsyncChild[Any]]:
         """Until the first of `things` comes: signals (`ctx.signal(name)`), `ctx.inbox`, `ctx.timer(duration)`, children.
         Returns it: a Signal with its payload, a Message, the Timer, or the child, which has ended then. The others stay as
         they are. Raises WaitTimeout."""
@@ -146,8 +148,8 @@ class AsyncContext:
         that failed. Raises WaitTimeout."""
         missing = checked(children)
         if missing:
-            waiting.all_came(await self._call("wait_any", waiting.body(missing, timeout, every=True)), timeout)
-        for child in missing:
+            waiting.all_came(await self._call("wait_any", waiting.body(missing, timeout, every=True)), missing, timeout)
+        for child in checked(missing):
             await self.wait_any(child)
         return [child.outcome() for child in children]
 

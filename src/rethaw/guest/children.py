@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Dict, Generic, List, Optional, Tuple, TypeVar
+from typing import TYPE_CHECKING, Any, Dict, Generic, List, Optional, Sequence, Tuple, TypeVar
 
 from rethaw.channel.payload import embed
 from rethaw.guest import protocol
@@ -146,11 +146,12 @@ def spawn_body(agent: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> byt
         name, function = getattr(agent, "name", None), getattr(agent, "function", None)
         if not isinstance(name, str) or not callable(function):
             raise InvalidInput(f"{agent!r} is no agent", remedy="put @rethaw.agent over its function")
-        given = _bound(name, function, args, kwargs)
+        given = bound(name, function, args, kwargs)
     return protocol.payload_body({"agent": name, "args": given})
 
 
-def _bound(name: str, function: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Dict[str, Any]:
+def bound(name: str, function: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments by name. Raises InvalidInput when they do not fit the function."""
     full = inspect.signature(function)
     own = full.replace(parameters=list(full.parameters.values())[1:])
     try:
@@ -174,6 +175,6 @@ def cancel_body(child: str) -> bytes:
     return protocol.to_json({"child": child}, "the child")
 
 
-def checked(children: Tuple[Handle, ...]) -> List[Handle]:
+def checked(children: Sequence[Handle]) -> List[Handle]:
     """Those of a `wait_all` whose end is not known yet."""
     return [child for child in children if not isinstance(child, Handle) or not child.done]  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -23,9 +23,10 @@ class Agent:
 
     def local(self, *args: Any, **kwargs: Any) -> Any:
         """Run the plain function with a Context in memory."""
+        from rethaw.guest.children import bound
         from rethaw.guest.local import LocalContext
 
-        return LocalContext().run(self.function, **kwargs)
+        return LocalContext().run(self.function, **bound(self.name, self.function, args, kwargs))
 
     @classmethod
     def from_name(cls, name: str, *, version: Optional[int] = None) -> Agent:

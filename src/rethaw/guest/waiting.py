@@ -9,7 +9,7 @@ from rethaw.guest import protocol
 from rethaw.guest.children import Handle
 from rethaw.guest.protocol import Message, Signal
 from rethaw.model.durations import Duration, optional_seconds, seconds
-from rethaw.model.errors import InvalidInput, WaitTimeout
+from rethaw.model.errors import InvalidInput
 
 
 class Inbox:
@@ -31,7 +31,6 @@ class Timer:
 
 if TYPE_CHECKING:
     Thing = Union[Signal, str, Inbox, Timer, Handle]
-    Came = Union[Signal, Message, Timer, Handle]
 
 
 def body(things: Sequence[Thing], timeout: Optional[Duration], *, every: bool = False) -> bytes:
@@ -61,7 +60,7 @@ def _part(thing: Any) -> Dict[str, Any]:
     )
 
 
-def came(ok: bytes, things: Sequence[Thing], timeout: Optional[Duration]) -> Came:
+def came(ok: bytes, things: Sequence[Thing], timeout: Optional[Duration]) -> Any:
     """The thing that came, of those that were waited for. Raises WaitTimeout."""
     fields, payload, raw = protocol.arrived(ok, f"nothing that was waited for came within {timeout}")
     thing = things[int(fields["part"])]
@@ -75,10 +74,13 @@ def came(ok: bytes, things: Sequence[Thing], timeout: Optional[Duration]) -> Cam
     return Signal(thing if isinstance(thing, str) else thing.name, None, payload, fields.get("id"), raw)
 
 
-def all_came(ok: bytes, timeout: Optional[Duration]) -> None:
-    """Raises WaitTimeout unless all came."""
-    if json.loads(ok).get("timeout") is True:
-        raise WaitTimeout(f"not all children ended within {timeout}")
+def all_came(ok: bytes, children: Sequence[Handle], timeout: Optional[Duration]) -> None:
+    """Tells the children how they ended, unless that was too much for one answer. Raises WaitTimeout unless all came."""
+    fields, payload, _ = protocol.arrived(ok, f"not all children ended within {timeout}")
+    outcome = fields.get("outcome")
+    if outcome is not None:
+        for index, child in enumerate(children):
+            child.ended(outcome["children"][index], payload[index])
 
 
 class Fork:

@@ -449,7 +449,9 @@ class WaitState(Wire):
     url: str | None = None  # one-time callback address of a signal wait
     deadline: datetime | None = None
     part: int | None = None  # kind "any": which of its parts came
-    outcome: dict[str, Any] | None = None  # of a child: {state, reason, detail}; its result is `payload`
+    # Of a child: {state, reason, detail}, its result is `payload`. Kind "all": {children: [...]}, and `payload` a list; None
+    # when that is too much for one answer.
+    outcome: dict[str, Any] | None = None
 
 
 class Message(Wire):

@@ -365,6 +365,6 @@ def _arrived(state: WaitState) -> Any:
     if state.timed_out:
         return {"timeout": True}
     fields: Body = {"number": state.number, "id": state.item, "name": state.name}
-    if state.part is not None:
+    if state.part is not None or state.outcome is not None:
         fields |= {"part": state.part, "outcome": state.outcome}
     return embed(fields, state.payload if state.payload is not None else b"null")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,27 +20,33 @@ def specs(agent: Agent[..., Any], code: str) -> dict[str, AgentSpec]:
     turn. They are in the same package (`code`). Raises InvalidInput when two have one name."""
     root = agent.file.parent
     found: dict[str, Agent[..., Any]] = {agent.name: agent}
-    todo, seen = [agent.__module__], set[str]()
+    todo, seen = [_namespace(agent)], set[str]()
     while todo:
-        name = todo.pop()
-        module = sys.modules.get(name)
-        if module is None or name in seen:
+        names = todo.pop()
+        if str(names.get("__name__")) in seen:
             continue
-        seen.add(name)
-        for value in list(vars(module).values()):
+        seen.add(str(names.get("__name__")))
+        for value in list(names.values()):
             if isinstance(value, ModuleType):
                 if _within(getattr(value, "__file__", None), root):
-                    todo.append(value.__name__)
+                    todo.append(vars(value))
             elif isinstance(value, type(agent)) and _packed(one := cast("Agent[..., Any]", value), root):
                 other = found.setdefault(one.name, one)
-                if other.function is not one.function:
+                if (other.file, other.entry) != (one.file, one.entry):
                     raise InvalidInput(
                         f"two agents that {agent.file.name} knows are named {one.name!r}: {other!r} and {one!r}",
                         remedy="give one of them another name",
                     )
-                todo.append(one.__module__)
+                todo.append(_namespace(one))
     del found[agent.name]
     return {name: found[name].options.spec(entry=_entry(found[name], root), code=code) for name in sorted(found)}
+
+
+def _namespace(agent: Agent[..., Any]) -> dict[str, Any]:
+    """Of the module that defines it; of the very import of that which it is from."""
+    function = inspect.unwrap(agent.function)
+    own: Any = getattr(function, "__globals__", None)
+    return cast("dict[str, Any]", own) if isinstance(own, dict) else vars(sys.modules[agent.__module__])
 
 
 def _packed(agent: Agent[..., Any], root: Path) -> bool:
