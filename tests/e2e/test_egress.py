@@ -247,7 +247,7 @@ def main(ctx, url):
     connection = fresh()
     connection.request("GET", "/kept")
     said = [connection.getresponse().read().decode()]
-    ctx.wait("go on")
+    ctx.wait("go-on")
     try:
         connection.request("GET", "/later")
         said.append(connection.getresponse().read().decode())
@@ -263,7 +263,7 @@ def main(ctx, url):
 def test_an_idle_connection_does_not_keep_an_agent_awake(home: House, site: Site) -> None:
     session = agents.start(home, FORKED, {"url": site.url}, allow=[f"{HERE}:*"], idle_suspend_s=0.5)
     session.until_state("suspended")
-    session.signal("go on")
+    session.signal("go-on")
     kept, broken, anew = session.result()
     assert (kept, anew) == ("at /kept", "at /anew")
     assert broken in ("ConnectionResetError", "BrokenPipeError", "RemoteDisconnected")
@@ -294,13 +294,11 @@ def test_an_agent_in_the_middle_of_a_download_is_not_idle(home: House, site: Sit
     assert session.result() == [15]
 
 
-def test_the_server_is_killed_in_the_middle_of_a_download(site: Site) -> None:
-    with house() as home:
-        session = agents.start(home, DOWNLOAD, {"url": site.url, "snapshot": True}, allow=[f"{HERE}:*"])
-        session.until_output("saved")
-        home.server.kill9()
-        home.server.start()
-        session.until("a restore", lambda s: s.events("snapshot.restored"))
-        until(lambda: len(site.asked) > 1)
-        site.go.set()
-        assert session.result() == [2, WHOLE]
+def test_the_server_is_killed_in_the_middle_of_a_download(home: House, site: Site) -> None:
+    session = agents.start(home, DOWNLOAD, {"url": site.url, "snapshot": True}, allow=[f"{HERE}:*"])
+    session.until_output("saved")
+    home.server.kill9()
+    home.server.start()
+    until(lambda: len(site.asked) > 1)
+    site.go.set()
+    assert session.result() == [2, WHOLE]

@@ -53,7 +53,7 @@ class Out:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self.egress = self._make()
-        g.tunnel = lambda stream: self.egress.handle(stream)
+        g.tunnel = lambda stream: self.egress.handle(stream)  # noqa: PLW0108 - replaced later
         former = g.link._on_hello
 
         def hello(said: Any) -> None:
@@ -136,7 +136,18 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 def certificate(directory: Path, name: str) -> tuple[Path, Path]:
     """A self-signed one for `name`: certificate and key."""
     cert, key = directory / "cert.pem", directory / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
     names = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name},IP:127.0.0.2"]
     subprocess.run([*command, *names, "-keyout", key, "-out", cert], check=True, capture_output=True)
     return cert, key

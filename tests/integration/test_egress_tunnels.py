@@ -13,6 +13,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import httpx2
 import pytest
 from egress_fixtures import certificate, echo, pattern, server, way_out
 from link_fixtures import until
@@ -161,7 +163,9 @@ async def test_a_full_tunnel_holds_up_neither_others_nor_a_freeze() -> None:
         reader, writer, _ = await out.connect(f"127.0.0.1:{port}")
         writer.write(b"hello")
         assert await asyncio.wait_for(reader.readexactly(5), 5) == b"hello"
-        rss = [line for line in Path(f"/proc/{out.guest.process.pid}/status").read_text().splitlines() if "VmRSS" in line]
+        rss = [
+            line for line in Path(f"/proc/{out.guest.process.pid}/status").read_text().splitlines() if "VmRSS" in line
+        ]
         assert int(rss[0].split()[1]) < 20 * 1024  # what is stuck does not pile up with each freeze
         writer.close()
         for _, other, _ in stuck:
@@ -265,7 +269,10 @@ async def test_a_refusal_says_which_rule_to_add(allow: list[str], target: str, f
         assert remedy in (await asyncio.wait_for(reader.read(), 5)).decode()
         writer.close()
         (refused,) = out.sink.of("refused")
-        assert (f"{refused['host']}:{refused['port']}", refused["rule"]) == (target.replace("[", "").replace("]", ""), rule)
+        assert (f"{refused['host']}:{refused['port']}", refused["rule"]) == (
+            target.replace("[", "").replace("]", ""),
+            rule,
+        )
         await until(lambda: not out.egress._tunnels)
 
 
@@ -381,7 +388,9 @@ async def test_a_request_in_absolute_form_becomes_an_ordinary_one() -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         body = await reader.readuntil(b"0\r\n\r\n") if b"chunked" in head else b""
         seen.append(head + body)
-        writer.write(b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 Fine\r\nX-A: 1\r\nConnection: keep-alive, x-b\r\n")
+        writer.write(
+            b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 Fine\r\nX-A: 1\r\nConnection: keep-alive, x-b\r\n"
+        )
         writer.write(b"X-B: 2\r\nContent-Length: 5\r\n\r\nhello")
 
     async with server(origin) as port, way_out(["127.0.0.1:*"]) as out:
@@ -422,7 +431,9 @@ async def test_what_is_for_the_gateway_stays_there() -> None:
     async with way_out([]) as out:
         port = out.guest.port
         answer = await ask(
-            port, f"POST http://127.0.0.1:{port}/scripted/v1 HTTP/1.1\nHost: h\nConnection: close\nContent-Length: 2", b"hi"
+            port,
+            f"POST http://127.0.0.1:{port}/scripted/v1 HTTP/1.1\nHost: h\nConnection: close\nContent-Length: 2",
+            b"hi",
         )
         assert answer.endswith(b"2\r\nhi\r\n0\r\n\r\n")
         assert not out.sink.events
@@ -433,11 +444,44 @@ async def test_tls_goes_through_untouched(tmp_path: Path) -> None:
     serving = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     serving.load_cert_chain(cert, key)
     trusting = ssl.create_default_context(cafile=cert)
-    async with server(echo, tls=serving) as port:
-        async with way_out(["tls.example:*", "127.0.0.1:*"], resolve=resolver("127.0.0.1")) as out:
-            reader, writer, _ = await out.connect(f"tls.example:{port}")
-            await writer.start_tls(trusting, server_hostname="tls.example")
-            writer.write(b"secret")
-            await out.guest.thaw()
-            assert await asyncio.wait_for(reader.readexactly(6), 5) == b"secret"
-            writer.close()
+    allow = ["tls.example:*", "127.0.0.1:*"]
+    async with server(echo, tls=serving) as port, way_out(allow, resolve=resolver("127.0.0.1")) as out:
+        reader, writer, _ = await out.connect(f"tls.example:{port}")
+        await writer.start_tls(trusting, server_hostname="tls.example")
+        writer.write(b"secret")
+        await out.guest.thaw()
+        assert await asyncio.wait_for(reader.readexactly(6), 5) == b"secret"
+        writer.close()
+
+
+async def test_real_clients_go_through(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "tls.example")
+    serving = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    serving.load_cert_chain(cert, key)
+
+    async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            text = head.split(b" ")[1]
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text))
+            await writer.drain()
+
+    async with (
+        server(origin, "127.0.0.2") as plain,
+        server(origin, "127.0.0.2", serving) as secure,
+        way_out([f"127.0.0.2:{plain}", f"127.0.0.2:{secure}"]) as out,
+    ):
+        proxy = f"http://127.0.0.1:{out.guest.port}"
+        trusting = ssl.create_default_context(cafile=cert)
+        async with httpx2.AsyncClient(proxy=proxy, verify=trusting, trust_env=False) as client:
+            for n in range(3):
+                assert (await client.get(f"http://127.0.0.2:{plain}/{n}")).text == f"/{n}"
+                assert (await client.get(f"https://127.0.0.2:{secure}/{n}")).text == f"/{n}"
+            with pytest.raises(httpx2.ProxyError, match=r"--allow api\.example"):
+                await client.get("https://api.example/")
+            refused = await client.get("http://api.example/")
+            assert refused.status_code == 403 and "--allow api.example" in refused.text
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"http://127.0.0.2:{plain}/a", proxy=proxy) as answer:
+                assert await answer.text() == "/a"
+            async with session.get(f"https://127.0.0.2:{secure}/a", proxy=proxy, ssl=trusting) as answer:
+                assert await answer.text() == "/a"

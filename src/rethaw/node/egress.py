@@ -174,7 +174,7 @@ class Egress:
             data = {"host": tunnel.host, "port": tunnel.port, "address": str(address), "tunnel": tunnel.name}
             await self._append(NewEvent(type=EventType.EGRESS_OPENED, data=data))
             tunnel.noted = True
-            tunnel.moved = time.monotonic()
+            self._moved(tunnel)
             if tunnel.over is not None:  # its agent left meanwhile
                 await self._append(_closed(tunnel, tunnel.over))
         except Refused as error:
