@@ -369,6 +369,46 @@ async def test_what_is_no_request_is_refused(request_: str, status: int) -> None
         assert not out.sink.of("opened")
 
 
+async def test_a_guest_that_lies_is_refused() -> None:
+    async with way_out(["*:*"]) as out:
+        for meta in (
+            {},
+            {"host": "a\0b\ud800", "port": 80},
+            {"host": 7, "port": 80},
+            {"host": "a", "port": "80"},
+            {"host": "a", "port": 0},
+        ):
+            stream = Lying(meta)
+            task = asyncio.create_task(out.egress.handle(stream))  # pyright: ignore[reportArgumentType]
+            await until(lambda s=stream: s.said)
+            assert stream.said[0][:2] == ("head", 400)
+            task.cancel()
+        assert all(r["host"].isascii() and r["host"].isprintable() for r in out.sink.of("refused"))
+        for held in ({"received": 5}, {"base": 5}, {"head_received": True}):
+            stream = Lying({"host": "127.0.0.1", "port": 80}, **held)
+            await out.egress.handle(stream)  # pyright: ignore[reportArgumentType]
+            assert stream.said == [("reset", "it belongs to a former life of the session")]
+
+
+class Lying:
+    """A stream as no guestd opens one."""
+
+    numbers = 1000
+
+    def __init__(self, meta: dict[str, Any], **more: Any) -> None:
+        Lying.numbers += 1
+        self.id, self.kind, self.meta, self.hung_up = Lying.numbers, "tunnel", meta, False
+        self.received, self.base, self.head_received = 0, 0, False
+        self.__dict__ |= more
+        self.said: list[tuple[object, ...]] = []
+
+    async def head(self, status: int, reason: str, headers: object) -> None:
+        self.said.append(("head", status, reason))
+
+    async def reset(self, why: str) -> None:
+        self.said.append(("reset", why))
+
+
 # ---------------------------------------------------------------- absolute form
 
 

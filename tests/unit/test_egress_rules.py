@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from rethaw.cli import render
 from rethaw.control.policy import Policy
 from rethaw.control.sessions import check_agent
 from rethaw.model import egress
 from rethaw.model.egress import address_of, guarded, host_of, permitted, remedy_for, rules_of
+from rethaw.model.enums import EventType
 from rethaw.model.errors import InvalidInput
-from rethaw.model.types import AgentSpec, Assignment, ImageSpec
+from rethaw.model.types import AgentSpec, Assignment, Event, ImageSpec
 from rethaw.node.boot import guest_env
 from rethaw.node.egress_reach import is_own, special
 from rethaw.sdk.agents import agent, options
@@ -126,6 +129,33 @@ def test_remedies() -> None:
     assert egress.rule_for("a.example", 8080) == "a.example:8080"
     assert egress.rule_for("2001:db8::1", 8080) == "[2001:db8::1]:8080"
     assert egress.rule_for("2001:db8::1", 443) == "2001:db8::1"
+
+
+def test_events_in_words() -> None:
+    def line(kind: EventType, **data: object) -> str:
+        event = Event(
+            session="s",
+            seq=1,
+            line=0,
+            attempt=1,
+            type=kind,
+            data={"host": "a.example", "port": 443, **data},
+            at=datetime.now(UTC),
+        )
+        return render.event_line(event).partition(kind.value)[2].strip()
+
+    assert line(EventType.EGRESS_OPENED, address="8.8.8.8", tunnel="1.1") == "a.example:443 at 8.8.8.8"
+    assert line(EventType.EGRESS_OPENED, host="2001:db8::1", address="2001:db8::1") == "[2001:db8::1]:443"
+    assert line(EventType.EGRESS_REFUSED, why="no rule allows it", rule="a.example", repeats=3) == (
+        "a.example:443 refused: no rule allows it; to allow it: --allow a.example (3 more of the same)"
+    )
+    assert (
+        line(EventType.EGRESS_FAILED, error="a.example:443 is not there", others=2)
+        == "a.example:443 is not there (2 more to other places)"
+    )
+    assert line(EventType.EGRESS_CLOSED, sent=10, received=2048, seconds=1.5, why="closed by the agent") == (
+        "a.example:443, sent 10 B, received 2 KiB in 1.5s: closed by the agent"
+    )
 
 
 # ---------------------------------------------------------------- the environment of the agent, the node's settings

@@ -48,9 +48,9 @@ class Tunnel:
         host, port = meta.get("host"), meta.get("port")
         fits = isinstance(host, str) and type(port) is int and 0 < port < 65536
         self.fits = fits
-        self.host = host[:300] if isinstance(host, str) else ""
+        self.host = _printable(host) if isinstance(host, str) else ""
         self.port = port if type(port) is int and fits else 0
-        self.name = str(meta.get("id"))[:100]
+        self.name = _printable(str(meta.get("id")))
         self.ready = asyncio.Event()
         self.answer: tuple[int, str] | None = None
         self.over: str | None = None
@@ -199,6 +199,10 @@ class Egress:
         except RethawError as error:
             tunnel.abort()
             tunnel.answer = 502, f"the connection could not be noted in the log: {error}"
+        except Exception as error:
+            log.exception("session %s: egress to %s:%d", self._fence.session, tunnel.host, tunnel.port)
+            tunnel.abort()
+            tunnel.answer = 502, f"internal error: {type(error).__name__}"
         finally:
             tunnel.ready.set()
 
@@ -369,6 +373,11 @@ class News:
         told = [(self._told[key], n) for key, n in self._more.items()]
         self._more.clear()
         return [event.model_copy(update={"data": {**event.data, "repeats": n}}) for event, n in told]
+
+
+def _printable(text: str) -> str:
+    """What may stand in the log of what a guest says."""
+    return "".join(c if "!" <= c <= "~" else "?" for c in text[:300])
 
 
 def _closed(tunnel: Tunnel, why: str | None) -> NewEvent:
