@@ -53,7 +53,7 @@ class Out:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self.egress = self._make()
-        g.tunnel = lambda stream: self.egress.handle(stream)
+        g.tunnel = lambda stream: self.egress.handle(stream)  # noqa: PLW0108 - replaced later
         former = g.link._on_hello
 
         def hello(said: Any) -> None:

@@ -228,7 +228,7 @@ async def test_erasing_either_side_leaves_the_other(w: World) -> None:
 
 async def test_what_cannot_be_spawned(w: World) -> None:
     _, fence = await w.start(BOSS)
-    with pytest.raises(NotFound, match="no agent of the name 'nobody' is deployed"):
+    with pytest.raises(NotFound, match="there is no agent 'nobody'"):
         await spawn(w, fence, agent="nobody")
     with pytest.raises(NotFound, match="has no child 's_x'"):
         await w.control.tell_child(fence, 1, "1.5", "s_x", "cancel", None)

@@ -13,6 +13,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import httpx2
 import pytest
 from egress_fixtures import certificate, echo, pattern, server, way_out
 from link_fixtures import until
@@ -367,6 +369,46 @@ async def test_what_is_no_request_is_refused(request_: str, status: int) -> None
         assert not out.sink.of("opened")
 
 
+async def test_a_guest_that_lies_is_refused() -> None:
+    async with way_out(["*:*"]) as out:
+        for meta in (
+            {},
+            {"host": "a\0b\ud800", "port": 80},
+            {"host": 7, "port": 80},
+            {"host": "a", "port": "80"},
+            {"host": "a", "port": 0},
+        ):
+            stream = Lying(meta)
+            task = asyncio.create_task(out.egress.handle(stream))  # pyright: ignore[reportArgumentType]
+            await until(lambda s=stream: s.said)
+            assert stream.said[0][:2] == ("head", 400)
+            task.cancel()
+        assert all(r["host"].isascii() and r["host"].isprintable() for r in out.sink.of("refused"))
+        for held in ({"received": 5}, {"base": 5}, {"head_received": True}):
+            stream = Lying({"host": "127.0.0.1", "port": 80}, **held)
+            await out.egress.handle(stream)  # pyright: ignore[reportArgumentType]
+            assert stream.said == [("reset", "it belongs to a former life of the session")]
+
+
+class Lying:
+    """A stream as no guestd opens one."""
+
+    numbers = 1000
+
+    def __init__(self, meta: dict[str, Any], **more: Any) -> None:
+        Lying.numbers += 1
+        self.id, self.kind, self.meta, self.hung_up = Lying.numbers, "tunnel", meta, False
+        self.received, self.base, self.head_received = 0, 0, False
+        self.__dict__ |= more
+        self.said: list[tuple[object, ...]] = []
+
+    async def head(self, status: int, reason: str, headers: object) -> None:
+        self.said.append(("head", status, reason))
+
+    async def reset(self, why: str) -> None:
+        self.said.append(("reset", why))
+
+
 # ---------------------------------------------------------------- absolute form
 
 
@@ -442,11 +484,44 @@ async def test_tls_goes_through_untouched(tmp_path: Path) -> None:
     serving = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     serving.load_cert_chain(cert, key)
     trusting = ssl.create_default_context(cafile=cert)
-    async with server(echo, tls=serving) as port:
-        async with way_out(["tls.example:*", "127.0.0.1:*"], resolve=resolver("127.0.0.1")) as out:
-            reader, writer, _ = await out.connect(f"tls.example:{port}")
-            await writer.start_tls(trusting, server_hostname="tls.example")
-            writer.write(b"secret")
-            await out.guest.thaw()
-            assert await asyncio.wait_for(reader.readexactly(6), 5) == b"secret"
-            writer.close()
+    allow = ["tls.example:*", "127.0.0.1:*"]
+    async with server(echo, tls=serving) as port, way_out(allow, resolve=resolver("127.0.0.1")) as out:
+        reader, writer, _ = await out.connect(f"tls.example:{port}")
+        await writer.start_tls(trusting, server_hostname="tls.example")
+        writer.write(b"secret")
+        await out.guest.thaw()
+        assert await asyncio.wait_for(reader.readexactly(6), 5) == b"secret"
+        writer.close()
+
+
+async def test_real_clients_go_through(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "tls.example")
+    serving = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    serving.load_cert_chain(cert, key)
+
+    async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            text = head.split(b" ")[1]
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text))
+            await writer.drain()
+
+    async with (
+        server(origin, "127.0.0.2") as plain,
+        server(origin, "127.0.0.2", serving) as secure,
+        way_out([f"127.0.0.2:{plain}", f"127.0.0.2:{secure}"]) as out,
+    ):
+        proxy = f"http://127.0.0.1:{out.guest.port}"
+        trusting = ssl.create_default_context(cafile=cert)
+        async with httpx2.AsyncClient(proxy=proxy, verify=trusting, trust_env=False) as client:
+            for n in range(3):
+                assert (await client.get(f"http://127.0.0.2:{plain}/{n}")).text == f"/{n}"
+                assert (await client.get(f"https://127.0.0.2:{secure}/{n}")).text == f"/{n}"
+            with pytest.raises(httpx2.ProxyError, match=r"--allow api\.example"):
+                await client.get("https://api.example/")
+            refused = await client.get("http://api.example/")
+            assert refused.status_code == 403 and "--allow api.example" in refused.text
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"http://127.0.0.2:{plain}/a", proxy=proxy) as answer:
+                assert await answer.text() == "/a"
+            async with session.get(f"https://127.0.0.2:{secure}/a", proxy=proxy, ssl=trusting) as answer:
+                assert await answer.text() == "/a"

@@ -21,6 +21,7 @@ from rethaw.gateway import providers
 from rethaw.model.enums import EventType
 from rethaw.sdk.agents import find
 from rethaw.server.config import SETTINGS
+from rethaw.server.config_egress import EGRESS_SETTINGS
 from rethaw.server.config_snapshots import S3_SETTINGS, SNAPSHOT_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def test_command_line_is_described_as_it_is() -> None:
 
 def test_every_setting_is_described() -> None:
     body = text("configuration.md")
-    settings = {**SETTINGS, **SNAPSHOT_SETTINGS, **S3_SETTINGS}
+    settings = {**SETTINGS, **SNAPSHOT_SETTINGS, **S3_SETTINGS, **EGRESS_SETTINGS}
     for setting, variable in settings.items():
         assert f"| `{setting}` | `{variable}` |" in body
     described = set(re.findall(r"^\| `(\w+)` \| `[A-Z0-9_]+` \|", body, re.MULTILINE))

@@ -12,7 +12,7 @@ import json
 import logging
 from typing import Any, Literal
 
-from rethaw.control import arrivals, inbox, lineage, rows, sessions, spawned, waits
+from rethaw.control import agents, arrivals, inbox, lineage, queues, rows, sessions, spawned, waits
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.control.wakeups import Transactions
@@ -27,11 +27,6 @@ log = logging.getLogger("rethaw.control")
 MOST = 1000  # children of one session that have not ended
 _BATCH = 200
 Act = Literal["message", "cancel"]
-
-
-async def deployed(conn: Conn, name: str) -> AgentSpec:
-    """The agent that is deployed as `name`. Raises NotFound."""
-    raise NotFound(f"no agent of the name {name!r} is deployed", remedy="spawn one of the same file or package")
 
 
 # ---------------------------------------------------------------- what the guest asks
@@ -80,7 +75,7 @@ async def _agent(conn: Conn, row: Row, name: str) -> AgentSpec:
     known = {**row.agent.agents, row.agent.name: row.agent.model_copy(update={"agents": {}})}
     spec = known.pop(name, None)
     if spec is None:
-        return await deployed(conn, name)
+        return await agents.find(conn, name)
     return spec.model_copy(update={"agents": known})
 
 
@@ -116,7 +111,9 @@ async def _create(transactions: Transactions, child: str, policy: Policy) -> Non
             await _end(conn, child, "cancelled", "cancelled", f"its parent {parent.id} is {parent.state.value}", None)
             return
         agent, args = spawned.parts_of(found["spec"])
-        await sessions.create(conn, child, AgentSpec.model_validate_json(agent), json.loads(args), None, policy)
+        # In no queue: a parent that waits for its child with the only slot in its hand would wait for ever.
+        spec = AgentSpec.model_validate_json(agent)
+        await sessions.create(conn, child, spec, json.loads(args), None, policy, queue=queues.UNCOUNTED)
         await rows.update(conn, child, parent=parent.id)
         await conn.execute("UPDATE children SET state = 'running' WHERE child = %s", (child,))
 

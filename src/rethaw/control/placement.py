@@ -186,7 +186,7 @@ async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
 
 async def _count_from_now(conn: Conn, row: Row) -> None:
     """What it waited for its turn is no part of its longest duration."""
-    if row.agent.max_duration_s is not None and row.queue != queues.TEMPLATES:
+    if row.agent.max_duration_s is not None and not (row.key or "").startswith("template:"):
         await conn.execute(
             "UPDATE sessions SET give_up_at = now() + make_interval(secs => %s) WHERE id = %s",
             (row.agent.max_duration_s, row.id),

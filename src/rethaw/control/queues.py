@@ -23,7 +23,7 @@ from rethaw.model.starting import (
 )
 from rethaw.model.types import Queue, StartOptions
 
-TEMPLATES = ""  # the queue of templates' own sessions: no limit can be set for it
+UNCOUNTED = ""  # the queue of children and of templates' own sessions: no limit can be set for it
 _LEAST_TTL_S = 0.1
 _SHOWN = 10
 # Sessions (s, with spec p and queue q) that want a slot now, and that some live node could take.

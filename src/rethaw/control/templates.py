@@ -65,7 +65,7 @@ async def create(
         """UPDATE sessions SET key = NULL WHERE key = %s AND state IN ('completed', 'failed', 'cancelled')""", (key,)
     )
     try:
-        row, _ = await sessions.create(conn, session, agent, args, key, policy, queue=queues.TEMPLATES)
+        row, _ = await sessions.create(conn, session, agent, args, key, policy, queue=queues.UNCOUNTED)
     except KeyReused as error:
         raise Conflict(
             f"template {name} is of another agent or has other arguments", remedy=f"`rethaw template rm {name}` first"

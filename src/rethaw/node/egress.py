@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from rethaw.model.egress import EgressSettings, rules_of
 from rethaw.model.enums import EventType
-from rethaw.model.errors import Fenced, RethawError
+from rethaw.model.errors import ChannelBroken, Fenced, RethawError
 from rethaw.model.ports import GuestStream, LogSink
 from rethaw.model.types import Fence, NewEvent
 from rethaw.node.egress_reach import Refused, Resolve, Unreachable, reach
@@ -48,9 +48,9 @@ class Tunnel:
         host, port = meta.get("host"), meta.get("port")
         fits = isinstance(host, str) and type(port) is int and 0 < port < 65536
         self.fits = fits
-        self.host = host[:300] if isinstance(host, str) else ""
+        self.host = _printable(host) if isinstance(host, str) else ""
         self.port = port if type(port) is int and fits else 0
-        self.name = str(meta.get("id"))[:100]
+        self.name = _printable(str(meta.get("id")))
         self.ready = asyncio.Event()
         self.answer: tuple[int, str] | None = None
         self.over: str | None = None
@@ -82,12 +82,15 @@ class Tunnel:
     def shut(self) -> None:
         """What was written still goes out, for a while."""
         if self.writer is not None:
-            self.writer.close()
-            asyncio.get_running_loop().call_later(HALF_S, self.abort)
+            transport, self.writer = self.writer.transport, None
+            transport.close()
+            if transport.get_write_buffer_size():
+                asyncio.get_running_loop().call_later(HALF_S, transport.abort)
 
     def abort(self) -> None:
         if self.writer is not None:
             self.writer.transport.abort()
+            self.writer = None
 
 
 class Egress:
@@ -124,6 +127,10 @@ class Egress:
             if stream.head_received or stream.base or stream.received:
                 await stream.reset("it belongs to a former life of the session")
                 return
+            if (
+                len(self._tunnels) > 4 * MOST
+            ):  # the next hello would do that; should the guest ask for one, it is reset again
+                self._tunnels = {s: t for s, t in self._tunnels.items() if t.over is None}
             tunnel = Tunnel(stream.meta)
             crowded = sum(t.live for t in self._tunnels.values()) >= MOST
             self._tunnels[stream.id] = tunnel
@@ -133,20 +140,20 @@ class Egress:
             await self._serve(tunnel, stream)
             if not stream.hung_up and tunnel.over is None:
                 await asyncio.get_running_loop().create_future()  # the guest says when it has everything
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ChannelBroken):
             if stream.hung_up:
                 self._drop(stream.id, "closed by the agent")
             raise
 
-    async def close(self) -> None:
-        """The life is over."""
+    async def close(self, why: str = "the sandbox is gone") -> None:
+        """The life is over, or its program is."""
         tunnels, self._tunnels = self._tunnels, {}
         events = self._news.rest()
         for tunnel in tunnels.values():
             tunnel.ready.set()
             if tunnel.live and tunnel.noted:
-                events.append(_closed(tunnel, "the sandbox is gone"))
-            tunnel.over = tunnel.over or "the sandbox is gone"
+                events.append(_closed(tunnel, why))
+            tunnel.over = tunnel.over or why
             if not tunnel.whole:
                 tunnel.abort()
         if events:
@@ -174,7 +181,7 @@ class Egress:
             data = {"host": tunnel.host, "port": tunnel.port, "address": str(address), "tunnel": tunnel.name}
             await self._append(NewEvent(type=EventType.EGRESS_OPENED, data=data))
             tunnel.noted = True
-            tunnel.moved = time.monotonic()
+            self._moved(tunnel)
             if tunnel.over is not None:  # its agent left meanwhile
                 await self._append(_closed(tunnel, tunnel.over))
         except Refused as error:
@@ -192,6 +199,10 @@ class Egress:
         except RethawError as error:
             tunnel.abort()
             tunnel.answer = 502, f"the connection could not be noted in the log: {error}"
+        except Exception as error:
+            log.exception("session %s: egress to %s:%d", self._fence.session, tunnel.host, tunnel.port)
+            tunnel.abort()
+            tunnel.answer = 502, f"internal error: {type(error).__name__}"
         finally:
             tunnel.ready.set()
 
@@ -240,13 +251,12 @@ class Egress:
             await asyncio.gather(up, down, return_exceptions=True)
 
     async def _up(self, tunnel: Tunnel, stream: GuestStream) -> None:
-        assert tunnel.writer is not None
         position = stream.base
         while (data := await stream.read()) is not None:
             fresh = data[max(0, tunnel.taken - position) :]
             position += len(data)
-            if fresh:
-                # Taken before anything can be cancelled: it is with the transport now.
+            if fresh and tunnel.writer is not None:
+                # No await between here and there: what was taken is with the transport, whenever this is cancelled.
                 tunnel.writer.write(fresh)
                 tunnel.taken += len(fresh)
                 self._moved(tunnel)
@@ -256,8 +266,9 @@ class Egress:
             await stream.ack(tunnel.taken)
         if not tunnel.guest_ended:
             tunnel.guest_ended = True
-            with contextlib.suppress(OSError, RuntimeError):
-                tunnel.writer.write_eof()
+            if tunnel.writer is not None:
+                with contextlib.suppress(OSError, RuntimeError):
+                    tunnel.writer.write_eof()
         await stream.accept(tunnel.name)
 
     async def _down(self, tunnel: Tunnel, stream: GuestStream) -> None:
@@ -362,6 +373,11 @@ class News:
         told = [(self._told[key], n) for key, n in self._more.items()]
         self._more.clear()
         return [event.model_copy(update={"data": {**event.data, "repeats": n}}) for event, n in told]
+
+
+def _printable(text: str) -> str:
+    """What may stand in the log of what a guest says."""
+    return "".join(c if "!" <= c <= "~" else "?" for c in text[:300])
 
 
 def _closed(tunnel: Tunnel, why: str | None) -> NewEvent:

@@ -460,6 +460,7 @@ class Supervisor:
             # Not by itself: its death is told by the sandbox's end.
             life.sandbox.kill()
             return
+        await life.egress.close("the program ended")
         await life.gateway.flush()
         await life.gateway.attempt_ended()
         faults.point("supervisor.exited")

@@ -19,6 +19,7 @@ def create(
     image: str | None = None,
     memory: str | None = None,
     workdir: str | None = None,
+    allow: Annotated[list[str] | None, Parameter(negative="")] = None,
     by: Literal["call", "line", "quiet"] | None = None,
     within: str = "5m",
     json: Json = False,
@@ -47,6 +48,8 @@ def create(
         What the sandbox may use, like 1GiB.
     workdir:
         Directory that it starts in.
+    allow:
+        HOST or HOST:PORT that it may connect to; may be given again.
     by:
         Only this makes it warm; for one that rests while it warms up.
     within:
@@ -55,7 +58,7 @@ def create(
     from rethaw.cli.commands.run import agent_of
     from rethaw.model.durations import seconds
 
-    options = {"memory": memory, "workdir": workdir}
+    options = {"memory": memory, "workdir": workdir, "allow": allow}
     given = {option: value for option, value in options.items() if value is not None}
     limit = seconds(within)
     with client() as connection:
