@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from typing import Any
 
     from rethaw.guest.acontext import AsyncContext
+    from rethaw.guest.children import AsyncChild, Child
     from rethaw.guest.context import Context
     from rethaw.guest.local import AsyncLocalContext, LocalContext
     from rethaw.guest.protocol import Message, Signal
+    from rethaw.guest.waiting import Fork, Timer
     from rethaw.model import errors
     from rethaw.model.errors import (
         AmbiguousId,
         ChannelBroken,
+        ChildFailed,
         Conflict,
         EngineError,
         EngineMismatch,
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
         ImageError,
         InvalidInput,
         KeyReused,
+        NoRetry,
         NotFound,
         ProviderError,
         QuiesceTimeout,
@@ -43,35 +47,49 @@ if TYPE_CHECKING:
     from rethaw.sdk.agents import Agent, agent
     from rethaw.sdk.client import Client, Session
     from rethaw.sdk.images import Image
+    from rethaw.sdk.limits import Budget, Retries
 
 _ERRORS = (
-    "AmbiguousId", "ChannelBroken", "Conflict", "EngineError", "EngineMismatch", "EngineUnusable", "Fenced",
-    "ImageError", "InvalidInput", "KeyReused", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError",
+    "AmbiguousId", "ChannelBroken", "ChildFailed", "Conflict", "EngineError", "EngineMismatch", "EngineUnusable", "Fenced",
+    "ImageError", "InvalidInput", "KeyReused", "NoRetry", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError",
     "SessionFailed", "SnapshotUnusable", "StorageFull", "TooLarge", "Unauthorized", "Unavailable", "WaitTimeout",
 )  # fmt: skip
 _WHERE = {
     "Agent": "rethaw.sdk.agents",
     "agent": "rethaw.sdk.agents",
+    "AsyncChild": "rethaw.guest.children",
     "AsyncClient": "rethaw.sdk.aclient",
     "AsyncContext": "rethaw.guest.acontext",
     "AsyncLocalContext": "rethaw.guest.local",
     "AsyncSession": "rethaw.sdk.aclient",
+    "Budget": "rethaw.sdk.limits",
+    "Child": "rethaw.guest.children",
     "Client": "rethaw.sdk.client",
     "Context": "rethaw.guest.context",
+    "Fork": "rethaw.guest.waiting",
     "Image": "rethaw.sdk.images",
     "LocalContext": "rethaw.guest.local",
     "Message": "rethaw.guest.protocol",
+    "Retries": "rethaw.sdk.limits",
     "Session": "rethaw.sdk.client",
     "Signal": "rethaw.guest.protocol",
+    "Timer": "rethaw.guest.waiting",
     **dict.fromkeys(_ERRORS, "rethaw.model.errors"),
 }
-_IN_GUEST = ("Agent", "agent", "Image")  # these have a light form in sandboxes, where the SDK is not
+_IN_GUEST = (
+    "Agent",
+    "agent",
+    "Budget",
+    "Image",
+    "Retries",
+)  # these have a light form in sandboxes, where the SDK is not
 
 __all__ = [
-    "Agent", "AmbiguousId", "AsyncClient", "AsyncContext", "AsyncLocalContext", "AsyncSession", "ChannelBroken", "Client", "Conflict",
-    "Context", "EngineError", "EngineMismatch", "EngineUnusable", "Fenced", "Image", "ImageError", "InvalidInput",
-    "KeyReused", "LocalContext", "Message", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError", "Session", "SessionFailed",
-    "Signal", "SnapshotUnusable", "StorageFull", "TooLarge", "Unauthorized", "Unavailable", "WaitTimeout",
+    "Agent", "AmbiguousId", "AsyncChild", "AsyncClient", "AsyncContext", "AsyncLocalContext", "AsyncSession", "Budget", "ChannelBroken", "Child",
+    "ChildFailed", "Client", "Conflict",
+    "Context", "EngineError", "EngineMismatch", "EngineUnusable", "Fenced", "Fork", "Image", "ImageError", "InvalidInput",
+    "KeyReused", "LocalContext", "Message", "NoRetry", "NotFound", "ProviderError", "QuiesceTimeout", "RethawError", "Retries", "Session", "SessionFailed",
+    "Signal", "SnapshotUnusable", "StorageFull", "Timer", "TooLarge", "Unauthorized", "Unavailable", "WaitTimeout",
     "__version__", "agent", "errors",
 ]  # fmt: skip
 

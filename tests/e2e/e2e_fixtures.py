@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +12,8 @@ from typing import Any
 
 from rethaw.testing import processes
 from rethaw.testing.chaos.run import code_archive
-from rethaw.testing.provider import ProviderRequest, Reply, ScriptedProvider
+from rethaw.testing.model import ScriptedModel
+from rethaw.testing.provider import ProviderRequest, Reply
 from rethaw.testing.server import RunningServer
 
 ASK = """
@@ -33,36 +32,26 @@ def ask(text, timeout=60, headers={}, provider="OPENAI_BASE_URL", path="/chat/co
 """
 
 
-class Provider:
-    """A scripted provider with a loop of its own in a thread. `answer` may be replaced at any time."""
+class Provider(ScriptedModel):
+    """Says what it was asked. `answer` may be replaced at any time."""
 
     def __init__(self) -> None:
-        self.answer: Callable[[ProviderRequest], Reply] = lambda r: Reply(f"echo {r.last_text}")
-        self.inner = ScriptedProvider(lambda request: self.answer(request))  # noqa: PLW0108 - replaced later
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._do(self.inner.start())
+        super().__init__()
+        self.answer: Callable[[ProviderRequest], Reply] = self.echo
+        self.inner = self.provider
+        self.script(lambda request: self.answer(request))  # noqa: PLW0108 - replaced later
 
-    def _do(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+    @staticmethod
+    def echo(request: ProviderRequest) -> Reply:
+        return Reply(f"echo {request.last_text}")
 
     def reset(self) -> None:
-        self.answer = lambda r: Reply(f"echo {r.last_text}")
+        self.answer = self.echo
 
     @property
     def texts(self) -> list[str]:
         """What was asked, in order of arrival."""
         return [c.json["messages"][-1]["content"] for c in list(self.inner.calls) if c.json and "messages" in c.json]
-
-    def settings(self) -> dict[str, Any]:
-        return {"base_url": self.inner.url, "key": "secret-provider-key", "auth": "bearer", "format": "openai"}
-
-    def close(self) -> None:
-        self._do(self.inner.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
-        self._loop.close()
 
 
 class Session:
@@ -146,7 +135,7 @@ class House:
 def house(**server: Any) -> Iterator[House]:
     provider = Provider()
     try:
-        providers = {"openai": provider.settings(), **server.pop("providers", {})}
+        providers = {**provider.settings(), **server.pop("providers", {})}
         with RunningServer(providers=providers, **server) as running:
             yield House(running, provider)
     finally:

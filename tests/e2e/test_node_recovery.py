@@ -301,6 +301,7 @@ def test_killed_while_the_tail_is_adopted(home: House) -> None:
     assert play.session.events("exchange.adopted") or play.session.events("exchange.served")
 
 
+FAMILY = ("control.child.ended", "control.fork_self.before", "control.fork_self.made")
 UPLOADS = (
     "upload.object", "upload.put", "upload.noted", "upload.record", "upload.recorded", "upload.done", "collect.condemn",
     "collect.deleted", "fetch.block",
@@ -314,6 +315,7 @@ def test_every_point_of_the_code_is_killed_at_here_or_named_elsewhere() -> None:
         "pg.initdb.before_rename": "tests of the embedded PostgreSQL",
         "gateway.tail.adopt": "above",
         "store.unlinked": "tests/unit/test_snapshots_collect.py",
+        **dict.fromkeys(FAMILY, "test_context_family.py"),
         **dict.fromkeys(UPLOADS, "tests/unit/test_snapshots_upload_kills.py, test_snapshots_uploads.py"),
     }
     source = Path(__file__).parents[2] / "src" / "rethaw"

@@ -121,7 +121,9 @@ async def test_start_show_list(api: Api) -> None:
     error_of(await api.http.post("/v1/sessions", json={**body, "args": {"n": 2}}), 409, "key_reused")
     shown = await api.get(f"/v1/sessions/{view.id}")
     assert shown["stats"]["crashes"] == 0
-    shown.pop("stats")
+    assert shown["attempts"] == [] and shown["budget"] is None and shown["spent"]["tokens"] == 0
+    for name in ("stats", "attempts", "budget", "spent"):
+        shown.pop(name)
     SessionView.model_validate(shown)
     assert (await api.get(f"/v1/sessions/{view.id[:-1]}"))["id"] == view.id
     assert [s["id"] for s in (await api.get("/v1/sessions", state="starting"))["sessions"]] == [view.id]
@@ -506,3 +508,72 @@ async def test_openapi_describes_every_route(api: Api) -> None:
     assert "SessionView" in schema["components"]["schemas"]
     assert paths["/healthz"]["get"]["security"] == []
     assert schema["security"] == [{"token": []}]
+
+
+# ---------------------------------------------------------------- queues and schedules
+
+
+async def test_queues_over_http(api: Api) -> None:
+    body = {"agent": AGENT_JSON, "options": {"queue": "q", "priority": 2, "tags": ["a", "b"], "concurrency_key": "k"}}
+    assert (await api.http.put("/v1/queues/q", json={"limit": 1, "suspended": "free"})).json()["limit"] == 1
+    one, two = await api.post("/v1/sessions", body), await api.post("/v1/sessions", body)
+    assert (one["state"], two["state"], two["tags"]) == ("starting", "queued", ["a", "b"])
+    shown = await api.get("/v1/queues/q")
+    assert (shown["running"], shown["waiting"], shown["next"]) == (1, 1, [two["id"]])
+    assert [q["name"] for q in (await api.get("/v1/queues"))["queues"]] == ["default", "q"]
+    assert (await api.http.put("/v1/queues/q", json={"limit": None})).json()["suspended"] == "free"
+    assert (await api.post("/v1/queues/q/pause"))["paused"] and not (await api.post("/v1/queues/q/resume"))["paused"]
+    error_of(await api.http.request("DELETE", "/v1/queues/q"), 409, "conflict")
+    error_of(await api.http.get("/v1/queues/none"), 404, "not_found")
+    for wrong in ({"limit": 0}, {"limit": "2"}, {"limit": 1.5}, {"suspended": "maybe"}, {"most": 1}, []):
+        error_of(await api.http.put("/v1/queues/q", json=wrong), 422, "invalid_input")
+    for wrong in ({"queue": "a b"}, {"delay_s": -1}, {"priority": "high"}, {"tags": ["a b"]}, {"soon": True}):
+        answer = await api.http.post("/v1/sessions", json={"agent": AGENT_JSON, "options": wrong})
+        error_of(answer, 422, "invalid_input")
+
+
+async def test_finding_over_http(api: Api) -> None:
+    options = {"queue": "q", "tags": ["a", "b"]}
+    one = await api.post("/v1/sessions", {"agent": AGENT_JSON, "args": {"topic": "Öl"}, "options": options})
+    await api.post("/v1/sessions", {"agent": AGENT_JSON})
+    past, future = "2020-01-01T00:00:00Z", "2100-01-01T00:00:00+02:00"
+    for wanted in (
+        {"tag": ["a", "b"]}, {"queue": "q"}, {"search": "TOPIC"}, {"search": "öl"}, {"tag": "a", "created_after": past},
+        {"state": ["failed", "starting"], "queue": "q", "created_before": future},
+    ):  # fmt: skip
+        assert [s["id"] for s in (await api.get("/v1/sessions", **wanted))["sessions"]] == [one["id"]], wanted
+    assert (await api.get("/v1/sessions", tag=["a", "c"]))["sessions"] == []
+    assert (await api.get("/v1/sessions", created_after=future))["sessions"] == []
+    for wrong in (
+        {"state": "tired"},
+        {"created_after": "yore"},
+        {"created_after": "2026-01-01T00:00:00"},
+        {"limit": 0},
+    ):
+        error_of(await api.http.get("/v1/sessions", params=wrong), 422, "invalid_input")
+
+
+async def test_schedules_over_http(api: Api) -> None:
+    body = {"name": "s", "agent": AGENT_JSON, "args": {"n": 1}, "cron": "0 9 * * *", "tz": "Europe/Berlin"}
+    made = await api.post("/v1/schedules", body)
+    assert made["next_at"].endswith("Z") and not made["paused"] and made["firings"] == []
+    assert await api.post("/v1/schedules", body) == made
+    error_of(await api.http.post("/v1/schedules", json={**body, "args": {}}), 409, "conflict")
+    assert (await api.post("/v1/schedules", {**body, "args": {}, "replace": True}))["args"] == {}
+    one = await api.post("/v1/schedules/s/trigger")
+    assert one["tags"] == ["schedule:s"] and one["state"] == "starting"
+    assert [f["what"] for f in (await api.get("/v1/schedules/s"))["firings"]] == ["triggered"]
+    assert (await api.post("/v1/schedules/s/pause"))["paused"] and not (await api.post("/v1/schedules/s/resume"))[
+        "paused"
+    ]
+    assert [s["name"] for s in (await api.get("/v1/schedules"))["schedules"]] == ["s"]
+    for wrong in (
+        {"cron": "0 9 * *"}, {"tz": "Moon"}, {"every_s": 5}, {"cron": None}, {"cron": None, "every_s": 0.1}, {"name": "a/b"},
+        {"catch_up": "some"}, {"overlap": "maybe"}, {"options": {"queue": ""}}, {"when": "now"},
+    ):  # fmt: skip
+        error_of(await api.http.post("/v1/schedules", json={**body, "replace": True, **wrong}), 422, "invalid_input")
+    coded = {**AGENT_JSON, "command": [], "entry": "a.py::f", "code": "0" * 64}
+    error_of(await api.http.post("/v1/schedules", json={**body, "name": "t", "agent": coded}), 404, "not_found")
+    assert (await api.http.request("DELETE", "/v1/schedules/s")).json()["name"] == "s"
+    for method, path in (("GET", "s"), ("DELETE", "s"), ("POST", "s/trigger"), ("POST", "s/pause")):
+        error_of(await api.http.request(method, f"/v1/schedules/{path}"), 404, "not_found")

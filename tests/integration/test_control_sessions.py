@@ -131,9 +131,9 @@ def _finals() -> list[State]:
     return [s for s in State if s.final]
 
 
-def test_the_only_way_out_of_an_end_is_a_rewind() -> None:
+def test_the_only_ways_out_of_an_end_are_a_rewind_and_a_retry() -> None:
     for end in _finals():
-        assert transitions.ALLOWED[end] == {S.RESUMING}
+        assert transitions.ALLOWED[end] == {S.RESUMING, S.QUEUED}
         assert not any(transitions.allowed(end, state, reported=True) for state in State)
     for state in State:
         if not state.final:

@@ -16,7 +16,7 @@ from control_fixtures import (  # noqa: F401 - fixtures
 
 from rethaw.model.enums import EventType, Reason, State
 from rethaw.model.errors import Conflict, InvalidInput, KeyReused, NotFound
-from rethaw.model.types import AgentSpec, Assignment, Fence, WaitSpec
+from rethaw.model.types import AgentSpec, Assignment, Fence, RetrySpec, WaitSpec
 from rethaw.model.versions import Upgraded, digest
 
 S = State
@@ -87,7 +87,7 @@ async def test_the_new_version_has_the_context_of_the_old_one(w: World) -> None:
     kept = await w.act(fence)
     done, assignment, new = await upgraded(w, session, files="fresh")
     assert (done.from_version, done.to_version, done.changed, done.files) == (1, 2, True, None)
-    assert (assignment.agent, assignment.attempt, assignment.carry) == (NEW, 2, None)
+    assert (assignment.agent, assignment.attempt, assignment.files) == (NEW, 2, None)
     assert assignment.boot is not None
     assert (assignment.boot.args, assignment.boot.fresh, assignment.boot.cursor) == ({"topic": "x"}, True, 1)
     view = await w.control.session(session)
@@ -117,14 +117,14 @@ async def test_of_one_that_runs_a_snapshot_is_taken_for_its_files(w: World) -> N
     done = await asked
     assert done.files == info.id
     assignment, new = await w.back(session, "start")
-    assert assignment.carry is not None and assignment.carry.id == info.id
+    assert assignment.files is not None and assignment.files.id == info.id
     # What came between the two was of neither, unless the snapshot was the later one.
     if done.at == info.seq:
         assert late.seq not in [e.seq for e in await w.log.read(session)]
     # It is kept while the session may need it, and given again after a crash before the new attempt's first snapshot.
     await w.control.report_death(new, Reason.SANDBOX_DIED, "x")
     assignment, new = await w.back(session, "start")
-    assert assignment.carry is not None and assignment.carry.id == info.id and assignment.agent == NEW
+    assert assignment.files is not None and assignment.files.id == info.id and assignment.agent == NEW
     await w.sql("UPDATE snapshots SET created_at = now() - interval '40 hours'")
     assert info.id not in {s.id for s in await w.catalog.superfluous(w.node.id)}
     with pytest.raises(Conflict, match="still needs"):
@@ -139,25 +139,29 @@ async def test_of_one_that_runs_a_snapshot_is_taken_for_its_files(w: World) -> N
     assert events.count(EventType.SESSION_UPGRADED) == 1
 
 
-async def test_files_that_cannot_be_read_are_taken_from_the_parent(w: World) -> None:
+async def test_files_that_cannot_be_read_any_more_are_fresh(w: World) -> None:
     session, fence = await w.start()
-    first = await w.save(fence)
-    await w.act(fence)
-    second = await w.save(fence, parent=first.id)
     await w.sleep(fence, Reason.IDLE)
-    (last,) = (await w.catalog.list(session))[-1:]
-    await w.sql("UPDATE snapshots SET parent = %s WHERE id = %s", second.id, last.id)
     done = await w.control.upgrade(session, NEW)
-    for expected, following in ((last.id, second.id), (second.id, first.id), (first.id, None)):
-        assignment, new = await w.back(session, "start")
-        assert assignment.carry is not None and assignment.carry.id == expected, done
-        await w.control.report_unusable(new, expected, "pages: hash differs")
-        assert (await w.sql("SELECT carry FROM sessions"))[0][0] == following
+    assignment, new = await w.back(session, "start")
+    assert assignment.files is not None and assignment.files.id == done.files
+    await w.catalog.mark_unusable(new, assignment.files.id, "pages: hash differs")
+    await w.control.report_death(new, Reason.SANDBOX_DIED, "x")
     assignment, _ = await w.back(session, "start")
-    assert assignment.carry is None and assignment.attempt == 2
-    lost = [e.data["snapshot"] for e in await w.events(session, EventType.SNAPSHOT_UNUSABLE)]
-    assert set(lost) == {first.id, second.id, last.id}
+    assert (assignment.files, assignment.attempt, assignment.agent) == (None, 2, NEW)
     assert (await w.log.verify(session)).ok
+
+
+async def test_one_that_waits_for_a_retry_begins_at_once_with_the_new_version(w: World) -> None:
+    patient = OLD.model_copy(update={"retries": RetrySpec(max=3, delay_s=3600.0)})
+    session, fence = await w.start(patient)
+    await w.report(fence, S.FAILED, reason=Reason.EXITED, exit_code=1)
+    view = await w.control.session(session)
+    assert (view.state, view.attempt) == (S.QUEUED, 2)
+    done = await w.control.upgrade(session, NEW)
+    assignment = await w.node.one("start", session)
+    assert (assignment.agent, assignment.attempt, done.changed) == (NEW, 2, True)
+    assert await w.control.agent_of(session, 1) == patient and await w.control.agent_of(session, 2) == NEW
 
 
 async def test_an_old_callback_address_completes_the_wait_of_that_name(w: World) -> None:
@@ -165,7 +169,7 @@ async def test_an_old_callback_address_completes_the_wait_of_that_name(w: World)
     old = await w.control.open_wait(fence, 1, WaitSpec(id="1.1", kind="signal", name="approval"))
     await w.sleep(fence, Reason.IDLE)
     _, assignment, new = await upgraded(w, session)
-    assert assignment.carry is not None
+    assert assignment.files is not None
     spec = WaitSpec(id="2.1", kind="signal", name="approval")
     fresh = await w.control.open_wait(new, 2, spec)
     assert not fresh.done and old.url is not None and fresh.url != old.url

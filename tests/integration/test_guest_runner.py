@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from link_fixtures import LIBRARY, guest
 
+from rethaw.control import retries
+from rethaw.guest import protocol
+
 RUNNER = (sys.executable, "-S", "-m", "rethaw.guest.runner")  # -S: no site-packages, as in a bare image
 
 
@@ -53,6 +56,23 @@ async def test_an_exception_is_a_traceback_and_exit_status_1() -> None:
     assert (code, results) == (1, [])
     assert 'agent.py", line 2, in main' in err
     assert err.endswith("ValueError: broken\n")
+
+
+async def test_no_retry_is_said_before_the_end() -> None:
+    code = """
+import rethaw
+@rethaw.agent(retries=rethaw.Retries(max=2, delay="1s"), budget=rethaw.Budget(tokens=5))
+def main(ctx):
+    raise rethaw.NoRetry("it cannot work")
+"""
+    async with guest() as g:
+        (g.directory / "agent.py").write_text(code)
+        await g.start(*RUNNER, "agent.py::main")
+        body = await asyncio.wait_for(g.exit, 20)
+        assert body["code"] == 1
+        (said,) = g.ops("emit")
+        assert said["name"] == protocol.NO_RETRY == retries.NO_RETRY and said["data"] == {"error": "it cannot work"}
+        assert g.output["stderr"].decode().endswith("rethaw: it cannot work\n")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from rethaw.cli.app import build
-from rethaw.cli.arguments import FLAGS, VALUES, parse, separate
+from rethaw.cli.arguments import FLAGS, SCHEDULE_FLAGS, SCHEDULE_VALUES, VALUES, parse, prepared, separate
 from rethaw.model.errors import InvalidInput
 
 
@@ -106,9 +106,29 @@ def test_own_options_are_told_from_the_agents(line: str, separated: str) -> None
     assert separate(line.split()) == separated.split()
 
 
-def test_the_lists_of_own_options_are_those_of_run() -> None:
-    flags, values = {"--help", "-h"}, set[str]()
-    for argument in build()["run"].assemble_argument_collection():
-        if argument.parameter.show is not False:
+@pytest.mark.parametrize(
+    ("line", "separated"),
+    [
+        ("d --cron @daily a.py --task x --tag t", "d --cron @daily a.py --tag t -- --task x"),
+        ("d a.py --task x --every 1h", "d a.py --every 1h -- --task x"),
+        ("--every=1h d a.py --replace --key k", "--every=1h d a.py --replace -- --key k"),
+        ("d --every 1h --image base -- echo --cron", "d --every 1h --image base -- echo --cron"),
+        ("d a.py -- --every 1h", "d a.py -- --every 1h"),
+    ],
+)
+def test_own_options_of_a_schedule(line: str, separated: str) -> None:
+    assert prepared(["schedule", "create", *line.split()]) == ["schedule", "create", *separated.split()]
+    assert prepared(["schedule", "rm", "d"]) == ["schedule", "rm", "d"]
+
+
+@pytest.mark.parametrize(
+    ("command", "own"), [(("run",), (FLAGS, VALUES)), (("schedule", "create"), (SCHEDULE_FLAGS, SCHEDULE_VALUES))]
+)
+def test_the_lists_of_own_options_are_those_of_the_commands(command: tuple[str, ...], own: Any) -> None:
+    flags, values, node = {"--help", "-h"}, set[str](), build()
+    for word in command:
+        node = node[word]
+    for argument in node.assemble_argument_collection():
+        if argument.parameter.show is not False and argument.names[0].startswith("-"):
             (flags if argument.hint is bool else values).update(argument.names)
-    assert (flags, values) == (set(FLAGS), set(VALUES))
+    assert (flags, values) == tuple(set(one) for one in own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from rethaw import LocalContext
 from rethaw.cli.app import build
-from rethaw.cli.arguments import separate
+from rethaw.cli.arguments import prepared
 from rethaw.cli.table import COMMANDS
 from rethaw.gateway import providers
 from rethaw.model.enums import EventType
@@ -81,17 +82,19 @@ def test_python_examples_are_python(where: str, code: str) -> None:
 def test_agents_of_the_docs_are_found(where: str, code: str, tmp_path: Path) -> None:
     file = tmp_path / "documented_agent.py"
     file.write_text(code)
-    found = find(file)
-    assert found.spec(found.package().digest).entry == f"documented_agent.py::{found.function.__name__}"
+    several = re.findall(r"^(?:async )?def (\w+)\(ctx\b", code, re.MULTILINE)
+    for found in [find(file, name) for name in several] if len(several) > 1 else [find(file)]:
+        assert found.spec(found.package().digest).entry == f"documented_agent.py::{found.function.__name__}"
 
 
 def test_tests_of_the_docs_pass(tmp_path: Path) -> None:
-    """Those that stand there as a file of their own, beside the other files that are named."""
+    """Those that stand there as a file of their own, beside the other files that are named. (The ones that want a server
+    are in tests/e2e/test_testing_plugin.py.)"""
     tests = 0
     for _, code in blocks("python"):
-        if named := re.match(r"# (\w+\.py)\n", code):
+        if "rethaw_server" not in code and (named := re.match(r"# (\w+\.py)\n", code)):
             (tmp_path / named[1]).write_text(code)
-            tests += named[1].startswith("test_")
+            tests += code.count("\ndef test_") if named[1].startswith("test_") else 0
     assert tests
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", tmp_path, tmp_path],
@@ -126,8 +129,7 @@ def test_shell_examples_are_commands(where: str, code: str) -> None:
     app = build()
     for words in commands(code):
         if words not in ([], ["--help"]):
-            told = ["run", *separate(words[1:])] if words[0] == "run" else words
-            app.parse_args(told, exit_on_error=False, print_error=False)
+            app.parse_args(prepared(words), exit_on_error=False, print_error=False)
 
 
 def test_links_lead_somewhere() -> None:
@@ -143,3 +145,22 @@ def test_make_targets_in_the_docs_exist() -> None:
         for block in re.findall(r"`([^`\n]+)`|^(?:sudo )?(make [a-z-]+)$", path.read_text(), re.MULTILINE):
             for name in re.findall(r"\bmake ([a-z-]+)", " ".join(block)):
                 assert name in targets, f"{path.relative_to(ROOT)}: make {name}"
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """Every page is in it, every link and anchor leads somewhere, every name of the reference exists."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    built = {page.relative_to(tmp_path / "site").with_suffix(".md") for page in (tmp_path / "site").rglob("*.html")}
+    pages = {page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md")} - {Path("adr/README.md")}
+    assert pages <= built
+    config = (ROOT / "mkdocs.yml").read_text()
+    decisions = (ROOT / "docs/adr/README.md").read_text()
+    for page in pages:
+        assert f"({page.name})" in decisions if page.parent.name == "adr" else f"- {page}" in config, page
+    reference = (tmp_path / "site/reference.html").read_text()
+    for name in ("Context.receive", "Agent.start", "Sessions.fork", "WaitTimeout", "Image.pip_install"):
+        assert f"{name}</span>" in reference or f'.{name}"' in reference, name

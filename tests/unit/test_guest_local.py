@@ -128,3 +128,67 @@ print(sorted(third))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+# ---------------------------------------------------------------- several things at once, children, forks
+
+
+@rethaw.agent
+def double(ctx: Context, n: int) -> int:
+    if n < 0:
+        raise ValueError("too small")
+    return 2 * n
+
+
+@rethaw.agent
+async def boss(ctx: AsyncContext, numbers: list[int]) -> Any:
+    children = [await ctx.spawn(double, n) for n in numbers]
+    await children[0].send("hello")
+    await children[1].cancel()
+    return [repr(one) if isinstance(one, Exception) else one for one in await ctx.wait_all(*children, timeout="1h")]
+
+
+def test_children_return_what_was_given_for_them() -> None:
+    ctx = LocalContext(children={"double": double})
+    assert ctx.run(boss, numbers=[1, -1, 5])[::2] == [2, 10]
+    assert ctx.spawned[0] == {
+        "id": "s_child_1",
+        "agent": "double",
+        "args": {"n": 1},
+        "sent": ["hello"],
+        "cancelled": [],
+    }
+    assert ctx.spawned[1]["cancelled"] == [True]
+    ctx = LocalContext(children={"double": lambda n: n + 1, "far": {"a": 1}, "bad": OSError("gone")})
+    assert ctx.spawn(double, n=4).result() == 5
+    assert ctx.spawn("far").result(timeout="1s") == {"a": 1}
+    with pytest.raises(rethaw.ChildFailed, match="child s_child_3 failed: OSError: gone"):
+        ctx.spawn("bad").result()
+    with pytest.raises(Unavailable, match=r"pass children=\{'other'"):
+        ctx.spawn("other")
+    with pytest.raises(rethaw.NotFound, match="no child 's_9'"):
+        ctx.child("s_9").result()
+
+
+def test_the_first_thing_that_was_given_comes_first() -> None:
+    ctx = LocalContext(inbox=["m"], signals={"go": 1}, children={"double": 7})
+    child = ctx.spawn(double, n=1)
+
+    def once() -> Any:
+        return ctx.wait_any(ctx.signal("go"), ctx.inbox, ctx.timer("1h"), timeout="2h")
+
+    assert [once().payload, once().payload] == [1, "m"]
+    assert isinstance(once(), rethaw.Timer) and ctx.slept == [3600.0]
+    assert ctx.wait_any(ctx.inbox, child) is child and child.result() == 7
+    with pytest.raises(WaitTimeout):
+        ctx.wait_any(ctx.inbox, ctx.timer("3h"), timeout="2h")
+    with pytest.raises(Unavailable, match="nothing that is waited for"):
+        ctx.wait_any(ctx.inbox)
+
+
+def test_forks_deadlines_and_messages() -> None:
+    assert not LocalContext().fork().forked
+    assert LocalContext(forked=True).fork().forked
+    ctx = LocalContext(messages=[{"role": "user", "content": "hi"}])
+    assert ctx.history("openai") == [{"role": "user", "content": "hi"}]
+    assert (ctx.deadline, ctx.remaining) == (None, None)

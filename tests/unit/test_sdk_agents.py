@@ -9,8 +9,10 @@ import pytest
 
 from rethaw.model.enums import Durability
 from rethaw.model.errors import InvalidInput, NotFound
+from rethaw.model.types import BudgetSpec, RetrySpec
 from rethaw.sdk.agents import Agent, agent, find
 from rethaw.sdk.images import Image
+from rethaw.sdk.limits import Budget, Retries
 
 
 @agent(
@@ -41,7 +43,44 @@ def test_wire_form_has_every_option() -> None:
 def test_defaults_are_those_of_the_wire_type() -> None:
     from rethaw.model.types import AgentSpec
 
-    assert plain.spec("a") == AgentSpec(name="plain", entry="test_sdk_agents.py::plain", code="a")
+    found = plain.spec("a").model_copy(update={"agents": {}})  # this file has others
+    assert found == AgentSpec(name="plain", entry="test_sdk_agents.py::plain", code="a")
+
+
+def test_retries_and_budgets_on_the_wire() -> None:
+    made = agent(name="x", retries=2, budget=Budget(tokens=5, money=1.5, wall="2h"))(lambda ctx: None).options.spec(
+        entry="e"
+    )
+    assert made.retries == RetrySpec(max=2) and made.budget == BudgetSpec(tokens=5, money="1.5", wall_s=7200.0)
+    policy = Retries(max=1, delay="2s", factor=3, max_delay=60, jitter=False, not_on=(2,))
+    changed = greet.with_options(retries=policy, budget=Budget(model_calls=3)).spec("a")
+    assert changed.retries == RetrySpec(max=1, delay_s=2, factor=3, max_delay_s=60, jitter=False, not_on=(2,))
+    assert changed.budget == BudgetSpec(model_calls=3) and greet.spec("a").budget is None
+    assert Budget(tokens=1).over(Budget(tokens=2, wall="1h")) == Budget(tokens=1, wall="1h")
+    assert Retries().spec() == RetrySpec() and Budget().spec() == BudgetSpec()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Retries(max=-1), "retries -1"),
+        (lambda: Retries(delay="-1s"), "'-1s'"),
+        (lambda: Retries(factor=0.5), "factor 0.5"),
+        (lambda: Retries(max_delay="soon"), "'soon'"),
+        (lambda: Retries(not_on=(0,)), "not_on"),
+        (lambda: Retries(files="some"), "files 'some'"),
+        (lambda: Budget(tokens=-5), "tokens -5"),
+        (lambda: Budget(model_calls=True), "model_calls True"),
+        (lambda: Budget(money="5 EUR"), "money '5 EUR'"),
+        (lambda: Budget(money="nan"), "money 'nan'"),
+        (lambda: Budget(money=-1), "money -1"),
+        (lambda: Budget(wall="-2h"), "'-2h'"),
+    ],
+)
+def test_limits_that_do_not_fit_are_named(make: Any, said: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        make()
+    assert said in caught.value.message and caught.value.remedy
 
 
 def test_agent_is_still_the_function() -> None:
@@ -83,6 +122,10 @@ def test_arguments_that_do_not_fit(args: tuple[Any, ...], kwargs: dict[str, Any]
         {"workdir": "app"},
         {"env": {"A-B": "1"}},
         {"env": {"A": 1}},
+        {"retries": -1},
+        {"retries": 1.5},
+        {"retries": True},
+        {"budget": 5},
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any]) -> None:
@@ -189,3 +232,54 @@ def test_files_that_define_none(tmp_path: Path, text: str, said: str) -> None:
         find(file)
     with pytest.raises(NotFound):
         find(tmp_path / "nothing.py")
+
+
+# ---------------------------------------------------------------- agents beside it
+
+
+FAMILY = {
+    "boss.py": """
+import rethaw, helpers.tools
+from workers import summarize
+
+@rethaw.agent(name="chief", memory="1GiB")
+def boss(ctx): ...
+
+@rethaw.agent
+def other(ctx): ...
+
+def inner():
+    @rethaw.agent
+    def hidden(ctx): ...
+    return hidden
+hidden = inner()
+""",
+    "workers.py": """
+import rethaw
+
+@rethaw.agent(memory="2GiB")
+def summarize(ctx, url: str): ...
+""",
+    "helpers/__init__.py": "",
+    "helpers/tools.py": "import rethaw\n@rethaw.agent\ndef tool(ctx): ...\n",
+}
+
+
+def test_what_an_agent_may_spawn_travels_with_it(tmp_path: Path) -> None:
+    for name, text in FAMILY.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = find(tmp_path / "boss.py", "chief")
+    spec = found.spec("c0de")
+    assert {name: one.entry for name, one in spec.agents.items()} == {
+        "other": "boss.py::other", "summarize": "workers.py::summarize", "tool": "helpers/tools.py::tool",
+    }  # fmt: skip
+    assert {one.code for one in spec.agents.values()} == {"c0de"}
+    assert spec.agents["summarize"].memory_bytes == 2 << 30
+    assert all(not one.agents for one in spec.agents.values())
+    assert set(find(tmp_path / "boss.py", "other").spec("c").agents) == {"chief", "summarize", "tool"}
+    assert find(tmp_path / "workers.py").spec("c").agents == {}
+    twice = "from workers import summarize\nimport rethaw\n@rethaw.agent(name='summarize')\ndef again(ctx): ...\n"
+    (tmp_path / "twice.py").write_text(twice)
+    with pytest.raises(InvalidInput, match="named 'summarize'"):
+        find(tmp_path / "twice.py", "again").spec("c")

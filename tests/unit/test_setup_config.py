@@ -52,6 +52,13 @@ def test_which_file() -> None:
             load(path, env=env)
 
 
+def test_prices() -> None:
+    written('[prices."gpt-5*"]\ninput = 0.25\ncached = 0.025\noutput = "2.00"')
+    price = load(env={}).prices.of("gpt-5-mini")
+    assert price is not None and str(price.of(1_000_000, 1_000_000, 1_000_000)) == "2.025"
+    assert load(env={}).prices.of("other") is None
+
+
 def test_providers() -> None:
     written('[providers.mine]\nbase_url = "http://h:1/v1"\nauth = "none"\n[providers.openai]\nkey_env = "K"')
     providers = load(env={"K": "secret"}).providers
@@ -77,6 +84,8 @@ def test_providers() -> None:
         ("x = ", "is not TOML"),
         ("providers = 1", "providers is not a table"),
         ('[providers.openai]\nbase_url = "h"', "base_url = 'h' in [providers.openai]"),
+        ("[prices.gpt-5-mini]\ninput = 1", '[prices."gpt-5-mini"] has no output'),
+        ("[prices.gpt-5.1]\ninput = 1\noutput = 2", "put the model into quotes"),
         ("[providers.mine]", "base_url = None in [providers.mine]"),
     ],
 )

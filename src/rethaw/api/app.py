@@ -12,7 +12,19 @@ from starlette.middleware import Middleware
 from starlette.responses import StreamingResponse
 
 from rethaw import __version__
-from rethaw.api import agents, blobs, errors, models, rawjson, sessions, snapshots, snapshots_look, templates
+from rethaw.api import (
+    agents,
+    blobs,
+    errors,
+    models,
+    queues,
+    rawjson,
+    schedules,
+    sessions,
+    snapshots,
+    snapshots_look,
+    templates,
+)
 from rethaw.api.errors import Ascii
 from rethaw.api.guard import Guard
 from rethaw.api.rooms import Rooms
@@ -58,6 +70,8 @@ def create_app(
     app.include_router(snapshots.router(rooms))
     app.include_router(templates.router(rooms))
     app.include_router(agents.router(rooms))
+    app.include_router(queues.router(rooms))
+    app.include_router(schedules.router(rooms))
     _other_routes(app, rooms)
     _describe_token(app)
     return app

@@ -20,6 +20,7 @@ BLOB_LIMIT = 512 * MIB
 START_LIMIT = 16 * MIB
 EXPORT_LIMIT = 64 * 1024 * MIB  # an exported snapshot; it goes to the disk as it comes
 _PAYLOAD_LIMIT = 2 * MESSAGE_LIMIT  # the payload itself is measured exactly, later
+_WHERE = "`sudo rethaw up --detach` on this server's machine writes it for you"  # also while it runs
 _OPEN = ("/healthz", "/openapi.json")
 
 
@@ -82,10 +83,10 @@ class Guard:
         if path in _OPEN or path.startswith("/v1/callbacks/"):
             return
         if header is None:
-            raise Unauthorized("the token is missing", remedy="send it as `Authorization: Bearer TOKEN`")
+            raise Unauthorized("the token is missing", remedy=f"send it as `Authorization: Bearer TOKEN`; {_WHERE}")
         scheme, _, given = header.partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
-            raise Unauthorized("the token is wrong", remedy="use the one that `rethaw up` wrote for you")
+            raise Unauthorized("the token is wrong", remedy=_WHERE)
 
     def _limited(self, path: str, headers: dict[bytes, bytes], receive: Receive) -> Receive:
         limit, got = limit_of(path), 0

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from rethaw.model.types import AgentSpec, Message, SessionView, SnapshotInfo
+from rethaw.model.types import AgentSpec, Attempt, BudgetSpec, Message, SessionView, SnapshotInfo, Spent, StartOptions
 
 
 class _Body(BaseModel):
@@ -19,6 +19,7 @@ class StartBody(_Body):
     agent: AgentSpec
     args: dict[str, Any] = Field(default_factory=dict[str, Any])
     key: str | None = None
+    options: StartOptions = Field(default_factory=StartOptions)
 
 
 class CancelBody(_Body):
@@ -67,6 +68,16 @@ class Stats(BaseModel):
 
 class SessionDetail(SessionView):
     stats: Stats
+    attempts: list[Attempt] = []
+    budget: BudgetSpec | None = None  # in force
+    spent: Spent | None = None
+
+
+class BudgetBody(_Body):
+    """Other limits in place of the session's; those named in `add` are added to what it has."""
+
+    limits: BudgetSpec
+    add: list[str] = []
 
 
 class SessionPage(BaseModel):

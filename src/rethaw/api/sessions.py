@@ -6,12 +6,14 @@ import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import AwareDatetime
 from starlette.responses import StreamingResponse
 
 from rethaw.api import models, rawjson, stream
 from rethaw.api.errors import Ascii
 from rethaw.api.rooms import Rooms
 from rethaw.api.warming import Warming
+from rethaw.control.finding import Filter
 from rethaw.model.enums import State
 from rethaw.model.errors import InvalidInput, NotFound
 from rethaw.model.types import Message, SessionView, SnapshotInfo
@@ -32,8 +34,8 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
             raise NotFound(f"there is no code {body.agent.code}", remedy="upload it to /v1/blobs first")
         started = None
         if body.agent.template == "auto":
-            started = await control.start_auto(body.agent, body.args, body.key)
-        view, new = started or await control.create(body.agent, body.args, body.key)
+            started = await control.start_auto(body.agent, body.args, body.key, body.options)
+        view, new = started or await control.create(body.agent, body.args, body.key, body.options)
         if started is None and body.agent.template == "auto":
             warming.begin(body.agent)
         response.status_code = 201 if new else 200
@@ -41,17 +43,33 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
 
     @api.get("")
     async def find(
-        state: State | None = None, agent: str | None = None, limit: Limit = 100, cursor: str | None = None
+        state: Annotated[list[State] | None, Query()] = None,
+        agent: str | None = None,
+        tag: Annotated[list[str] | None, Query()] = None,
+        queue: str | None = None,
+        search: str | None = None,
+        created_after: AwareDatetime | None = None,
+        created_before: AwareDatetime | None = None,
+        limit: Limit = 100,
+        cursor: str | None = None,
     ) -> models.SessionPage:
-        found, following = await control.list(state, agent, limit, cursor)
+        """Newest first. `state` and `tag` may be given again: any of the states, all of the tags. `search`: a text in its
+        agent's name, key, tags or arguments."""
+        wanted = Filter(tuple(state or ()), agent, tuple(tag or ()), queue, search, created_after, created_before)
+        found, following = await control.find(wanted, limit, cursor)
         return models.SessionPage(sessions=found, next=following)
 
     @api.get("/{session}")
     async def show(session: str) -> models.SessionDetail:
         ident = await control.resolve(session)
         view, stats = await control.session(ident), await control.stats(ident)
+        budget, spent = await control.limits(ident)
         return models.SessionDetail(
-            **{k: getattr(view, k) for k in SessionView.model_fields}, stats=models.Stats(**stats)
+            **{k: getattr(view, k) for k in SessionView.model_fields},
+            stats=models.Stats(**stats),
+            attempts=await control.attempts(ident),
+            budget=budget,
+            spent=spent,
         )
 
     @api.get("/{session}/why")
@@ -171,6 +189,16 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
         """The same session, back at `to`; what it did since stays in its log as a superseded line."""
         return await control.rewind(await control.resolve(session), body.to, redeliver=body.redeliver)
 
+    @api.post("/{session}/retry")
+    async def retry(session: str, body: models.EmptyBody | None = None) -> SessionView:
+        """Begin the next attempt now."""
+        return await control.retry(await control.resolve(session))
+
+    @api.post("/{session}/budget")
+    async def budget(session: str, body: models.BudgetBody) -> SessionView:
+        """Change what the session may spend; one that its budget has ended goes on."""
+        return await control.budget(await control.resolve(session), body.limits, body.add)
+
     @api.post("/{session}/crash")
     async def crash(session: str, body: models.CrashBody | None = None) -> SessionView:
         """Perform a crash: SIGKILL to the session's sandbox, to the whole node, or to the database."""
@@ -192,7 +220,7 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
 
     _ = (
         start, find, show, why, erase, events, logs, exchanges, result, send, inbox, outbox, signal, suspend, resume,
-        cancel, fork, rewind, crash, take, snapshots,
+        cancel, fork, rewind, retry, budget, crash, take, snapshots,
     )  # fmt: skip
     return api
 

@@ -15,7 +15,7 @@ from rethaw.api.rooms import Rooms
 from rethaw.control.templates import AUTO, START
 from rethaw.model.enums import EventType, ExchangeState, State
 from rethaw.model.errors import Conflict, InvalidInput, NotFound, WaitTimeout
-from rethaw.model.types import AgentSpec, SessionView, Template
+from rethaw.model.types import AgentSpec, SessionView, StartOptions, Template
 
 _LOOK_S = 0.2
 _QUIET_S = 1.0
@@ -41,6 +41,7 @@ class TemplateStart(BaseModel):
 
     args: dict[str, Any] = Field(default_factory=dict[str, Any])
     key: str | None = None
+    options: StartOptions = Field(default_factory=StartOptions)
 
 
 class Templates(BaseModel):
@@ -81,7 +82,7 @@ def router(rooms: Rooms) -> APIRouter:
     @api.post("/{name}/sessions", status_code=201)
     async def start(name: str, body: TemplateStart, response: Response) -> SessionView:
         """A session that goes on where the template stands."""
-        view, new = await control.start_template(name, json.dumps(body.args).encode(), body.key)
+        view, new = await control.start_template(name, json.dumps(body.args).encode(), body.key, body.options)
         response.status_code = 201 if new else 200
         return view
 

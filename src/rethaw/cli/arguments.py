@@ -11,6 +11,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, cast
 
 from rethaw.model.errors import InvalidInput
@@ -33,43 +34,76 @@ VALUES = frozenset(
         "--template",
         "--engine",
         "--workdir",
+        "--queue",
+        "--priority",
+        "--delay",
+        "--ttl",
+        "--concurrency-key",
+        "--tag",
+        "--retries",
+        "--retry-delay",
+        "--budget-tokens",
+        "--budget-money",
+        "--budget-calls",
+        "--budget-wall",
     }
 )
 
 
-def separate(tokens: Sequence[str]) -> list[str]:
-    """`tokens` of `rethaw run` with the agent's own moved behind a `--`. What follows a `--` stays as it is."""
+# The same of `rethaw schedule create`.
+SCHEDULE_FLAGS = frozenset({"--replace", "--json", "--help", "-h"})
+SCHEDULE_VALUES = frozenset(
+    {
+        "--cron", "--every", "--tz", "--catch-up", "--overlap", "--image", "--memory", "--max-duration", "--queue",
+        "--priority", "--delay", "--ttl", "--concurrency-key", "--tag",
+    }
+)  # fmt: skip
+
+
+def prepared(args: Sequence[str]) -> list[str]:
+    """A command line of `rethaw` with an agent's own arguments behind a `--`, if it is of a command that takes them."""
+    if args[:1] == ["run"]:
+        return ["run", *separate(args[1:])]
+    if list(args[:2]) == ["schedule", "create"]:
+        return ["schedule", "create", *separate(args[2:], SCHEDULE_FLAGS, SCHEDULE_VALUES, places=2)]
+    return list(args)
+
+
+def separate(
+    tokens: Sequence[str], flags: AbstractSet[str] = FLAGS, values: AbstractSet[str] = VALUES, *, places: int = 1
+) -> list[str]:
+    """`tokens` with the agent's own moved behind a `--`. What follows a `--` stays as it is. `places`: how many of the
+    command's own have no name."""
     own: list[str] = []
     agents: list[str] = []
-    target = False
     i = 0
     while i < len(tokens):
         token = tokens[i]
         name = token.split("=", 1)[0]
         if token == "--":
             return [*own, "--", *agents, *tokens[i + 1 :]]
-        if token in FLAGS or (name in VALUES and "=" in token):
+        if token in flags or (name in values and "=" in token):
             own.append(token)
-        elif token in VALUES:
+        elif token in values:
             own += tokens[i : i + 2]
             i += 1
         elif token.startswith("-") and token != "-":
             agents.append(token)
             following = tokens[i + 1 : i + 2]
-            if "=" not in token and following and not _is_option(following[0]):
+            if "=" not in token and following and not _is_option(following[0], flags, values):
                 agents += following
                 i += 1
-        elif target:
+        elif places <= 0:
             agents.append(token)
         else:
             own.append(token)
-            target = True
+            places -= 1
         i += 1
     return [*own, "--", *agents] if agents else own
 
 
-def _is_option(token: str) -> bool:
-    if token == "--" or token in FLAGS | VALUES:
+def _is_option(token: str, flags: AbstractSet[str], values: AbstractSet[str]) -> bool:
+    if token == "--" or token in flags or token in values:
         return True
     return token.startswith("--") and len(token) > 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -25,7 +26,6 @@ _POLL_S = 0.05
 
 def serve(settings: Config, as_json: bool) -> int:
     """Run the server until it is told to stop."""
-    from rethaw.sdk import credentials
     from rethaw.server import up
 
     logging.basicConfig(
@@ -34,12 +34,7 @@ def serve(settings: Config, as_json: bool) -> int:
     logging.getLogger("rethaw").setLevel(settings.log_level)
 
     def ready(url: str, token: str) -> None:
-        user = credentials.invoking_user()
-        try:
-            said = f"credentials for {user.name} in {credentials.save(url, token, user)}"
-        except RethawError as e:
-            said = f"no credentials for {user.name}: {e}"
-        output.note(said)
+        _give_credentials(url, token)
         if as_json:
             output.emit({"url": url, "pid": os.getpid()})
         else:
@@ -52,6 +47,18 @@ def serve(settings: Config, as_json: bool) -> int:
     return 0
 
 
+def _give_credentials(url: str, token: str) -> None:
+    """Write them for whoever called this, and say so."""
+    from rethaw.sdk import credentials
+
+    user = credentials.invoking_user()
+    try:
+        said = f"credentials for {user.name} in {credentials.save(url, token, user)}"
+    except RethawError as e:
+        said = f"no credentials for {user.name}: {e}"
+    output.note(said)
+
+
 def start_detached(settings: Config, as_json: bool) -> int:
     """Start `serve` in a session of its own and wait until it is ready. Its output goes to DATA_DIR/logs/server.log."""
     running = _running(settings.data_dir)
@@ -59,6 +66,8 @@ def start_detached(settings: Config, as_json: bool) -> int:
         running = _spawn(settings)
     else:
         output.note("it runs already")
+        with contextlib.suppress(OSError):  # somebody else may ask, or have lost theirs
+            _give_credentials(running["url"], (settings.data_dir / "token").read_text().strip())
     if as_json:
         output.emit({"url": running["url"], "pid": running["pid"]})
     else:

@@ -44,11 +44,10 @@ def _run(args: list[str]) -> int:
     if args[0] == "--version":
         sys.stdout.write(f"{__version__}\n")
         return 0
-    if args[0] == "run":
-        from rethaw.cli.arguments import separate
+    if args[0] == "run" or args[:2] == ["schedule", "create"]:
+        from rethaw.cli.arguments import prepared
 
-        args = ["run", *separate(args[1:])]
-
+        args = prepared(args)
     elif not args[0].startswith("-"):
         _known(args[0])
 

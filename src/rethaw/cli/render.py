@@ -10,7 +10,7 @@ from rethaw.model.durations import human
 from rethaw.sdk.sizes import human_bytes, human_count
 
 if TYPE_CHECKING:
-    from rethaw.model.types import Event, SessionView
+    from rethaw.model.types import Attempt, Event, SessionView
     from rethaw.sdk.types import Detail, Stats, Why
 
 _BODY = 100  # characters of an event's body that are shown
@@ -89,7 +89,11 @@ def show_lines(detail: Detail) -> list[str]:
         ("state", color(state_text(view), state_color(view.state.value))),
         ("detail", plain(view.detail or "")),
         ("key", plain(view.key or "")),
+        ("queue", _queue(view)),
+        ("tags", plain(" ".join(view.tags))),
         ("forked from", f"{view.forked_from} at event {view.forked_seq}" if view.forked_from else ""),
+        ("parent", view.parent or ""),
+        ("deadline", f"{view.deadline.astimezone():%Y-%m-%d %H:%M:%S}" if view.deadline else ""),
         ("created", f"{view.created_at.astimezone():%Y-%m-%d %H:%M:%S} ({ago(view.created_at)} ago)"),
         ("memory", human_bytes(view.agent.memory_bytes)),
         ("log", f"{view.last_seq} events, line {view.line}, attempt {view.attempt}"),
@@ -99,7 +103,61 @@ def show_lines(detail: Detail) -> list[str]:
         ("durability", f"{view.agent.durability.value}{', degraded' if view.degraded else ''}"),
     ]
     lines = [f"{name:<11} {value}" for name, value in rows if value]
-    return [*lines, "", durability(stats)]
+    return [*lines, *attempt_lines(detail), *budget_lines(detail), "", durability(stats)]
+
+
+def attempt_lines(detail: Detail) -> list[str]:
+    """Each attempt and how it ended, when there was more than one or there may be."""
+    attempts = detail.attempts
+    if len(attempts) < 2 and (detail.view.agent.retries is None or not attempts):
+        return []
+    return [f"{'attempts' if i == 0 else '':<11} {plain(_attempt(one, detail.view))}" for i, one in enumerate(attempts)]
+
+
+def _attempt(one: Attempt, view: SessionView) -> str:
+    began = f"{one.started_at.astimezone():%H:%M:%S}" if one.started_at is not None else "not begun"
+    took = ""
+    if one.started_at is not None and one.ended_at is not None:
+        took = f", {human(max(0.0, (one.ended_at - one.started_at).total_seconds()))}"
+    return f"{one.attempt}: {began}{took}, {one.how or view.state.value}"
+
+
+_LIMITS = {"tokens": "tokens", "input_tokens": "input tokens", "output_tokens": "output tokens", "money": "",
+           "model_calls": "model calls", "wall_s": "of running"}  # fmt: skip
+
+
+def budget_lines(detail: Detail) -> list[str]:
+    """What was spent of what may be."""
+    budget, spent = detail.budget, detail.spent
+    if budget is None or spent is None:
+        return []
+    lines: list[str] = []
+    for name, words in _LIMITS.items():
+        limit, used = getattr(budget, name), getattr(spent, name)
+        if limit is None:
+            continue
+        if name == "wall_s":
+            text = f"{human(used)} of {human(limit)} {words}"
+        elif name == "money":
+            text = f"{used if used is not None else '?'} of {limit}"
+        else:
+            text = f"{used:,} of {limit:,} {words}"
+        share = None if used is None else float(used) / float(limit) if float(limit) else 1.0
+        lines.append(f"{'' if lines else 'budget':<11} {text}{'' if share is None else f' ({share:.0%})'}")
+    if spent.unpriced is not None and budget.money is not None:
+        lines.append(f"{'':<11} {plain(spent.unpriced)} has no price in the server's rethaw.toml")
+    if spent.uncounted:
+        lines.append(f"{'':<11} {_count(spent.uncounted, 'call')} came without token counts")
+    return lines
+
+
+def _queue(view: SessionView) -> str:
+    """Nothing of one that was started as most are."""
+    said = [f"priority {view.priority}"] if view.priority else []
+    said += [f"concurrency key {view.concurrency_key!r}"] if view.concurrency_key is not None else []
+    said += [f"not before {view.not_before.astimezone():%Y-%m-%d %H:%M:%S}"] if view.not_before else []
+    said += [f"fails if not started by {view.expires_at.astimezone():%Y-%m-%d %H:%M:%S}"] if view.expires_at else []
+    return plain(", ".join([view.queue or "default", *said])) if said or view.queue not in ("", "default") else ""
 
 
 def _model(stats: Stats) -> str:
@@ -168,16 +226,32 @@ def happening(event: Event, session: str) -> str | None:
     if kind == "wait.opened":
         if data.get("kind") == "signal":
             return plain(f"waits for signal {data.get('name')!r}: rethaw signal {session} {data.get('name')} PAYLOAD")
+        if data.get("kind") in ("any", "all"):
+            return plain(f"waits for {_named(data.get('parts'))}: rethaw why {session}")
         return plain(f"waits for a message: rethaw send {session} TEXT") if data.get("kind") == "inbox" else None
+    if kind == "child.spawned":
+        return plain(f"spawned {data.get('agent')}: rethaw attach {data.get('child')}")
     if kind == "exchange.held":
         return plain(f"the provider said {data.get('status')}; held until it answers")
     if kind == "durability.degraded":
         return plain(f"durability degraded: {data.get('detail') or 'snapshots cannot be saved'}")
     if kind == "snapshot.unusable":
         return plain(f"snapshot {data.get('snapshot')} is unusable: {data.get('why') or data.get('detail') or ''}")
+    if kind == "budget.warning":
+        if data.get("what") == "uncounted":
+            return plain(str(data.get("detail")))
+        return plain(f"budget: {data.get('used')} of {data.get('limit')} {data.get('what')} are used")
     if kind == "durability.restored":
         return "durability restored"
     return None
+
+
+def _named(parts: Any) -> str:
+    """What a wait for several things is for, in a few words."""
+    words = {"inbox": "a message", "timer": "time"}
+    found = [cast("dict[str, Any]", part) for part in cast("list[Any]", parts or []) if isinstance(part, dict)]
+    shown = [words.get(str(p.get("kind"))) or f"{p.get('kind')} {p.get('name')}" for p in found[:4]]
+    return " or ".join(shown) + (f" or {len(found) - 4} more" if len(found) > 4 else "")
 
 
 def _state_news(data: dict[str, Any]) -> str | None:

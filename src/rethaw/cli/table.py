@@ -23,6 +23,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Server": (
         Command("up", "server:up", "Start everything on this machine (as root)."),
         Command("doctor", "server:doctor", "Check that agents can run here, and say what is missing."),
+        Command("init", "start:init", "Write a new project: an agent, its tests, a README.", "[DIR]"),
     ),
     "Sessions": (
         Command(
@@ -45,6 +46,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(
             "rewind", "branch:rewind", "Take a session back to an older point of its log.", "SESSION --to SNAPSHOT|SEQ"
         ),
+        Command("retry", "limits:retry", "Begin the next attempt of a session now.", "SESSION"),
+        Command("budget", "limits:budget", "Show or change what a session may spend.", "SESSION"),
         Command("rm", "act:rm", "Erase sessions whole.", "SESSION ..."),
         Command("crash", "act:crash", "Perform a crash, safely.", "SESSION [sandbox|node|db]"),
         Command("snapshot ls", "look:snapshot_ls", "List a session's snapshots.", "SESSION"),
@@ -86,12 +89,40 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("template ls", "template:ls", "List templates."),
         Command("template rm", "template:rm", "Remove a template.", "NAME"),
     ),
-    "More": (Command("version", "look:version", "Print the version of this program and of the server."),),
+    "Queues": (
+        Command("queue ls", "queue:ls", "List queues."),
+        Command("queue set", "queue:set_", "Limit how many sessions run at once.", "NAME [--limit N] [--key-limit N]"),
+        Command("queue show", "queue:show", "Show a queue and who is next.", "NAME"),
+        Command("queue pause", "queue:pause", "Start nothing from a queue.", "NAME"),
+        Command("queue resume", "queue:resume", "Start from a paused queue again.", "NAME"),
+        Command("queue rm", "queue:rm", "Forget a queue's limits.", "NAME"),
+    ),
+    "Schedules": (
+        Command(
+            "schedule create",
+            "schedule:create",
+            "Start sessions by the clock.",
+            "NAME --cron LINE|--every TIME FILE.py[::AGENT] [--ARG VALUE ...]",
+        ),
+        Command("schedule ls", "schedule:ls", "List schedules."),
+        Command("schedule show", "schedule:show", "Show a schedule and its last times.", "NAME"),
+        Command("schedule pause", "schedule:pause", "Start nothing by a schedule.", "NAME"),
+        Command("schedule resume", "schedule:resume", "Go on with a paused schedule.", "NAME"),
+        Command("schedule trigger", "schedule:trigger", "Start a session of a schedule now.", "NAME"),
+        Command("schedule rm", "schedule:rm", "Remove a schedule.", "NAME"),
+    ),
+    "More": (
+        Command("mcp", "mcp:mcp", "Serve sessions to MCP clients, on stdin and stdout or over HTTP."),
+        Command("completion", "completion:completion", "Print the completion script of a shell.", "[bash|zsh|fish]"),
+        Command("version", "look:version", "Print the version of this program and of the server."),
+    ),
 }
 GROUP_HELP = {
     "agent": "Agents by name, and their versions.",
     "snapshot": "Snapshots of a session.",
     "template": "Warm agents that sessions are started from.",
+    "queue": "How many sessions run at once, and who is next.",
+    "schedule": "Sessions that start by the clock.",
 }
 
 COMMANDS: tuple[Command, ...] = tuple(command for group in GROUPS.values() for command in group)

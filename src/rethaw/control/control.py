@@ -8,20 +8,27 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, Literal, TypeVar
 
 from rethaw.control import (
     agents,
+    budgets,
+    children,
+    finding,
     forks,
     imports,
     inbox,
     leases,
     outbox,
     placement,
+    queues,
     recovery,
     reports,
+    retries,
     rows,
+    schedules,
+    self_forks,
     sessions,
     specs,
     stats,
@@ -30,6 +37,7 @@ from rethaw.control import (
     waits,
 )
 from rethaw.control.policy import Policy
+from rethaw.control.prices import Prices
 from rethaw.control.rows import Conn, Row
 from rethaw.control.waits import Addresses
 from rethaw.control.wakeups import NODE_CHANNEL, SESSION_CHANNEL, Transactions
@@ -38,17 +46,25 @@ from rethaw.db.pool import Database
 from rethaw.log.store import Log
 from rethaw.model import faults
 from rethaw.model.enums import Durability, EventType, Reason, State
-from rethaw.model.errors import Conflict, InvalidInput, NotFound, WaitTimeout
+from rethaw.model.errors import Conflict, Fenced, InvalidInput, NotFound, WaitTimeout
 from rethaw.model.ids import new_generation, new_id
 from rethaw.model.types import (
+    AgentFork,
     AgentSpec,
     Assignment,
+    Attempt,
+    BudgetSpec,
+    CallAsked,
+    Event,
     Fence,
     Lease,
     Message,
+    NewEvent,
     NodeInfo,
     SessionView,
     SnapshotInfo,
+    Spent,
+    StartOptions,
     StateChange,
     Template,
     WaitSpec,
@@ -72,9 +88,13 @@ class Control:
         public_url: str = "http://127.0.0.1:7420",
         secret: bytes | None = None,
         policy: Policy | None = None,
+        prices: Prices | None = None,
     ) -> None:
         self.policy = policy or Policy()
+        self.prices = prices or Prices()
         self.transactions = Transactions(db, hub)
+        self.queues = queues.Queues(self.transactions)
+        self.schedules = schedules.Schedules(self.transactions, lambda: self.policy)
         self.hub = hub
         self._log = log
         self._addresses = Addresses(public_url, secret or os.urandom(32))
@@ -170,18 +190,65 @@ class Control:
     async def cancel_wait(self, fence: Fence, attempt: int, wait: str) -> None:
         await self._fenced(fence, lambda conn, row: waits.cancel(conn, row, attempt, wait))
 
+    async def spawn(self, fence: Fence, attempt: int, call: str, agent: str, args: dict[str, Any]) -> str:
+        return await self._fenced(
+            fence, lambda conn, row: children.spawn(conn, row, attempt, call, agent, args, self.policy)
+        )
+
+    async def tell_child(
+        self,
+        fence: Fence,
+        attempt: int,
+        call: str,
+        child: str,
+        act: Literal["message", "cancel"],
+        payload: bytes | None,
+    ) -> None:
+        await self._fenced(fence, lambda conn, row: children.tell(conn, row, attempt, call, child, act, payload))
+
+    async def forked(self, fence: Fence, attempt: int, call: str) -> AgentFork | None:
+        return await self._fenced(fence, lambda conn, row: self_forks.known(conn, row, attempt, call))
+
+    async def fork_self(self, fence: Fence, attempt: int, call: str, snapshot: str) -> AgentFork:
+        ident, generation = new_id("s"), new_generation()
+        faults.point("control.fork_self.before")
+        made = await self._fenced(
+            fence, lambda conn, row: self_forks.fork(conn, row, attempt, call, snapshot, ident, generation)
+        )
+        faults.point("control.fork_self.made")
+        if made.session == ident:
+            await self._run(lambda conn: sessions.place(conn, ident, self.policy))
+        return made
+
     async def consume(self, fence: Fence, attempt: int, number: int) -> None:
         await self._fenced(fence, lambda conn, row: inbox.consume(conn, row, attempt, number))
+
+    async def admit(self, fence: Fence, call: CallAsked) -> str | None:
+        row, refused = await self._run(lambda conn: budgets.admit(conn, fence, call, self.prices))
+        if row.state.final:
+            raise Fenced(f"session {row.id} has ended: {row.detail}", remedy="stop its sandbox", session=row.id)
+        return refused
+
+    async def publish(self, fence: Fence, sent: NewEvent) -> Event:
+        async def fn(conn: Conn, row: Row) -> Event:
+            (event,) = await rows.append(conn, row.id, sent)
+            await outbox.publish(conn, row, event.seq)
+            return event
+
+        return await self._fenced(fence, fn)
 
     async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
         await self._fenced(fence, lambda conn, row: reports.set_degraded(conn, row, degraded, detail, durability))
 
     # ------------------------------------------------------------ people
 
-    async def create(self, agent: AgentSpec, args: dict[str, Any], key: str | None = None) -> tuple[SessionView, bool]:
+    async def create(
+        self, agent: AgentSpec, args: dict[str, Any], key: str | None = None, options: StartOptions | None = None
+    ) -> tuple[SessionView, bool]:
         """Start a session, and whether it is new. A known `key` gives the existing one, or KeyReused."""
+        schedules.check_key(key)
         session = new_id("s")
-        row, new = await self._run(lambda conn: sessions.create(conn, session, agent, args, key, self.policy))
+        row, new = await self._run(lambda conn: sessions.create(conn, session, agent, args, key, self.policy, options))
         return rows.view(row), new
 
     async def resolve(self, text: str) -> str:
@@ -198,7 +265,14 @@ class Control:
         self, state: State | None = None, agent: str | None = None, limit: int = 100, cursor: str | None = None
     ) -> tuple[list[SessionView], str | None]:
         """Sessions, newest first, and the cursor of the next page."""
-        found, following = await self._run(lambda conn: sessions.find(conn, state, agent, limit, cursor))
+        wanted = finding.Filter(states=() if state is None else (state,), agent=agent)
+        return await self.find(wanted, limit, cursor)
+
+    async def find(
+        self, wanted: finding.Filter, limit: int = 100, cursor: str | None = None
+    ) -> tuple[list[SessionView], str | None]:
+        """Sessions that `wanted` fits, newest first, and the cursor of the next page."""
+        found, following = await self._run(lambda conn: finding.find(conn, wanted, limit, cursor))
         return [rows.view(row) for row in found], following
 
     async def suspend(self, session: str) -> SessionView:
@@ -265,12 +339,13 @@ class Control:
         return await self._run(templates.every)
 
     async def start_auto(
-        self, agent: AgentSpec, args: dict[str, Any], key: str | None
+        self, agent: AgentSpec, args: dict[str, Any], key: str | None, options: StartOptions | None = None
     ) -> tuple[SessionView, bool] | None:
         """A session from the agent's own template, and whether it is new; None when there is none to start from."""
+        schedules.check_key(key)
         session, generation = new_id("s"), new_generation()
         found = await self._run(
-            lambda conn: templates.start_auto(conn, session, generation, agent, args, key, self.policy)
+            lambda conn: templates.start_auto(conn, session, generation, agent, args, key, self.policy, options)
         )
         return None if found is None else await self._forked(*found)
 
@@ -279,16 +354,19 @@ class Control:
         for name in await self._run(lambda conn: templates.outdated(conn, agent)):
             await self.drop_template(name)
 
-    async def start_template(self, name: str, payload: bytes, key: str | None) -> tuple[SessionView, bool]:
+    async def start_template(
+        self, name: str, payload: bytes, key: str | None, options: StartOptions | None = None
+    ) -> tuple[SessionView, bool]:
         """A session forked from a template, and whether it is new."""
+        schedules.check_key(key)
         session, generation = new_id("s"), new_generation()
         row, new = await self._run(
-            lambda conn: templates.start(conn, name, session, generation, payload, key, self.policy)
+            lambda conn: templates.start(conn, name, session, generation, payload, key, self.policy, options)
         )
         return await self._forked(row, new)
 
     async def _forked(self, row: Row, new: bool) -> tuple[SessionView, bool]:
-        if row.state == State.RESUMING:
+        if row.state in (State.QUEUED, State.RESUMING):
             await self._run(lambda conn: sessions.place(conn, row.id, self.policy))
         return await self.session(row.id), new
 
@@ -356,8 +434,35 @@ class Control:
         faults.point("control.upgrade.after")
         return Upgraded(
             session=rows.view(done.row), from_version=done.before, to_version=done.after, changed=done.changed,
-            at=done.at, files=done.row.carry if done.changed else None,
+            at=done.at, files=done.row.files_from if done.changed else None,
         )  # fmt: skip
+
+    async def retry(self, session: str) -> SessionView:
+        """Begin the next attempt now, of a session that failed, was cancelled or waits for the time of a retry."""
+        return rows.view(await self._run(lambda conn: retries.by_hand(conn, session, self.policy)))
+
+    async def budget(self, session: str, given: BudgetSpec, add: Collection[str] = ()) -> SessionView:
+        """Give the session other limits (those in `add`: so much more); one that its budget has ended goes on."""
+        generation = new_generation()
+        return rows.view(
+            await self._run(
+                lambda conn: budgets.change(conn, session, given, add, generation, self.prices, self.policy)
+            )
+        )
+
+    async def limits(self, session: str) -> tuple[BudgetSpec | None, Spent]:
+        """What the session may spend and what it has spent."""
+
+        async def fn(conn: Conn) -> tuple[BudgetSpec | None, Spent]:
+            row = await rows.load(conn, session)
+            spent = await budgets.spent(conn, session, self.prices)
+            return row.limits, spent if row.limits is not None else spent.model_copy(update={"wall_s": 0.0})
+
+        return await self._run(fn)
+
+    async def attempts(self, session: str) -> list[Attempt]:
+        """Each life of its process tree, and how it ended."""
+        return await self._run(lambda conn: stats.attempts(conn, session))
 
     async def described(self, info: SnapshotInfo) -> dict[str, Any]:
         """What an exported snapshot says of its session."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rethaw.control import placement, rows
+from rethaw.control import placement, rows, wakeups
 from rethaw.control.outbox import publish
 from rethaw.control.rows import Conn, Row
 from rethaw.model.enums import Reason, State
@@ -32,6 +32,7 @@ async def finish(
         await publish(conn, await rows.load(conn, row.id), None)
     await conn.execute("UPDATE waits SET state = 'stale' WHERE session = %s AND state = 'open'", (row.id,))
     await placement.clear(conn, row.id)
+    untold = row.parent is not None or state in (State.FAILED, State.CANCELLED)  # see control/children.py
     generation = row.generation
     if row.state.on_node and not reported and row.node is not None:
         await placement.assign(conn, row, "kill", reason=reason)
@@ -47,5 +48,9 @@ async def finish(
         generation=generation,
         give_up_at=None,
         cancel_by=None,
+        untold=untold,
+        retry_at=None,
     )
+    if untold:
+        wakeups.note(wakeups.TIMER_CHANNEL, wakeups.ANY)
     return row

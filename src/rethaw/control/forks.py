@@ -146,14 +146,17 @@ def _none_yet(row: Row) -> Conflict:
 # ---------------------------------------------------------------- fork
 
 
-async def fork(conn: Conn, session: str, at: int | str | None, forks: dict[str, str], redeliver: bool) -> list[Row]:
+async def fork(
+    conn: Conn, session: str, at: int | str | None, forks: dict[str, str], redeliver: bool, *, queued: bool = False
+) -> list[Row]:
     """New sessions (`forks`: id -> generation) that begin where `session` was at `at`. One transaction, a fixed number
-    of statements. They are `resuming` without a node, or suspended as their parent is."""
+    of statements. They are `resuming` without a node, or suspended as their parent is; or `queued`. They are in its queue,
+    with its priority and tags."""
     parent = await rows.load(conn, session, lock=True)
     ids = list(forks)
     if made := await rows.select(conn, "WHERE s.id = ANY(%s) ORDER BY s.id", (ids,)):
         return made  # the reply to the commit was lost
-    if parent.state in (State.CREATED, State.QUEUED):
+    if parent.state in (State.CREATED, State.QUEUED) and parent.attempt == 1:
         raise Conflict(f"session {parent.id} is {parent.state.value}: there is nothing to fork yet")
     target = await locate(conn, parent, at)
     asleep = (
@@ -162,7 +165,8 @@ async def fork(conn: Conn, session: str, at: int | str | None, forks: dict[str, 
         and target.snapshot.id == parent.snapshot
         and not redeliver
     )
-    await _insert(conn, parent, target, forks, State.SUSPENDED if asleep else State.RESUMING)
+    awake = State.QUEUED if queued else State.RESUMING
+    await _insert(conn, parent, target, forks, State.SUSPENDED if asleep else awake)
     await specs.inherit(conn, parent, ids)
     await waits.inherit(conn, ids, target.snapshot.attempt)
     first = await rows.load(conn, ids[0])
@@ -212,24 +216,26 @@ async def _insert(conn: Conn, parent: Row, target: Target, forks: dict[str, str]
         "memory": agent.memory_bytes,
         "agent": agent.model_dump_json(),
         "version": version,
+        "files_from": parent.files_from if same_attempt else None,
         "types": [EventType.SESSION_CREATED.value, EventType.LINE_OPENED.value, EventType.SESSION_STATE.value],
         "datas": [Jsonb(born), Jsonb(opened), Jsonb({"state": state.value, "reason": Reason.FORKED.value})],
     }
     for statement in (
         """INSERT INTO sessions (id, last_seq, generation, line, attempt, agent_name, memory_bytes, state, desired, reason,
                snapshot, restored, published_seq, attempt_line, attempt_seq, forked_from, fork_seq, first_line,
-               branch_after, high_attempt, give_up_at, inbox_base)
+               branch_after, high_attempt, budget, files_from, give_up_at, inbox_base)
            SELECT u.id, %(seq)s + 3, u.generation, %(line)s, %(attempt)s, p.agent_name, %(memory)s, %(state)s,
                %(desired)s, %(reason)s, %(snapshot)s, %(restored)s, %(shared)s, %(attempt_line)s, %(attempt_seq)s, p.id,
-               %(seq)s, %(line)s, %(seq)s, %(high_attempt)s,
+               %(seq)s, %(line)s, %(seq)s, %(high_attempt)s, p.budget, %(files_from)s,
                now() + make_interval(secs => %(max_duration)s::float8),
                (SELECT coalesce(max(i.number), 0) FROM rethaw_spans(p.id, %(at_line)s) w
                 JOIN inbox i ON i.session = w.session AND i.seq > w.after AND i.seq <= least(w.upto, %(seq)s))
            FROM sessions p, unnest(%(ids)s::text[], %(generations)s::text[]) u (id, generation)
            WHERE p.id = %(parent)s""",
-        """INSERT INTO session_specs (session, agent, args, version)
-           SELECT u, %(agent)s, p.args, %(version)s FROM session_specs p, unnest(%(ids)s::text[]) u
-           WHERE p.session = %(parent)s""",
+        """INSERT INTO session_specs (session, agent, args, version, queue, priority, concurrency_key, tags, slot)
+           SELECT u, %(agent)s, p.args, %(version)s, CASE p.queue WHEN '' THEN 'default' ELSE p.queue END, p.priority, p.concurrency_key,
+               p.tags, CASE %(state)s WHEN 'suspended' THEN 'free' ELSE 'waiting' END
+           FROM session_specs p, unnest(%(ids)s::text[]) u WHERE p.session = %(parent)s""",
         """INSERT INTO lines (session, line, parent, parent_session, branch_seq, why, snapshot, from_session, from_line,
                from_seq, opened_after)
            SELECT u, %(line)s, %(snapshot_line)s, %(snapshot_session)s, %(shared)s, 'fork', %(snapshot)s,
@@ -251,7 +257,7 @@ async def rewind(conn: Conn, session: str, to: int | str, generation: str, redel
     row = await rows.load(conn, session, lock=True)
     if row.generation == generation:
         return row  # the reply to the commit was lost
-    if row.state in (State.CREATED, State.QUEUED):
+    if row.state in (State.CREATED, State.QUEUED) and row.attempt == 1:
         raise Conflict(f"session {row.id} is {row.state.value}: there is nothing to rewind yet")
     if row.desired == Desired.CANCELLED and not row.state.final:
         raise Conflict(f"session {row.id} is being cancelled", remedy="rewind it once it has ended")
@@ -285,6 +291,8 @@ async def rewind(conn: Conn, session: str, to: int | str, generation: str, redel
         loop_high=0,
         loop_line=None,
         loop_seq=None,
+        failures=0,
+        retry_at=None,
     )
     if row.agent.max_duration_s is not None:
         await conn.execute(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rethaw.control import recovery, rows
+from rethaw.control import awake, queues, recovery, rows
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn
 from rethaw.model.enums import Desired, Reason, State
@@ -20,6 +20,7 @@ _HELD = """EXISTS (
 
 async def register(conn: Conn, info: NodeInfo, policy: Policy) -> Lease:
     """A lease for this incarnation; the former one is fenced from now on."""
+    await awake.seen_last(conn, info)
     await conn.execute(
         """INSERT INTO nodes (id, incarnation, info, memory_bytes, lease_until)
            VALUES (%s, %s, %s, %s, now() + make_interval(secs => %s))
@@ -96,18 +97,20 @@ async def recover_lost(conn: Conn, session: str, policy: Policy, *, expired: boo
 
 
 async def waiting_for_node(conn: Conn) -> list[str]:
-    """Sessions that want a node and have none, the longest waiting first, while any node is alive."""
+    """Sessions that want a node and have none, while any node is alive: those that had one first, the longest waiting
+    before others; then those whose turn it is in their queues."""
     found = await rows.many(
         conn,
-        f"""SELECT s.id FROM sessions s WHERE s.node IS NULL AND EXISTS (
+        f"""SELECT s.id FROM sessions s JOIN session_specs p ON p.session = s.id WHERE s.node IS NULL AND EXISTS (
                SELECT 1 FROM nodes n WHERE n.lease_until > now())
-             AND (s.state IN ('created', 'queued', 'resuming', 'recovering')
+             AND (s.retry_at IS NULL OR s.retry_at <= clock_timestamp())
+             AND ((s.state IN ('created', 'queued', 'resuming', 'recovering') AND p.slot = 'held')
                   OR (s.state = 'suspended' AND s.desired = %s
                       AND (s.reason = %s OR (s.reason = %s AND NOT {_HELD}))))
            ORDER BY s.state_since LIMIT 100""",
         (Desired.RUNNING.value, Reason.NODE_STOPPED.value, Reason.PROVIDER_HOLD.value),
     )
-    return [r["id"] for r in found]
+    return [r["id"] for r in found] + await queues.next_up(conn, 100)
 
 
 async def held(conn: Conn, session: str) -> bool:

@@ -16,6 +16,8 @@ AGENT_EVENTS = [
     EventType.EXCHANGE_ADOPTED.value,
     EventType.MESSAGE_SENT.value,
     EventType.MESSAGE_CONSUMED.value,
+    EventType.CHILD_SPAWNED.value,
+    EventType.CHILD_TOLD.value,
     EventType.WAIT_OPENED.value,
     EventType.EMITTED.value,
     EventType.SESSION_RESULT.value,
@@ -74,9 +76,9 @@ async def open_line(
     high = max(row.attempt, row.high_attempt)
     if new_attempt:
         attempt = high + 1
-        columns |= {"attempt_line": parent, "attempt_seq": branch_seq, "carry": None}
+        columns |= {"attempt_line": parent, "attempt_seq": branch_seq}
     elif attempt is not None and attempt != row.attempt:
-        columns |= {"attempt_line": parent, "attempt_seq": branch_seq, "high_attempt": high, "carry": None}
+        columns |= {"attempt_line": parent, "attempt_seq": branch_seq, "high_attempt": high}
     await rows.update(conn, row.id, **columns)
     await open_line_in(conn, row.id, branch_seq, why, snapshot, parent=parent, attempt=attempt, back_to=back_to)
     row = await rows.load(conn, row.id)

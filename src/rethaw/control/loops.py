@@ -9,11 +9,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import LiteralString
 
-from rethaw.control import rows, sessions, waits
+from rethaw.control import budgets, children, rows, schedules, sessions, waits
 from rethaw.control.control import Control
 from rethaw.control.rows import Conn
-from rethaw.control.wakeups import ANY, TIMER_CHANNEL
+from rethaw.control.wakeups import ANY, QUEUE_CHANNEL, SCHEDULE_CHANNEL, TIMER_CHANNEL
 from rethaw.model.errors import NotFound
 
 log = logging.getLogger("rethaw.control")
@@ -22,8 +23,15 @@ _BATCH = 200
 _SOONEST = """
 SELECT extract(epoch FROM min(at) - clock_timestamp()) AS left FROM (
     SELECT min(deadline) AS at FROM waits WHERE state = 'open' AND deadline IS NOT NULL
+    UNION ALL SELECT min(expires_at) FROM session_specs WHERE expires_at IS NOT NULL
+    UNION ALL SELECT min(retry_at) FROM sessions WHERE retry_at > clock_timestamp()
+    UNION ALL SELECT min(wall_at) FROM sessions WHERE wall_at IS NOT NULL
     UNION ALL SELECT min(give_up_at) FROM sessions WHERE give_up_at IS NOT NULL
     UNION ALL SELECT min(cancel_by) FROM sessions WHERE cancel_by IS NOT NULL) t"""
+
+_NEXT_DELAY = """
+SELECT extract(epoch FROM min(not_before) - clock_timestamp()) AS left FROM session_specs
+WHERE slot = 'waiting' AND not_before > clock_timestamp()"""
 
 
 class ControlLoops:
@@ -41,13 +49,14 @@ class ControlLoops:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._forever("timers", self._time))
             group.create_task(self._forever("leases", self.reap))
-            group.create_task(self._forever("placement", self._control.place_waiting))
+            group.create_task(self._forever("placement", self._place))
+            group.create_task(self._forever("schedules", self._schedules))
 
     async def _forever(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
                 await work()
-                if name != "timers":
+                if name == "leases":
                     await asyncio.sleep(self._policy.poll_s)
             except Exception as error:
                 log.warning("%s: %s", name, error, exc_info=not isinstance(error, OSError))
@@ -61,9 +70,28 @@ class ControlLoops:
 
     async def _until_next(self) -> float:
         """Seconds until the next deadline that is known, at most `poll_s`."""
-        found = await self._control.transactions.run(lambda conn: rows.one(conn, _SOONEST))
+        return max(0.005, await self._left(_SOONEST))
+
+    async def _place(self) -> None:
+        """Place who can be, then wait until a slot or a node may be free, or somebody's delay is over."""
+        with self._control.hub.subscribe(QUEUE_CHANNEL, ANY) as sooner:
+            began = time.monotonic()
+            await self._control.place_waiting()
+            # Many who find no room are not asked again at each session's end.
+            await asyncio.sleep(min(self._policy.poll_s, 2 * (time.monotonic() - began - 0.05)))
+            await sooner.wait(max(0.005, await self._left(_NEXT_DELAY)))
+
+    async def _schedules(self) -> None:
+        """Start what is due by schedules, then wait for the next time."""
+        with self._control.hub.subscribe(SCHEDULE_CHANNEL, ANY) as sooner:
+            if not await self._control.schedules.fire():
+                await sooner.wait(max(0.005, await self._left(schedules.SOONEST)))
+
+    async def _left(self, query: LiteralString) -> float:
+        """Seconds until what `query` finds, at most `poll_s`."""
+        found = await self._control.transactions.run(lambda conn: rows.one(conn, query))
         left = found["left"] if found else None
-        return self._policy.poll_s if left is None else min(self._policy.poll_s, max(0.005, float(left)))
+        return self._policy.poll_s if left is None else min(self._policy.poll_s, float(left))
 
     async def fire(self) -> None:
         """Everything whose time has come."""
@@ -80,6 +108,20 @@ class ControlLoops:
         await self._each(
             "SELECT id FROM sessions WHERE cancel_by <= clock_timestamp() LIMIT %s",
             lambda s: run(lambda conn: sessions.end_cancel(conn, s)),
+        )
+        await children.work(self._control.transactions, self._policy)
+        await self._each(
+            "SELECT session AS id FROM session_specs WHERE expires_at <= clock_timestamp() LIMIT %s",
+            lambda s: run(lambda conn: sessions.expire(conn, s)),
+        )
+
+        await self._each(
+            "SELECT id FROM sessions WHERE retry_at <= clock_timestamp() LIMIT %s",
+            lambda s: run(lambda conn: sessions.place(conn, s, self._policy)),
+        )
+        await self._each(
+            "SELECT id FROM sessions WHERE wall_at <= clock_timestamp() LIMIT %s",
+            lambda s: run(lambda conn: budgets.look_at_wall(conn, s)),
         )
 
     async def reap(self) -> None:

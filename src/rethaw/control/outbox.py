@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rethaw.control import lineage, rows
+from rethaw.control import lineage, rows, spawned
 from rethaw.control.rows import Conn, Row
 from rethaw.log.writer import event_of
 from rethaw.model.enums import EventType
@@ -27,6 +27,7 @@ async def publish(conn: Conn, row: Row, upto: int | None) -> None:
     cursor = await conn.execute(_SENT, (row.id, row.line, sessions, row.published_seq, limit))
     for record in await cursor.fetchall():
         await _publish_one(conn, row, event_of(row.id, record))
+    await spawned.publish(conn, row, sessions, limit)
     await rows.update(conn, row.id, published_seq=limit)
 
 

@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from psycopg.rows import dict_row
-
-from rethaw.control import lineage, rows, wakeups
+from rethaw.control import lineage, queues, rows, wakeups
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.model.enums import Reason, State
@@ -105,73 +103,80 @@ async def choose(conn: Conn, memory_bytes: int, policy: Policy, only: str | None
     return None
 
 
-_TURN = """WITH p AS MATERIALIZED (SELECT * FROM rethaw_path(%(session)s, %(line)s)),
-e AS (
-    SELECT e.seq, e.type, e.data FROM events e
-    JOIN p ON e.session = p.session AND e.line = p.line AND e.seq <= p.upto
-    WHERE e.session = ANY(%(sessions)s)
-      AND e.type IN ('wait.opened', 'wait.completed', 'session.result', 'attempt.exited')
-), m AS (
-    SELECT m.number, m.seq FROM inbox_moves m
-    JOIN p ON m.session = p.session AND m.line = p.line AND m.seq <= p.upto
-    WHERE m.session = ANY(%(sessions)s) ORDER BY m.number DESC, m.seq DESC LIMIT 1
-)
-SELECT m.number, EXISTS (
-    SELECT 1 FROM e WHERE e.seq > coalesce((
-        SELECT max(c.seq) FROM e c WHERE c.type = 'wait.completed' AND c.data->>'number' = m.number::text), m.seq)
-    AND (e.type = 'session.result' OR e.type = 'wait.opened' AND e.data->>'kind' = 'inbox'
-         OR e.type = 'attempt.exited' AND e.data->>'exit_code' = '0')
-) AS finished FROM m"""
-
-
 async def cursor(conn: Conn, row: Row) -> int:
-    """Up to which number the path has consumed the inbox and is done with it. A message's turn is over once the agent asks
-    for the next one, or ends in order; one whose turn was cut off is delivered again."""
-    values = {"session": row.id, "line": row.line, "sessions": await lineage.sessions(conn, row)}
-    async with conn.cursor(row_factory=dict_row) as reader:
-        await reader.execute(_TURN, values)
-        found = await reader.fetchone()
-    if found is None:
-        return 0
-    return int(found["number"]) if found["finished"] else int(found["number"]) - 1
+    """Up to which number the path has consumed the inbox."""
+    found = await rows.one(
+        conn,
+        """WITH m AS (
+               SELECT m.* FROM inbox_moves m
+               JOIN rethaw_path(%s, %s) p ON m.session = p.session AND m.line = p.line AND m.seq <= p.upto
+               WHERE m.session = ANY(%s))
+           SELECT coalesce(max(number), 0) AS n FROM m
+           WHERE seq >= coalesce((SELECT max(b.seq) FROM m b WHERE b.back), 0)""",
+        (row.id, row.line, await lineage.sessions(conn, row)),
+    )
+    return int(found["n"]) if found else 0
 
 
 async def dispatch(conn: Conn, row: Row, policy: Policy) -> Row:
-    """Give a session that needs a node (queued, or resuming or recovering without one) to a node, if one has room.
+    """Give a session that needs a node (queued, or resuming or recovering without one) to a node, if its queue has a slot
+    for it and a node has room.
 
-    What the new life starts from is `row.restored`: a snapshot, restored where its files are, or nothing: a boot."""
+    What the new life starts from is `row.restored`: a snapshot, restored where its files are, or nothing: a boot.
+    A session whose next attempt has a time waits for that."""
+    if row.retry_at is not None:
+        due = await rows.one(conn, "SELECT clock_timestamp() >= %s AS due", (row.retry_at,))
+        if due is None or not due["due"]:
+            return row
+    if not await queues.admits(conn, row):
+        return row
     info: SnapshotInfo | None = None
     only: str | None = None
     if row.restored is not None:
         found = await snapshot_row(conn, row.restored)
         assert found is not None, f"snapshot {row.restored} of session {row.id} has no row"
         info, only = snapshot_info(found), found["node"]
-    carry = await _carried(conn, row)
-    if info is None and carry is not None:
-        only = carry[1]
+    elif row.files_from is not None and (found := await snapshot_row(conn, row.files_from)) is not None:
+        only = found["node"]
     node = await choose(conn, row.memory_bytes, policy, only)
     if node is None:
         return row
+    await queues.take(conn, row)
     place = {"node": node["id"], "incarnation": node["incarnation"]}
     if row.state in (State.CREATED, State.QUEUED):
-        row = await rows.move(conn, row, State.STARTING, generation=new_generation(), **place)
+        if row.attempt == 1:
+            await _count_from_now(conn, row)
+        place["retry_at"] = None
+        if info is not None:  # from a template
+            row = await rows.move(conn, row, State.RESUMING, reason=row.reason, **place)
+        else:
+            row = await rows.move(conn, row, State.STARTING, generation=new_generation(), **place)
     else:
         await rows.update(conn, row.id, **place)
         row = await rows.load(conn, row.id)
     await clear(conn, row.id)
+    files = await _files(conn, row, node["id"])
     if info is not None:
-        await assign(conn, row, "restore", reason=row.reason, snapshot=info, carry=carry[0] if carry else None)
+        await assign(conn, row, "restore", reason=row.reason, snapshot=info, files=files)
     else:
         fresh = row.attempt > 1 or row.crashes > 0 or row.branch_after is not None
         boot = Boot(args=json.loads(row.args), cursor=await cursor(conn, row), fresh=fresh)
-        await assign(conn, row, "start", reason=row.reason, boot=boot, carry=carry[0] if carry else None)
+        await assign(conn, row, "start", reason=row.reason, boot=boot, files=files)
     return row
 
 
-async def _carried(conn: Conn, row: Row) -> tuple[SnapshotInfo, str] | None:
-    """The snapshot whose files the current attempt begins with, and the node that has it; None when there is none (any
-    more)."""
-    found = await snapshot_row(conn, row.carry) if row.carry is not None else None
-    if found is None or found["erased"] or found["unusable"] is not None:
+async def _count_from_now(conn: Conn, row: Row) -> None:
+    """What it waited for its turn is no part of its longest duration."""
+    if row.agent.max_duration_s is not None and row.queue != queues.TEMPLATES:
+        await conn.execute(
+            "UPDATE sessions SET give_up_at = now() + make_interval(secs => %s) WHERE id = %s",
+            (row.agent.max_duration_s, row.id),
+        )
+
+
+async def _files(conn: Conn, row: Row, node: str) -> SnapshotInfo | None:
+    """The snapshot whose files the attempt begins with. None when that is not here (any more): then they are fresh."""
+    found = await snapshot_row(conn, row.files_from) if row.files_from is not None else None
+    if found is None or found["erased"] or found["unusable"] is not None or found["node"] != node:
         return None
-    return snapshot_info(found), found["node"]
+    return snapshot_info(found)

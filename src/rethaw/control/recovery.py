@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rethaw.control import crashloop, lineage, placement, rows
 from rethaw.control.crashloop import Death, Level, Step
 from rethaw.control.endings import finish
@@ -101,8 +99,6 @@ async def unusable(conn: Conn, row: Row, snapshot: str, detail: str, policy: Pol
     """A restore could not use `snapshot`: on with the next older one, or a boot from the log. Nothing died here."""
     found = await placement.snapshot_row(conn, snapshot)
     await mark_unusable(conn, row, snapshot, detail)
-    if row.carry == snapshot and row.attempt != (found or {}).get("attempt"):
-        return await _carry_older(conn, row, found, detail, policy)
     if row.state not in (State.RESUMING, State.RECOVERING) or row.restored != snapshot:
         return row
     if row.loop_line is None and found is not None:
@@ -121,23 +117,6 @@ async def unusable(conn: Conn, row: Row, snapshot: str, detail: str, policy: Pol
     return await _recover(
         conn, row, target, Reason.SNAPSHOT_UNUSABLE, f"snapshot {snapshot} is not usable: {detail}", policy, event
     )
-
-
-async def _carry_older(conn: Conn, row: Row, found: dict[str, Any] | None, detail: str, policy: Policy) -> Row:
-    """The attempt began without the files that it was to have: it begins again with those of the snapshot's parent, or with
-    none. It has done nothing yet."""
-    parent = await placement.snapshot_row(conn, found["parent"]) if found is not None and found["parent"] else None
-    whole = parent is not None and parent["unusable"] is None and not parent["erased"]
-    await rows.update(conn, row.id, carry=parent["id"] if parent is not None and whole else None)
-    if row.state.final or row.state == State.SUSPENDED or row.restored is not None:
-        return await rows.load(conn, row.id)
-    row = await lineage.open_line(
-        conn, row, row.attempt_line, row.attempt_seq, why=Reason.SNAPSHOT_UNUSABLE.value, snapshot=None
-    )
-    lost = found["id"] if found is not None else ""
-    event = NewEvent(type=EventType.SNAPSHOT_UNUSABLE, data={"snapshot": lost, "detail": detail})
-    said = f"the files of snapshot {lost} cannot be read: {detail}"
-    return await _recover(conn, row, None, Reason.SNAPSHOT_UNUSABLE, said, policy, event)
 
 
 async def mark_unusable(conn: Conn, row: Row, snapshot: str, why: str) -> None:
@@ -229,3 +208,6 @@ def _give_up(row: Row, reason: Reason, detail: str, newest: SnapshotInfo | None)
     if reason == Reason.BOOT_FAILED:
         return reason, detail
     return Reason.CRASH_LOOP, f"it died again and again {since}, last of {reason.value}: {detail}"
+
+
+boot_anew = _boot_anew

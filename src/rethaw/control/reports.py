@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rethaw.control import lineage, placement, recovery, rows, transitions, waits
+from rethaw.control import lineage, placement, recovery, retries, rows, transitions, waits
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -89,6 +89,8 @@ async def _ended(conn: Conn, row: Row, change: StateChange) -> Row:
     if change.exit_code is not None and not any(e.type == EventType.ATTEMPT_EXITED for e in events):
         data = {"attempt": row.attempt, "exit_code": change.exit_code}
         events = (*events, NewEvent(type=EventType.ATTEMPT_EXITED, data=data))
+    if state == State.FAILED and reason == Reason.EXITED:
+        return await retries.failed(conn, row, change.exit_code, change.detail, events)
     return await finish(
         conn,
         row,

@@ -11,13 +11,13 @@ from typing import Any, LiteralString
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from rethaw.control import transitions, wakeups
+from rethaw.control import awake, transitions, wakeups
 from rethaw.control.crashloop import Level, Loop
 from rethaw.db.pool import Connection
 from rethaw.log.writer import append_in
 from rethaw.model.enums import Desired, EventType, Reason, State
 from rethaw.model.errors import Fenced, NotFound
-from rethaw.model.types import AgentSpec, Event, Fence, NewEvent, SessionView
+from rethaw.model.types import AgentSpec, BudgetSpec, Event, Fence, NewEvent, SessionView
 from rethaw.model.versions import digest
 
 Conn = Connection
@@ -26,7 +26,7 @@ POLICY_REASONS = (Reason.IDLE, Reason.PROVIDER_HOLD, Reason.NODE_STOPPED)
 
 
 async def many(
-    conn: Conn, query: LiteralString | bytes | sql.Composed, params: Sequence[Any] = ()
+    conn: Conn, query: LiteralString | bytes | sql.Composed, params: Sequence[Any] | dict[str, Any] = ()
 ) -> list[dict[str, Any]]:
     """All rows of `query`."""
     async with conn.cursor(row_factory=dict_row) as cursor:
@@ -34,7 +34,9 @@ async def many(
         return await cursor.fetchall() if cursor.description else []
 
 
-async def one(conn: Conn, query: LiteralString | sql.Composed, params: Sequence[Any] = ()) -> dict[str, Any] | None:
+async def one(
+    conn: Conn, query: LiteralString | sql.Composed, params: Sequence[Any] | dict[str, Any] = ()
+) -> dict[str, Any] | None:
     """The first row of `query`."""
     found = await many(conn, query, params)
     return found[0] if found else None
@@ -95,8 +97,26 @@ class Row:
     inbox_base: int
     outbox_base: int
     high_attempt: int
-    carry: str | None
+    parent: str | None
+    queue: str
+    priority: int
+    concurrency_key: str | None
+    not_before: datetime | None
+    expires_at: datetime | None
+    tags: list[str]
+    failures: int
+    retry_at: datetime | None
+    budget: str | None
+    awake_s: float
+    awake_until: datetime | None
+    wall_at: datetime | None
+    files_from: str | None
     version: int | None
+
+    @property
+    def limits(self) -> BudgetSpec | None:
+        """What the session may spend: what a person gave it, else its agent's budget."""
+        return self.agent.budget if self.budget is None else BudgetSpec.model_validate_json(self.budget)
 
     @property
     def loop(self) -> Loop:
@@ -108,7 +128,9 @@ class Row:
 
 
 _DETAIL_LIMIT = 4000  # characters
-_SPECS = {"agent", "args", "version"}
+_SPECS = {
+    "agent", "args", "queue", "priority", "concurrency_key", "not_before", "expires_at", "tags", "version",
+}  # fmt: skip
 _COLUMNS = sql.SQL(", ").join(sql.Identifier("p" if field.name in _SPECS else "s", field.name) for field in fields(Row))
 _SELECT = sql.SQL("SELECT {} FROM sessions s JOIN session_specs p ON p.session = s.id ").format(_COLUMNS).as_bytes(None)
 
@@ -121,8 +143,8 @@ def _row(values: dict[str, Any]) -> Row:
     return Row(**values)
 
 
-async def select(conn: Conn, where: LiteralString, params: Sequence[Any] = ()) -> list[Row]:
-    """Rows of `sessions` (as `s`) that `where`, the rest of the statement, finds."""
+async def select(conn: Conn, where: LiteralString, params: Sequence[Any] | dict[str, Any] = ()) -> list[Row]:
+    """Rows of `sessions` (as `s`, its spec as `p`) that `where`, the rest of the statement, finds."""
     return [_row(values) for values in await many(conn, _SELECT + where.encode(), params)]
 
 
@@ -198,8 +220,23 @@ async def move(
     more = {"node": columns.get("node"), "exit_code": columns.get("exit_code")}
     await append(conn, row.id, *events, state_event(state, reason, detail, **more))
     columns |= {"state": state.value, "reason": reason.value, "detail": detail}
+    columns |= await awake.counted(conn, row, state)
     await conn.execute(_update(tuple(columns), ", state_since = now()"), [*columns.values(), row.id])
+    await _slot(conn, row, state, reason)
     return await load(conn, row.id)
+
+
+async def _slot(conn: Conn, row: Row, state: State, reason: Reason) -> None:
+    """What a move means for the row's slot in its queue. A server that stops takes none away."""
+    if state.final or (state == State.SUSPENDED and reason != Reason.NODE_STOPPED):
+        if not state.final:
+            queue = await one(conn, "SELECT suspended_count FROM queues WHERE name = %s FOR SHARE", (row.queue,))
+            if queue is None or queue["suspended_count"]:
+                return
+        await conn.execute("UPDATE session_specs SET slot = 'free' WHERE session = %s AND slot <> 'free'", (row.id,))
+        wakeups.note(wakeups.QUEUE_CHANNEL, wakeups.ANY)
+    elif state in (State.RESUMING, State.QUEUED):
+        await conn.execute("UPDATE session_specs SET slot = 'waiting' WHERE session = %s AND slot = 'free'", (row.id,))
 
 
 def view(row: Row) -> SessionView:
@@ -224,6 +261,15 @@ def view(row: Row) -> SessionView:
         crashes=row.crashes,
         forked_from=row.forked_from,
         forked_seq=row.fork_seq if row.forked_from is not None else None,
+        parent=row.parent,
+        deadline=row.give_up_at,
+        queue=row.queue,
+        priority=row.priority,
+        concurrency_key=row.concurrency_key,
+        tags=tuple(row.tags),
+        not_before=row.not_before,
+        expires_at=row.expires_at,
+        retry_at=row.retry_at,
         version=row.version,
         version_digest=digest(row.agent),
     )

@@ -8,16 +8,20 @@ from typing import Any
 
 from psycopg import sql
 
-from rethaw.control import agents, leases, placement, recovery, rows, specs
+from rethaw.control import agents, leases, placement, queues, recovery, rows, specs, wakeups
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.log.writer import create_session_in, erase_in
 from rethaw.model.enums import Desired, Durability, EventType, Reason, State
 from rethaw.model.errors import AmbiguousId, Conflict, InvalidInput, KeyReused, NotFound
-from rethaw.model.types import MIB, AgentSpec, NewEvent
+from rethaw.model.types import MIB, AgentSpec, BudgetSpec, NewEvent, StartOptions
 
 _UNPLACED = (State.CREATED, State.QUEUED)
+# Its parent never heard of its end and cannot find it any more.
+_GONE = """UPDATE children SET state = 'ended', ended_at = clock_timestamp(),
+    outcome = '{"state": "cancelled", "reason": "cancelled", "detail": "it was removed"}'
+    WHERE child = %s AND state <> 'ended'"""
 
 
 def canonical(value: Any) -> str:
@@ -71,6 +75,7 @@ def check_agent(agent: AgentSpec, policy: Policy) -> None:
             raise InvalidInput(
                 f"{field} = {value!r} does not fit agent {agent.name}", remedy=f"use {least:g} or more seconds"
             )
+    _check_limits(agent)
     if not agent.workdir.startswith("/"):
         raise InvalidInput(f"workdir {agent.workdir!r} of agent {agent.name} is not absolute", remedy="begin it with /")
     if agent.entry is None and not agent.command[0]:
@@ -85,11 +90,46 @@ def check_agent(agent: AgentSpec, policy: Policy) -> None:
         )
 
 
+def _check_limits(agent: AgentSpec) -> None:
+    retries = agent.retries
+    if retries is not None:
+        fits = 0 <= retries.max <= 1000 and 1 <= retries.factor <= 100
+        if not fits or not all(0 <= s < 1e9 for s in (retries.delay_s, retries.max_delay_s)):
+            raise InvalidInput(
+                f"the retries of agent {agent.name} do not fit: {retries.model_dump_json()}",
+                remedy="use 0 to 1000 retries, a factor of 1 to 100, and delays of 0 or more seconds",
+            )
+    if agent.budget is not None:
+        check_budget(agent.budget)
+
+
+def check_budget(budget: BudgetSpec) -> None:
+    """Raises InvalidInput naming the value and the remedy."""
+    for name, value in budget.model_dump(exclude_none=True).items():
+        try:
+            amount = float(value)
+        except ValueError:
+            amount = -1.0
+        if not 0 <= amount < 1 << 53:
+            raise InvalidInput(f"{name} = {value!r} is not a budget", remedy="use a number, 0 or more")
+
+
 async def create(
-    conn: Conn, session: str, agent: AgentSpec, args: dict[str, Any], key: str | None, policy: Policy
+    conn: Conn,
+    session: str,
+    agent: AgentSpec,
+    args: dict[str, Any],
+    key: str | None,
+    policy: Policy,
+    options: StartOptions | None = None,
+    queue: str | None = None,
 ) -> tuple[Row, bool]:
-    """The session, and whether it is new. With a known `key`: the existing one, or KeyReused for other arguments."""
+    """The session, and whether it is new. With a known `key`: the existing one, or KeyReused for other arguments.
+
+    `options` are of the start: they are not compared. `queue`: in place of theirs."""
     check_agent(agent, policy)
+    options = options or StartOptions()
+    queues.check_options(options)
     if key is not None and (not 0 < len(key) <= 500 or "\0" in key):
         raise InvalidInput(f"{key[:80]!r} cannot be a key", remedy="use 1 to 500 characters, no NUL")
     spec, text = canonical(agent.model_dump(mode="json")), canonical(args)
@@ -115,10 +155,8 @@ async def create(
         "INSERT INTO session_specs (session, agent, args, version) VALUES (%s, %s, %s, %s)",
         (session, spec, text, await agents.number(conn, agent)),
     )
+    await queues.enter(conn, session, options, queue=queue)
     await rows.update(conn, session, attempt=1, key=key, agent_name=agent.name, memory_bytes=agent.memory_bytes)
-    if agent.max_duration_s is not None:
-        until = sql.SQL("UPDATE sessions SET give_up_at = now() + make_interval(secs => %s) WHERE id = %s")
-        await conn.execute(until, (agent.max_duration_s, session))
     born = (
         await rows.append(
             conn,
@@ -131,8 +169,14 @@ async def create(
     await rows.update(conn, session, attempt_line=born.line, attempt_seq=born.seq)
     row = await placement.dispatch(conn, await rows.load(conn, session), policy)
     if row.state == State.CREATED:
-        row = await rows.move(conn, row, State.QUEUED, detail=await no_room(conn, row))
+        row = await rows.move(conn, row, State.QUEUED, detail=await obstacle(conn, row))
     return row, True
+
+
+async def obstacle(conn: Conn, row: Row, *, counted: bool = False) -> str:
+    """Why a session that wants to run does not: its queue, or no node. `counted`: with what is true for a moment only."""
+    found = await queues.obstacle(conn, row, counted=counted)
+    return found.text if found is not None else await no_room(conn, row)
 
 
 async def no_room(conn: Conn, row: Row) -> str:
@@ -164,19 +208,6 @@ async def resolve(conn: Conn, text: str, *, table: str = "sessions", prefix: str
                 matches=found,
             )
     raise NotFound(f"there is no {kind} {text!r}", remedy="`rethaw ls` shows those there are")
-
-
-async def find(
-    conn: Conn, state: State | None, agent: str | None, limit: int, cursor: str | None
-) -> tuple[list[Row], str | None]:
-    """Newest first; the second is the cursor of the next page."""
-    found = await rows.select(
-        conn,
-        """WHERE (%s::text IS NULL OR s.state = %s) AND (%s::text IS NULL OR s.agent_name = %s)
-           AND (%s::text IS NULL OR s.id < %s) ORDER BY s.id DESC LIMIT %s""",
-        (state, state, agent, agent, cursor, cursor, limit + 1),
-    )
-    return found[:limit], found[limit - 1].id if len(found) > limit else None
 
 
 def _not_over(row: Row, what: str) -> None:
@@ -284,9 +315,11 @@ async def erase(conn: Conn, session: str, force: bool) -> dict[str, Any]:
                 state=row.state,
             )
         row = await finish(conn, row, State.CANCELLED, reason=Reason.CANCELLED)
+    await conn.execute(_GONE, (session,))
     await conn.execute("UPDATE snapshots SET erased = true WHERE session = %s", (session,))
     await conn.execute("DELETE FROM assignments WHERE session = %s AND action <> 'kill'", (session,))
     await erase_in(conn, session)
+    wakeups.note(wakeups.QUEUE_CHANNEL, wakeups.ANY)  # a suspended one had a slot, maybe
     return await tombstone(conn, session)
 
 
@@ -319,7 +352,17 @@ async def place(conn: Conn, session: str, policy: Policy) -> None:
         ):
             await recovery.resume(conn, row, policy)
     elif row.state in (*_UNPLACED, State.RESUMING, State.RECOVERING):
-        await placement.dispatch(conn, row, policy)
+        row = await placement.dispatch(conn, row, policy)
+        if row.state in _UNPLACED and row.detail != (why := await obstacle(conn, row)):
+            await rows.update(conn, row.id, detail=why)
+
+
+async def expire(conn: Conn, session: str) -> None:
+    """It was to have started by now."""
+    row = await queues.overdue(conn, session)
+    if row is not None:
+        why = await obstacle(conn, row, counted=True)
+        await finish(conn, row, State.FAILED, reason=Reason.EXPIRED, detail=f"it could not start within its ttl: {why}")
 
 
 async def give_up(conn: Conn, session: str) -> None:

@@ -100,7 +100,7 @@ class Catalog:
         async def fn(conn: Conn) -> None:
             using = await rows.one(
                 conn,
-                """SELECT id FROM sessions WHERE (snapshot = %s OR restored = %s OR carry = %s)
+                """SELECT id FROM sessions WHERE (snapshot = %s OR restored = %s OR files_from = %s)
                    AND state NOT IN ('completed', 'failed', 'cancelled')""",
                 (snapshot, snapshot, snapshot),
             )
@@ -223,7 +223,7 @@ async def _superfluous(conn: Conn, node: str, policy: Policy) -> list[SnapshotIn
                 usable = await placement.usable(conn, row)
                 kept = usable[: policy.keep_newest]
                 needed |= {s.id for s in kept} | {s.parent for s in kept[:1] if s.parent}
-                needed |= {s for s in (row.snapshot, row.restored, row.carry) if s}
+                needed |= {s for s in (row.snapshot, row.restored, row.files_from) if s}
     spent: dict[str, int] = {}
     hours: set[tuple[str, object]] = set()
     for record in found:
@@ -252,7 +252,7 @@ async def _given_up(conn: Conn, found: list[SnapshotInfo]) -> list[SnapshotInfo]
         conn,
         """UPDATE snapshots n SET erased = true
            WHERE n.id = ANY(%s) AND (n.erased OR NOT n.pinned AND (n.unusable IS NOT NULL OR NOT EXISTS (
-               SELECT 1 FROM sessions s WHERE n.id IN (s.snapshot, s.restored, s.carry)
+               SELECT 1 FROM sessions s WHERE n.id IN (s.snapshot, s.restored)
                AND s.state NOT IN ('completed', 'failed', 'cancelled')))) RETURNING n.id""",
         ([r["id"] for r in locked],),
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from rethaw.control import placement, rows
+from rethaw.control import arrivals, placement, queues, rows
+from rethaw.control.retries import ended
 from rethaw.control.rows import POLICY_REASONS, Conn
 from rethaw.control.sessions import no_room
-from rethaw.model.enums import Desired, State
+from rethaw.model.enums import Desired, EventType, State
+from rethaw.model.types import Attempt
 
 
 async def stored(conn: Conn, session: str) -> dict[str, int]:
@@ -27,7 +30,8 @@ async def stored(conn: Conn, session: str) -> dict[str, int]:
 async def why(conn: Conn, session: str) -> dict[str, Any]:
     """Waiting for what, since when, what wakes it, the last snapshot, where it would resume."""
     row = await rows.load(conn, session)
-    waiting = [_wait(r) for r in await _open_waits(conn, session, row.attempt)]
+    waiting = [told for r in await _open_waits(conn, session, row.attempt) for told in _waits(r)]
+    queued: queues.Obstacle | None = None
     for found in await _open_exchanges(conn, session):
         waiting.append(
             {
@@ -44,6 +48,27 @@ async def why(conn: Conn, session: str) -> dict[str, Any]:
                 "name": None,
                 "since": row.state_since.isoformat(),
                 "wakes_it": f"rethaw resume {row.id}",
+            }
+        )
+    elif row.retry_at is not None:
+        number = max(row.attempt, 1)
+        waiting.append(
+            {
+                "kind": "retry",
+                "name": None,
+                "since": row.state_since.isoformat(),
+                "wakes_it": f"time: attempt {number} begins at {row.retry_at.isoformat(timespec='seconds')}"
+                f" (rethaw retry {row.id} begins it now)",
+                "deadline": row.retry_at.isoformat(),
+            }
+        )
+    elif row.node is None and (queued := await queues.obstacle(conn, row, counted=True)) is not None:
+        waiting.append(
+            {
+                "kind": queued.kind,
+                "name": row.queue if queued.kind == "queue" else None,
+                "since": row.state_since.isoformat(),
+                "wakes_it": queued.ends_with,
             }
         )
     elif row.node is None and row.state in (State.CREATED, State.QUEUED, State.RESUMING, State.RECOVERING):
@@ -73,12 +98,50 @@ async def why(conn: Conn, session: str) -> dict[str, Any]:
         "state": row.state.value,
         "desired": row.desired.value,
         "reason": row.reason.value,
-        "detail": row.detail,
+        "detail": queued.text if queued is not None else row.detail,
         "since": row.state_since.isoformat(),
         "waiting_for": [] if row.state.final else waiting,
         "last_snapshot": last,
         "would_resume_at": resume_at,
     }
+
+
+async def attempts(conn: Conn, session: str) -> list[Attempt]:
+    """Each life of the process tree, oldest first, whatever line it was on."""
+    row = await rows.load(conn, session)
+    found = await rows.many(
+        conn,
+        """SELECT e.type, e.attempt, e.data, e.at FROM rethaw_ancestry(%s) a
+           JOIN events e ON e.session = a.session AND e.seq <= a.upto
+           WHERE e.type IN ('attempt.started', 'attempt.exited', 'line.opened')
+              OR (e.type = 'session.state' AND e.data->>'state' IN ('completed', 'failed', 'cancelled'))
+           ORDER BY e.seq""",
+        (session,),
+    )
+    out: dict[int, Attempt] = {}
+    for event in found:
+        number = int(event["attempt"])
+        known = out.get(number) or Attempt(attempt=number)
+        if event["type"] == EventType.ATTEMPT_STARTED:
+            known = known.model_copy(update={"started_at": known.started_at or event["at"], "how": None})
+        elif event["type"] == EventType.LINE_OPENED:
+            former = out.get(number - 1)
+            if number not in out and former is not None and former.how is None:
+                why = str(event["data"].get("why", "crash")).replace("_", " ")
+                out[number - 1] = former.model_copy(update={"ended_at": event["at"], "how": f"given up ({why})"})
+            continue
+        elif event["type"] == EventType.ATTEMPT_EXITED:
+            code = event["data"].get("exit_code")
+            how = event["data"].get("detail") or ended(int(code) if code is not None else None)
+            known = known.model_copy(update={"ended_at": event["at"], "how": how})
+        elif known.how is None:
+            how = str(event["data"].get("reason")).replace("_", " ")
+            known = known.model_copy(update={"ended_at": event["at"], "how": how})
+        out[number] = known
+    current = out.get(row.attempt)
+    if current is not None and not row.state.final and row.state not in (State.CREATED, State.QUEUED):
+        out[row.attempt] = current.model_copy(update={"ended_at": None, "how": None})  # a rewind leads back to it
+    return [out[number] for number in sorted(out) if out[number].started_at is not None or out[number].how is not None]
 
 
 async def _open_waits(conn: Conn, session: str, attempt: int) -> list[dict[str, Any]]:
@@ -98,6 +161,16 @@ async def _open_exchanges(conn: Conn, session: str) -> list[dict[str, Any]]:
     )
 
 
+def _waits(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One wait; of one for several things each of them."""
+    if found["parts"] is None:
+        yield _wait(found)
+        return
+    plan = arrivals.plan_of(found["parts"])
+    for part, deadline in zip(plan.parts, plan.deadlines, strict=True):
+        yield _wait({**found, "kind": part.kind, "name": part.name, "deadline": deadline or plan.until})
+
+
 def _wait(found: dict[str, Any]) -> dict[str, Any]:
     deadline: datetime | None = found["deadline"]
     by = f"{deadline.isoformat(timespec='seconds')}" if deadline is not None else None
@@ -106,6 +179,7 @@ def _wait(found: dict[str, Any]) -> dict[str, Any]:
         "inbox": f"a message (rethaw send {session} ...)",
         "signal": f"signal {name!r} (rethaw signal {session} {name})",
         "timer": "time",
+        "child": f"the end of its child {name}",
     }[found["kind"]]
     if by is not None:
         wakes = f"time: {by}" if found["kind"] == "timer" else f"{wakes}, or time: {by}"

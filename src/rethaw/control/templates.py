@@ -7,12 +7,12 @@ import json
 import re
 from typing import Any
 
-from rethaw.control import forks, inbox, rows, sessions
+from rethaw.control import forks, inbox, queues, rows, sessions
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.model.errors import Conflict, InvalidInput, KeyReused, NotFound
 from rethaw.model.ids import new_id
-from rethaw.model.types import AgentSpec, Template
+from rethaw.model.types import AgentSpec, StartOptions, Template
 
 START = "rethaw.start"  # the signal that ctx.ready() waits for; equal to rethaw.guest.protocol.START
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -65,7 +65,7 @@ async def create(
         """UPDATE sessions SET key = NULL WHERE key = %s AND state IN ('completed', 'failed', 'cancelled')""", (key,)
     )
     try:
-        row, _ = await sessions.create(conn, session, agent, args, key, policy)
+        row, _ = await sessions.create(conn, session, agent, args, key, policy, queue=queues.TEMPLATES)
     except KeyReused as error:
         raise Conflict(
             f"template {name} is of another agent or has other arguments", remedy=f"`rethaw template rm {name}` first"
@@ -89,6 +89,7 @@ async def start_auto(
     args: dict[str, Any],
     key: str | None,
     policy: Policy,
+    options: StartOptions | None = None,
 ) -> tuple[Row, bool] | None:
     """A session of `agent` from its own template; None when there is none yet, or the key's session began otherwise."""
     sessions.check_agent(agent, policy)
@@ -99,7 +100,7 @@ async def start_auto(
         if former and await _told(conn, former[0], name) is None:
             return None
     found = await rows.one(conn, "SELECT 1 AS ok FROM templates WHERE name = %s AND snapshot IS NOT NULL", (name,))
-    return None if found is None else await start(conn, name, session, generation, payload, key, policy)
+    return None if found is None else await start(conn, name, session, generation, payload, key, policy, options)
 
 
 async def outdated(conn: Conn, agent: AgentSpec) -> list[str]:
@@ -123,12 +124,22 @@ async def ready(conn: Conn, name: str, session: str, snapshot: str, by: str) -> 
 
 
 async def start(
-    conn: Conn, name: str, session: str, generation: str, payload: bytes, key: str | None, policy: Policy
+    conn: Conn,
+    name: str,
+    session: str,
+    generation: str,
+    payload: bytes,
+    key: str | None,
+    policy: Policy,
+    options: StartOptions | None = None,
 ) -> tuple[Row, bool]:
-    """A session forked from it, with `payload` (JSON) as its arguments, and whether it is new.
+    """A session forked from it, with `payload` (JSON) as its arguments, and whether it is new. It waits for its turn in
+    its queue as any other does.
 
     Raises NotFound, Conflict when it is not ready, KeyReused.
     """
+    options = options or StartOptions()
+    queues.check_options(options)
     found = await get(conn, name, lock=True)
     if found.snapshot is None:
         raise Conflict(f"template {name} is not ready yet", remedy=f"see `rethaw why {found.session}`")
@@ -138,8 +149,12 @@ async def start(
     if former:
         await _same(conn, former[0], name, payload, key)
         return former[0], False
-    (row,) = await forks.fork(conn, found.session, found.snapshot, {session: generation}, False)
+    wait = await queues.would_wait(conn, options)
+    (row,) = await forks.fork(conn, found.session, found.snapshot, {session: generation}, False, queued=wait)
+    await queues.enter(conn, row.id, options)
     await rows.update(conn, row.id, key=key)
+    if wait and (why := await queues.obstacle(conn, await rows.load(conn, row.id))) is not None:
+        await rows.update(conn, row.id, detail=why.text)
     await inbox.signal(conn, row.id, new_id("sig"), START, payload, f"{_KEY}{name}", policy)
     return await rows.load(conn, row.id), True
 

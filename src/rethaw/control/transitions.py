@@ -21,17 +21,17 @@ REPORTED: dict[State, frozenset[State]] = {
 # decided by control itself
 _DECIDED: dict[State, frozenset[State]] = {
     _S.CREATED: frozenset({_S.QUEUED, _S.STARTING, _S.FAILED, _S.CANCELLED}),
-    _S.QUEUED: frozenset({_S.STARTING, _S.FAILED, _S.CANCELLED}),
-    # To resuming: a rewind, from anywhere but before the first start. It is the only way out of an end. (A fork begins
-    # as resuming or suspended.)
-    _S.STARTING: frozenset({_S.RECOVERING, _S.RESUMING}),
-    _S.RUNNING: frozenset({_S.RECOVERING, _S.RESUMING}),
-    _S.WAITING: frozenset({_S.RECOVERING, _S.RESUMING}),
-    _S.SUSPENDING: frozenset({_S.RECOVERING, _S.RESUMING}),
+    _S.QUEUED: frozenset({_S.STARTING, _S.RESUMING, _S.FAILED, _S.CANCELLED}),  # resuming: from a template
+    # To resuming: a rewind, from anywhere but before the first start. To queued: a new attempt after a failure. They are
+    # the only ways out of an end. (A fork begins as resuming or suspended.)
+    _S.STARTING: frozenset({_S.RECOVERING, _S.RESUMING, _S.QUEUED}),
+    _S.RUNNING: frozenset({_S.RECOVERING, _S.RESUMING, _S.QUEUED}),
+    _S.WAITING: frozenset({_S.RECOVERING, _S.RESUMING, _S.QUEUED}),
+    _S.SUSPENDING: frozenset({_S.RECOVERING, _S.RESUMING, _S.QUEUED}),
     _S.SUSPENDED: frozenset({_S.RESUMING, _S.SUSPENDED, _S.FAILED, _S.CANCELLED}),  # itself: another reason
-    _S.RESUMING: frozenset({_S.RECOVERING, _S.RESUMING}),
-    _S.RECOVERING: frozenset({_S.RECOVERING, _S.RESUMING}),  # itself: it died again before it ran
-    **{end: frozenset({_S.RESUMING}) for end in _ENDS},
+    _S.RESUMING: frozenset({_S.RECOVERING, _S.RESUMING, _S.QUEUED}),
+    _S.RECOVERING: frozenset({_S.RECOVERING, _S.RESUMING, _S.QUEUED}),  # itself: it died again before it ran
+    **{end: frozenset({_S.RESUMING, _S.QUEUED}) for end in _ENDS},
 }
 
 ALLOWED: dict[State, frozenset[State]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rethaw.control import agents, forks, lineage, outbox, placement, rows, sessions, specs
+from rethaw.control import agents, forks, lineage, outbox, placement, retries, rows, sessions, specs
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.model.enums import Desired, EventType, Reason, State
@@ -67,8 +67,10 @@ async def upgrade(conn: Conn, session: str, wanted: Wanted, policy: Policy) -> D
         return Done(row, before, after, False, row.last_seq)
     agent = _with_template(row.agent, wanted.agent)
     event: dict[str, Any] = {"from_version": before, "to_version": after}
-    if row.state in _UNPLACED:  # nothing of it has run
-        row = await specs.switch(conn, row, agent, after)
+    if row.state in _UNPLACED and row.restored is None:  # nothing of its attempt has run
+        row = await specs.switch(conn, row, agent, after, begun=False)
+        if row.attempt > 1:  # a retry that waits for its time: that was for the old version
+            await rows.update(conn, row.id, retry_at=None)
         event["at"] = row.last_seq
         await rows.append(conn, row.id, NewEvent(type=EventType.SESSION_UPGRADED, data=event))
         row = await placement.dispatch(conn, await rows.load(conn, row.id), policy)
@@ -89,6 +91,8 @@ async def upgrade(conn: Conn, session: str, wanted: Wanted, policy: Policy) -> D
         conn, row.id, attempt_line=told.line, attempt_seq=told.seq, published_seq=min(was.published_seq, seq)
     )
     row = await rows.load(conn, row.id)
+    if was.state != State.COMPLETED:
+        await retries.give_again(conn, row, told)
     await outbox.publish(conn, row, None)  # of a line that is never gone back to
     asleep = was.desired == Desired.SUSPENDED and not was.state.final  # until the person who wanted that resumes it
     row = await rows.move(
@@ -100,7 +104,9 @@ async def upgrade(conn: Conn, session: str, wanted: Wanted, policy: Policy) -> D
         generation=wanted.generation,
         restored=None,
         snapshot=None,
-        carry=files.id if files is not None else None,
+        files_from=files.id if files is not None else None,
+        failures=0,
+        retry_at=None,
         life_progress=await lineage.progress(conn, row),
         node=None,
         incarnation=None,
@@ -209,10 +215,10 @@ async def _files(conn: Conn, row: Row, line: int, seq: int) -> SnapshotInfo | No
            ORDER BY s.seq DESC, s.created_at DESC LIMIT 1 FOR SHARE OF s""",
         (row.id, line, seq, there["attempt"]),
     )
-    if found is None and row.carry is not None and there["attempt"] == row.attempt:
+    if found is None and row.files_from is not None and there["attempt"] == row.attempt:
         found = await rows.one(
             conn,
             "SELECT * FROM snapshots WHERE id = %s AND unusable IS NULL AND NOT erased FOR SHARE",
-            (row.carry,),
+            (row.files_from,),
         )
     return None if found is None else placement.snapshot_info(found)

@@ -1,4 +1,4 @@
-"""Waits of a session's guest: inbox, signal, timer. Rows and events.
+"""Waits of a session's guest: inbox, signal, timer, several things at once. Rows and events.
 
 A wait belongs to the line that opened it. After a crash it is as it was at the snapshot; repeated with the same id and
 the same arguments it keeps its first deadline and gets what it got before, unless the path gave that to another."""
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 from datetime import datetime
 from typing import Any
 
-from rethaw.control import rows, wakeups
+from rethaw.control import arrivals, rows, wakeups
 from rethaw.control.policy import Policy
 from rethaw.control.recovery import resume
 from rethaw.control.rows import Conn, Row
@@ -50,9 +51,7 @@ async def open_wait(conn: Conn, row: Row, attempt: int, spec: WaitSpec, addresse
     if attempt != row.attempt:
         raise Conflict(f"attempt {attempt} of session {row.id} is over", remedy=f"its current one is {row.attempt}")
     _check(spec)
-    found = await find(conn, row.id, attempt, spec.id)
-    if found is None and row.forked_from is not None and await inherit(conn, [row.id], attempt, spec.id):
-        found = await find(conn, row.id, attempt, spec.id)
+    found = await _find(conn, row, attempt, spec.id)
     if found is not None and found["state"] == "done" and _same(found, spec):
         await _given(conn, row, found)
         return await _state(conn, row, found, addresses)
@@ -61,8 +60,10 @@ async def open_wait(conn: Conn, row: Row, attempt: int, spec: WaitSpec, addresse
             await _close(
                 conn, row, found, "cancelled", EventType.WAIT_CANCELLED, {"why": "opened with other arguments"}
             )
-        found = {**found, "state": "stale", "deadline": None, "opened_at": None, "item": _kept_item(found, spec)}
+        new: dict[str, Any] = {"state": "stale", "deadline": None, "opened_at": None, "parts": None, "part": None}
+        found = {**found, **new, "item": _kept_item(found, spec)}
     if found is None or found["state"] in ("stale", "cancelled"):
+        await arrivals.check_children(conn, row, spec)
         found = await _open(conn, row, attempt, spec, found)
     if spec.kind == "signal" and found["state"] == "open":
         await conn.execute(
@@ -110,7 +111,7 @@ async def cancel(conn: Conn, row: Row, attempt: int, wait: str) -> None:
 
 
 _COLUMNS = """session, attempt, id, kind, name, after, timeout_s, state, opened_at, deadline, opened_line, opened_seq,
-    done_line, done_seq, timed_out, number, item, payload"""
+    done_line, done_seq, timed_out, number, item, payload, parts, children, part, outcome"""
 _INHERIT = f"""
 WITH p AS MATERIALIZED (SELECT q.* FROM sessions s, rethaw_path(s.id, s.line) q WHERE s.id = %(first)s),
 w AS (
@@ -126,7 +127,8 @@ INSERT INTO waits ({_COLUMNS})
 SELECT f, w.attempt, w.id, w.kind, w.name, w.after, w.timeout_s, CASE WHEN over THEN w.state ELSE 'open' END, w.opened_at,
        w.deadline, w.opened_line, w.opened_seq, CASE WHEN over THEN w.done_line END, CASE WHEN over THEN w.done_seq END,
        over AND w.timed_out, CASE WHEN over THEN w.number END, CASE WHEN over THEN w.item END,
-       CASE WHEN over THEN w.payload END
+       CASE WHEN over THEN w.payload END, w.parts, w.children, CASE WHEN over THEN w.part END,
+       CASE WHEN over THEN w.outcome END
 FROM unnest(%(forks)s::text[]) f, w WHERE %(wait)s::text IS NOT NULL OR NOT over
 ON CONFLICT DO NOTHING"""
 
@@ -141,11 +143,19 @@ async def inherit(conn: Conn, forks: list[str], attempt: int, wait: str | None =
 async def settle(conn: Conn, row: Row, policy: Policy) -> Row:
     """Complete every open wait of the locked row that can be; wake the session if policy suspended it."""
     done = False
-    for found in await rows.many(
+    waiting = await rows.many(
         conn,
         "SELECT * FROM waits WHERE session = %s AND attempt = %s AND state = 'open' ORDER BY opened_seq",
         (row.id, row.attempt),
-    ):
+    )
+    several = any(found["kind"] in arrivals.KINDS for found in waiting)
+    for found in waiting:
+        if (
+            several and done and found["kind"] == "signal"
+        ):  # completed with a wait that has its callback address as a part
+            still = await find(conn, row.id, row.attempt, found["id"])
+            if still is None or still["state"] != "open":
+                continue
         done = await _try(conn, row, found) or done
     if not done:
         return row
@@ -173,19 +183,23 @@ async def unheard(conn: Conn, row: Row, seq: int, open_calls: tuple[str, ...] | 
 
 
 def _check(spec: WaitSpec) -> None:
-    for text in (spec.id, spec.name or ""):
+    for text in (spec.id, spec.name or "", *(t for p in spec.parts for t in (p.name or "", p.wait or ""))):
         if len(text) > 200 or rows.clean(text) != text:
             raise InvalidInput(f"{text[:80]!r} cannot name a wait", remedy="use at most 200 characters, no NUL")
     if spec.kind == "timer" and spec.timeout_s is None:
         raise InvalidInput(f"timer {spec.id} has no time", remedy="give timeout_s")
     if spec.kind == "signal" and not spec.name:
         raise InvalidInput(f"wait {spec.id} names no signal", remedy="give name")
-    if spec.timeout_s is not None and not 0 <= spec.timeout_s <= 10 * 366 * 86_400:
-        raise InvalidInput(f"wait {spec.id} would take {spec.timeout_s:g} s", remedy="at most ten years")
+    for timeout_s in (spec.timeout_s, *(part.timeout_s for part in spec.parts)):
+        if timeout_s is not None and not 0 <= timeout_s <= 10 * 366 * 86_400:
+            raise InvalidInput(f"wait {spec.id} would take {timeout_s:g} s", remedy="at most ten years")
+    arrivals.check(spec)
 
 
 def _same(found: dict[str, Any], spec: WaitSpec) -> bool:
     same = found["kind"] == spec.kind and found["name"] == spec.name and found["timeout_s"] == spec.timeout_s
+    if found["parts"] is not None and arrivals.plan_of(found["parts"]).parts != spec.parts:
+        return False
     return same and (spec.kind != "inbox" or found["after"] == spec.after)
 
 
@@ -200,17 +214,23 @@ async def _open(conn: Conn, row: Row, attempt: int, spec: WaitSpec, former: dict
         data["name"] = spec.name
     if spec.timeout_s is not None:
         data["timeout_s"] = spec.timeout_s
+    plan: arrivals.Plan | None = None
+    if spec.kind in arrivals.KINDS:
+        kept = former["parts"] if former else None
+        plan = arrivals.plan_of(kept) if kept is not None else await arrivals.plan(conn, spec)
+        data["parts"] = [{"kind": part.kind, **({"name": part.name} if part.name else {})} for part in spec.parts]
     event = (await rows.append(conn, row.id, NewEvent(type=EventType.WAIT_OPENED, data=data)))[0]
     opened = await rows.one(
         conn,
         """INSERT INTO waits (session, attempt, id, kind, name, after, timeout_s, state, deadline, opened_line,
-                              opened_seq, item)
+                              opened_seq, item, parts, children)
            VALUES (%s, %s, %s, %s, %s, %s, %s, 'open',
-                   coalesce(%s::timestamptz, now() + make_interval(secs => %s::float8)), %s, %s, %s)
+                   coalesce(%s::timestamptz, now() + make_interval(secs => %s::float8)), %s, %s, %s, %s, %s)
            ON CONFLICT (session, attempt, id) DO UPDATE SET
                kind = excluded.kind, name = excluded.name, after = excluded.after, timeout_s = excluded.timeout_s,
                state = 'open', deadline = excluded.deadline, opened_line = excluded.opened_line,
                opened_seq = excluded.opened_seq, item = excluded.item, opened_at = coalesce(%s, now()),
+               parts = excluded.parts, children = excluded.children, part = %s, outcome = NULL,
                done_line = NULL, done_seq = NULL, given_at = NULL, timed_out = false, number = NULL, payload = NULL
            RETURNING *""",
         (
@@ -221,12 +241,15 @@ async def _open(conn: Conn, row: Row, attempt: int, spec: WaitSpec, former: dict
             spec.name,
             spec.after,
             spec.timeout_s,
-            former["deadline"] if former else None,
+            plan.next if plan is not None else former["deadline"] if former else None,
             spec.timeout_s,
             event.line,
             event.seq,
             former["item"] if former else None,
+            plan.dump() if plan is not None else None,
+            (plan.children or None) if plan is not None else None,
             former["opened_at"] if former else None,
+            former["part"] if former else None,
         ),
     )
     assert opened is not None
@@ -237,14 +260,10 @@ async def _open(conn: Conn, row: Row, attempt: int, spec: WaitSpec, former: dict
 
 async def _try(conn: Conn, row: Row, found: dict[str, Any]) -> bool:
     """Complete an open wait if what it waits for is there, or its time is over."""
+    if found["kind"] in arrivals.KINDS:
+        return await _try_parts(conn, row, found)
     if found["kind"] == "inbox":
-        message = await rows.one(
-            conn,
-            """SELECT i.* FROM rethaw_spans(%s, %s) w
-               JOIN inbox i ON i.session = w.session AND i.seq > w.after AND i.seq <= w.upto
-               WHERE i.number > %s ORDER BY i.number LIMIT 1""",
-            (row.id, row.line, found["after"]),
-        )
+        message = await arrivals.message(conn, row, found["after"])
         if message is not None:
             await _done(
                 conn, row, found, number=message["number"], item=message["id"], payload=bytes(message["payload"])
@@ -254,10 +273,7 @@ async def _try(conn: Conn, row: Row, found: dict[str, Any]) -> bool:
         signal = await _signal_for(conn, row, found)
         if signal is not None:
             seq = await _done(conn, row, found, item=signal["id"], payload=bytes(signal["payload"]))
-            await conn.execute(
-                "INSERT INTO signal_uses (signal, attempt, wait, session, line, seq) VALUES (%s, %s, %s, %s, %s, %s)",
-                (signal["id"], found["attempt"], found["id"], row.id, row.line, seq),
-            )
+            await _use(conn, row, found, signal["id"], seq)
             return True
     deadline: datetime | None = found["deadline"]
     if deadline is not None:
@@ -266,6 +282,78 @@ async def _try(conn: Conn, row: Row, found: dict[str, Any]) -> bool:
             await _done(conn, row, found, timed_out=True)
             return True
     return False
+
+
+async def _try_parts(conn: Conn, row: Row, found: dict[str, Any]) -> bool:
+    """Complete a wait for several things: with the first that came, or once all have come."""
+    plan = arrivals.plan_of(found["parts"])
+    clock = await rows.one(conn, "SELECT clock_timestamp() AS now")
+    assert clock is not None
+    now: datetime = clock["now"]
+    came: list[arrivals.Arrival] = []
+    for index, part in enumerate(plan.parts):
+        deadline = plan.deadlines[index]
+        one: arrivals.Arrival | None = None
+        if part.kind == "signal":
+            one = await _signal_part(conn, row, found, index, str(part.name), part.wait)
+        elif part.kind == "child":
+            one = await arrivals.child(conn, index, str(part.name))
+        elif part.kind == "timer" and deadline is not None and deadline <= now:
+            one = arrivals.Arrival(deadline, index, "timer")
+        elif part.kind == "inbox" and (message := await arrivals.message(conn, row, part.after)) is not None:
+            payload = bytes(message["payload"])
+            one = arrivals.Arrival(
+                message["at"], index, "inbox", number=message["number"], item=message["id"], payload=payload
+            )
+        if one is not None:
+            came.append(one)
+    if found["kind"] == "all":
+        if len(came) == len(plan.parts):
+            await _done(conn, row, found)
+            return True
+    elif (best := arrivals.first(came, plan.until, now, found)) is not None:
+        seq = await _done(
+            conn, row, found, number=best.number, item=best.item, payload=best.payload, of=best
+        )  # fmt: skip
+        if best.kind == "signal" and not best.used:
+            await _use(conn, row, found, str(best.item), seq)
+        return True
+    if plan.until is None or plan.until > now:
+        return False
+    await _done(conn, row, found, timed_out=True)
+    return True
+
+
+async def _signal_part(
+    conn: Conn, row: Row, found: dict[str, Any], index: int, name: str, address: str | None
+) -> arrivals.Arrival | None:
+    """A signal for a wait for several things; through the wait behind its callback address (`address`) if it has one."""
+    own = None if address is None else await _find(conn, row, found["attempt"], address)
+    if own is not None and own["kind"] == "signal" and own["name"] == name:
+        if own["state"] == "open" and await _try(conn, row, own):
+            own = await find(conn, row.id, found["attempt"], own["id"])
+        if own is not None and own["state"] in ("open", "done"):
+            return await arrivals.taken(conn, index, own) if own["state"] == "done" else None
+    signal = await _signal_for(conn, row, {**found, "name": name})
+    if signal is None:
+        return None
+    payload = bytes(signal["payload"])
+    return arrivals.Arrival(signal["at"], index, "signal", item=signal["id"], name=name, payload=payload)
+
+
+async def _find(conn: Conn, row: Row, attempt: int, wait: str) -> dict[str, Any] | None:
+    """The wait, taken over from an ancestor if the session is a fork."""
+    found = await find(conn, row.id, attempt, wait)
+    if found is None and row.forked_from is not None and await inherit(conn, [row.id], attempt, wait):
+        found = await find(conn, row.id, attempt, wait)
+    return found
+
+
+async def _use(conn: Conn, row: Row, found: dict[str, Any], signal: str, seq: int) -> None:
+    await conn.execute(
+        "INSERT INTO signal_uses (signal, attempt, wait, session, line, seq) VALUES (%s, %s, %s, %s, %s, %s)",
+        (signal, found["attempt"], found["id"], row.id, row.line, seq),
+    )
 
 
 async def _signal_for(conn: Conn, row: Row, found: dict[str, Any]) -> dict[str, Any] | None:
@@ -315,15 +403,28 @@ async def _done(
     number: int | None = None,
     item: str | None = None,
     payload: bytes | None = None,
+    of: arrivals.Arrival | None = None,
 ) -> int:
     data: dict[str, Any] = {"kind": found["kind"], "timed_out": timed_out}
     more = {"name": found["name"], "number": number, "item": item}
+    if of is not None:
+        more |= {"part": of.index, "of": of.kind, "name": of.name}
     data |= {k: v for k, v in more.items() if v is not None}
     seq = await _close(conn, row, found, "done", EventType.WAIT_COMPLETED, data)
     await conn.execute(
-        """UPDATE waits SET timed_out = %s, number = %s, item = coalesce(%s, item), payload = %s
+        """UPDATE waits SET timed_out = %s, number = %s, item = coalesce(%s, item), payload = %s, part = %s, outcome = %s
            WHERE session = %s AND attempt = %s AND id = %s""",
-        (timed_out, number, item, payload, row.id, found["attempt"], found["id"]),
+        (
+            timed_out,
+            number,
+            item,
+            payload,
+            None if of is None else of.index,
+            None if of is None or of.outcome is None else json.dumps(of.outcome),
+            row.id,
+            found["attempt"],
+            found["id"],
+        ),
     )
     return seq
 
@@ -355,4 +456,6 @@ async def _state(conn: Conn, row: Row, found: dict[str, Any], addresses: Address
         payload=bytes(found["payload"]) if done and found["payload"] is not None else None,
         url=url,
         deadline=found["deadline"],
+        part=found["part"] if done and not found["timed_out"] else None,
+        outcome=json.loads(found["outcome"]) if done and found["outcome"] is not None else None,
     )

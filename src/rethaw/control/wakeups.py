@@ -13,6 +13,8 @@ from rethaw.log.writer import CHANNEL as SESSION_CHANNEL
 
 NODE_CHANNEL = "rethaw_node"  # the payload is the node's id
 TIMER_CHANNEL = "rethaw_timer"  # a deadline that may be the next one; the payload is ANY
+QUEUE_CHANNEL = "rethaw_queue"  # a session may be given a slot or a node by now; the payload is ANY
+SCHEDULE_CHANNEL = "rethaw_schedule"  # a schedule's next time has changed; the payload is ANY
 ANY = "any"
 
 T = TypeVar("T")
@@ -46,4 +48,13 @@ class Transactions:
         return result
 
 
-__all__ = ["ANY", "NODE_CHANNEL", "SESSION_CHANNEL", "TIMER_CHANNEL", "Transactions", "note"]
+__all__ = [
+    "ANY",
+    "NODE_CHANNEL",
+    "QUEUE_CHANNEL",
+    "SCHEDULE_CHANNEL",
+    "SESSION_CHANNEL",
+    "TIMER_CHANNEL",
+    "Transactions",
+    "note",
+]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from rethaw.model.types import CallAsked, Fence
+
 
 class ReleaseGate(Protocol):
     """Holds answers back until they are safe. Implemented by the node's saver; one per life of a session."""
@@ -15,6 +17,14 @@ class ReleaseGate(Protocol):
     async def released(self, exchange: str) -> None:
         """Returns once the first byte of the answer may go to the agent. Asked only for exchanges that were
         `requested` in this life; asked again after each thaw."""
+        ...
+
+
+class Books(Protocol):
+    """Asked before a model call of a session with a budget is sent. Implemented by control."""
+
+    async def admit(self, fence: Fence, call: CallAsked) -> str | None:
+        """None, or why the call is refused. Raises Fenced when the session is ended for it."""
         ...
 
 

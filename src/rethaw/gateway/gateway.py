@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from rethaw.gateway.contracts import Books
 from rethaw.gateway.providers import Providers
 from rethaw.gateway.session import SessionGateway
 from rethaw.gateway.shared import Shared
@@ -13,12 +14,20 @@ from rethaw.model.types import AgentSpec
 
 class Gateway:
     """One per node process. `owner` is the process incarnation that owns its exchanges. `adopt_window_s`: how long an
-    exchange whose client hung up goes on. `batch_ms`: how often response bytes go into the log, at most."""
+    exchange whose client hung up goes on. `batch_ms`: how often response bytes go into the log, at most. `books`: who is
+    asked about budgets."""
 
     def __init__(
-        self, log: LogSink, providers: Providers, owner: str, *, adopt_window_s: float = 120.0, batch_ms: float = 50.0
+        self,
+        log: LogSink,
+        providers: Providers,
+        owner: str,
+        *,
+        adopt_window_s: float = 120.0,
+        batch_ms: float = 50.0,
+        books: Books | None = None,
     ) -> None:
-        self._shared = Shared(log, providers, owner, adopt_window_s, batch_ms)
+        self._shared = Shared(log, providers, owner, adopt_window_s, batch_ms, books)
         self._sessions: dict[str, SessionGateway] = {}
 
     @property

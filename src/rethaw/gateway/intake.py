@@ -18,7 +18,7 @@ from rethaw.model import faults
 from rethaw.model.enums import EventType, ExchangeState
 from rethaw.model.errors import Conflict, NotFound, ProviderError, RethawError
 from rethaw.model.ports import GuestStream
-from rethaw.model.types import Exchange, RequestMeta, ResponseHead
+from rethaw.model.types import CallAsked, Exchange, RequestMeta, ResponseHead
 
 if TYPE_CHECKING:
     from rethaw.gateway.session import Life, SessionGateway
@@ -33,6 +33,7 @@ class Intake:
         self._shared = shared
         self._log = shared.log
         self._session = session
+        self._admitting = asyncio.Lock()
         self._reviving: dict[str, asyncio.Task[Run]] = {}
 
     # ------------------------------------------------------------ step 1: by id
@@ -177,6 +178,19 @@ class Intake:
         return await self._begin(life, meta, body, provider_error)
 
     async def _begin(self, life: Life, meta: RequestMeta, body: bytes, provider_error: ProviderError | None) -> Run:
+        books = self._shared.books
+        if books is None or self._session.agent.budget is None or not meta.model_call:
+            return await self._admitted(life, meta, body, provider_error)
+        async with self._admitting:  # one at a time: each counts those before it
+            call = CallAsked(guest_id=meta.guest_id, digest=meta.digest, model=meta.model)
+            refused = await books.admit(life.fence, call)
+            if refused is not None:
+                meta = meta.model_copy(update={"model_call": False})  # it is not sent, so it waits for no snapshot
+                provider_error = ProviderError(refused, missing="price")
+            return await self._admitted(life, meta, body, provider_error)
+
+    async def _admitted(self, life: Life, meta: RequestMeta, body: bytes, provider_error: ProviderError | None) -> Run:
+        """`provider_error`: the request is recorded, and answered with that here."""
         sink, owner = self._log, self._shared.owner
         faults.point("gateway.request.before_durable")
         x = await sink.begin_exchange(life.fence, meta, body, owner, upstream=provider_error is None)

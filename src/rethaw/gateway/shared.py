@@ -8,6 +8,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from rethaw.gateway.batch import Batcher
+from rethaw.gateway.contracts import Books
 from rethaw.gateway.providers import Providers
 from rethaw.gateway.run import FINAL, Run
 from rethaw.gateway.upstream import Upstream
@@ -18,8 +19,17 @@ log = logging.getLogger("rethaw.gateway")
 
 
 class Shared:
-    def __init__(self, sink: LogSink, providers: Providers, owner: str, adopt_window_s: float, batch_ms: float) -> None:
+    def __init__(
+        self,
+        sink: LogSink,
+        providers: Providers,
+        owner: str,
+        adopt_window_s: float,
+        batch_ms: float,
+        books: Books | None = None,
+    ) -> None:
         self.log = sink
+        self.books = books
         self.providers = providers
         self.owner = owner
         self.adopt_window_s = adopt_window_s

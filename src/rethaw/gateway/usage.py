@@ -129,7 +129,7 @@ def _merge(objects: Sequence[Any]) -> Usage | None:
         ]
         for layer in layers:
             name = layer.get("model")
-            if model is None and isinstance(name, str):
+            if model is None and isinstance(name, str) and name.isprintable():
                 model = name[:200]
             usage = layer.get("usage")
             if isinstance(usage, dict):

@@ -6,13 +6,38 @@ import asyncio
 import inspect
 import json
 import logging
-from typing import Any, AsyncIterator, Callable, Dict, List, Optional, Set, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Dict,
+    List,
+    Literal,
+    Optional,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+    overload,
+)
 
-from rethaw.guest import protocol
+from rethaw.guest import protocol, waiting
+from rethaw.guest.children import AsyncChild, checked, spawn_body
 from rethaw.guest.context import Context
 from rethaw.guest.protocol import Message, Signal
+from rethaw.guest.waiting import Fork, Inbox, Messages, Timer, fork_of
 from rethaw.model.durations import Duration
 from rethaw.model.errors import Unavailable, WaitTimeout
+
+if TYPE_CHECKING:
+    from datetime import datetime, timedelta
+
+    from rethaw.guest.children import P, Spawnable
+    from rethaw.guest.waiting import Came, Thing
+
+R = TypeVar("R")
 
 log = logging.getLogger("rethaw.guest")
 _Pair = Tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -70,6 +95,16 @@ class AsyncContext:
         """A UUID that changes with each restore."""
         return protocol.generation(self._path)
 
+    @property
+    def deadline(self) -> Optional[datetime]:
+        """When the session is ended for taking too long (`max_duration`), in UTC; None: never."""
+        return self._about.deadline
+
+    @property
+    def remaining(self) -> Optional[timedelta]:
+        """How much time is left until `deadline`; None: it has none."""
+        return protocol.left_until(self.deadline)
+
     # ---- messages and signals
 
     async def receive(self, timeout: Optional[Duration] = None) -> Message:
@@ -99,13 +134,59 @@ class AsyncContext:
         wanted = name.name if isinstance(name, Signal) else name
         return protocol.signal_of(await self._call("wait", protocol.wait_body(wanted, timeout)), wanted, timeout)
 
+    async def wait_any(self, *things: Union[Thing, Awaitable[Signal]], timeout: Optional[Duration] = None) -> Came:
+        """Until the first of `things` comes: signals (`ctx.signal(name)`), `ctx.inbox`, `ctx.timer(duration)`, children.
+        Returns it: a Signal with its payload, a Message, the Timer, or the child, which has ended then. The others stay as
+        they are. Raises WaitTimeout."""
+        known = [await thing if inspect.isawaitable(thing) else thing for thing in things]
+        return waiting.came(await self._call("wait_any", waiting.body(known, timeout)), known, timeout)
+
+    async def wait_all(self, *children: AsyncChild[Any], timeout: Optional[Duration] = None) -> List[Any]:
+        """Until all `children` have ended: what they returned, in order, with a ChildFailed in place of the result of one
+        that failed. Raises WaitTimeout."""
+        missing = checked(children)
+        if missing:
+            waiting.all_came(await self._call("wait_any", waiting.body(missing, timeout, every=True)), timeout)
+        for child in missing:
+            await self.wait_any(child)
+        return [child.outcome() for child in children]
+
+    @property
+    def inbox(self) -> Inbox:
+        """The inbox, for `wait_any`."""
+        return Inbox()
+
+    def timer(self, duration: Duration) -> Timer:
+        """A time from the beginning of the wait, for `wait_any`."""
+        return Timer(duration)
+
+    # ---- other sessions
+
+    @overload
+    async def spawn(self, agent: Spawnable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> AsyncChild[R]: ...
+    @overload
+    async def spawn(self, agent: str, /, **kwargs: Any) -> AsyncChild[Any]: ...
+    async def spawn(self, agent: Any, /, *args: Any, **kwargs: Any) -> AsyncChild[Any]:
+        """Start a child: an agent of the same file or package with its arguments, or a deployed one by its name. It begins
+        to run once a snapshot that contains this moment is durable, and is cancelled when this session fails."""
+        ok = json.loads(await self._call("spawn", spawn_body(agent, args, kwargs)))
+        return AsyncChild(self, str(ok["child"]))
+
+    def child(self, id: str) -> AsyncChild[Any]:
+        """A child that this session spawned earlier, by its id."""
+        return AsyncChild(self, id)
+
+    async def fork(self) -> Fork:
+        """Take a snapshot and make a new session from it. Returns in both; `.forked` is true in the new one."""
+        return fork_of(await self._call("fork", b"{}"))
+
     # ---- time, events, snapshots
 
     async def sleep(self, duration: Duration) -> None:
         """Sleep; the session may be suspended meanwhile."""
         await self._call("sleep", protocol.sleep_body(duration))
 
-    async def emit(self, name: str, **data: Any) -> None:
+    async def emit(self, name: str, /, **data: Any) -> None:
         """Add an event to the session's log."""
         await self._call("emit", protocol.emit_body(name, data))
 
@@ -113,8 +194,16 @@ class AsyncContext:
         """Take a snapshot now; returns its id once it is durable. What follows happens after it."""
         return str(json.loads(await self._call("snapshot", b"{}"))["snapshot"])
 
-    async def history(self) -> List[Dict[str, Any]]:
-        """The events of this session so far, oldest first: {seq, type, data, body, at}."""
+    @overload
+    async def history(self, form: Literal["events"] = "events") -> List[Dict[str, Any]]: ...
+    @overload
+    async def history(self, form: Literal["openai", "responses", "anthropic"]) -> Messages: ...
+    async def history(self, form: str = "events") -> List[Dict[str, Any]]:
+        """What happened so far. As "events", oldest first: {seq, type, data, body, at}. As "openai" (Chat Completions),
+        "responses" or "anthropic": the conversation of the newest model call and its answer, ready to be sent to that
+        provider; its system prompt is in `.system` as well."""
+        if form != "events":
+            return await self._conversation(form)
         events: List[Dict[str, Any]] = []
         while True:
             after = int(events[-1]["seq"]) if events else 0
@@ -122,6 +211,15 @@ class AsyncContext:
             events += page["events"]
             if not page.get("more") or not page["events"]:
                 return events
+
+    async def _conversation(self, form: str) -> Messages:
+        messages, exchange = Messages(), None
+        while True:
+            page = json.loads(await self._call("history", protocol.history_body(len(messages), form, exchange)))
+            messages += page["messages"]
+            messages.system, exchange = page["system"], page["exchange"]
+            if not page["more"]:
+                return messages
 
     def on_restore(self, function: Callable[[str], Any]) -> Callable[[str], Any]:
         """Call (and await, when it is a coroutine function) `function(generation)` after each restore. Usable as a

@@ -31,7 +31,25 @@ if TYPE_CHECKING:
 HEADER_LIMIT = 4096
 BODY_LIMIT = 16 << 20
 OPS = frozenset(
-    ("receive", "send", "emit", "signal_url", "wait", "sleep", "snapshot", "history", "result", "consumed", "carried")
+    (
+        "receive",
+        "send",
+        "emit",
+        "signal_url",
+        "wait",
+        "sleep",
+        "snapshot",
+        "history",
+        "result",
+        "consumed",
+        "wait_any",
+        "spawn",
+        "child_send",
+        "child_cancel",
+        "fork",
+        "deadline",
+        "carry",
+    )
 )  # what goes to the node
 READ_SIZE = 65536
 
@@ -95,6 +113,25 @@ def _header(line: bytes) -> Optional[Dict[str, Any]]:
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
     return None
+
+
+def _parts(args: Dict[str, Any]) -> List[Dict[str, Any]]:
+    parts = args.get("parts")
+    if not isinstance(parts, list):
+        return []
+    return [cast("Dict[str, Any]", p) for p in cast("List[Any]", parts) if isinstance(p, dict)]
+
+
+def _later(args: Dict[str, Any], passed: float) -> Dict[str, Any]:
+    """Arguments of a wait that goes on after `passed` seconds."""
+
+    def left(whole: Optional[float]) -> Optional[float]:
+        return None if whole is None else max(0.0, whole - passed)
+
+    rest = dict(args, timeout_s=left(args.get("timeout_s")))
+    if "parts" in args:
+        rest["parts"] = [dict(p, seconds=left(p["seconds"])) if "seconds" in p else p for p in _parts(args)]
+    return rest
 
 
 class Client:
@@ -265,7 +302,7 @@ class Calls:
             now = dumps({"generation": self.info.get("generation")})
             if body not in (now, b""):  # restored between the agent's look at its generation and this call
                 client.push("restore", now)
-        elif op in ("receive", "wait", "signal_url", "sleep"):
+        elif op in ("receive", "wait", "wait_any", "signal_url", "sleep"):
             self._wait(client, op, ref, body)
         elif op == "consumed" or op not in OPS:
             client.answer(ref, error("invalid_input", f"no operation is called {op[:80]!r}"))
@@ -301,20 +338,38 @@ class Calls:
             self._waits[name] = wait
         if op == "receive":
             sent["after"] = self.cursor
+        elif op == "wait_any":
+            sent["parts"] = [self._part(part) for part in _parts(args)]
 
         def answered(answer: bytes) -> None:
             if op == "wait" and isinstance(name, str):
                 self._waits.pop(name, None)
-            if op == "receive" and not self._handed_out(answer):
+            elif op == "wait_any":
+                self._took(_parts(args), answer)
+            if op in ("receive", "wait_any") and not self._handed_out(answer):
                 # another receive took this message meanwhile: ask on, with what is left of the time
-                left = args.get("timeout_s")
-                if left is not None:
-                    left = max(0.0, left - (time.monotonic() - began))
-                self._send_wait(client, op, ref, dict(args, timeout_s=left), time.monotonic())
+                self._send_wait(client, op, ref, _later(args, time.monotonic() - began), time.monotonic())
                 return
             client.answer(ref, answer)
 
         self._call(client, op, call, dumps(sent), answered)
+
+    def _part(self, part: Dict[str, Any]) -> Dict[str, Any]:
+        """One of several things to wait for, with what guestd knows of it."""
+        if part.get("kind") == "inbox":
+            return dict(part, after=self.cursor)
+        address = self._waits.get(str(part.get("name"))) if part.get("kind") == "signal" else None
+        return dict(part, wait=address) if address is not None else part
+
+    def _took(self, parts: List[Dict[str, Any]], answer: bytes) -> None:
+        """The address of a signal that came has had its use."""
+        try:
+            index: object = lean.loads(answer)["ok"]["part"]
+            part = parts[index] if isinstance(index, int) else {}
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return
+        if part.get("kind") == "signal":
+            self._waits.pop(str(part.get("name")), None)
 
     def _handed_out(self, answer: bytes) -> bool:
         """Move the cursor to the message in `answer`, if it holds one. False when that message is taken already."""

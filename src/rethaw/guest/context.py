@@ -7,12 +7,36 @@ import logging
 import os
 import socket
 import threading
-from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Literal,
+    Optional,
+    Tuple,
+    TypeVar,
+    Union,
+    overload,
+)
 
-from rethaw.guest import protocol
+from rethaw.guest import protocol, waiting
+from rethaw.guest.children import Child, checked, spawn_body
 from rethaw.guest.protocol import Message, Signal
+from rethaw.guest.waiting import Fork, Inbox, Messages, Timer, fork_of
 from rethaw.model.durations import Duration
 from rethaw.model.errors import Unavailable, WaitTimeout
+
+if TYPE_CHECKING:
+    from datetime import datetime, timedelta
+
+    from rethaw.guest.children import P, Spawnable
+    from rethaw.guest.waiting import Came, Thing
+
+R = TypeVar("R")
 
 log = logging.getLogger("rethaw.guest")
 
@@ -104,6 +128,16 @@ class Context:
         """A UUID that changes with each restore."""
         return protocol.generation(self._path)
 
+    @property
+    def deadline(self) -> Optional[datetime]:
+        """When the session is ended for taking too long (`max_duration`), in UTC; None: never."""
+        return protocol.deadline_of(self._call("deadline", b"{}"))
+
+    @property
+    def remaining(self) -> Optional[timedelta]:
+        """How much time is left until `deadline`; None: it has none."""
+        return protocol.left_until(self.deadline)
+
     # ---- messages and signals
 
     def receive(self, timeout: Optional[Duration] = None) -> Message:
@@ -133,13 +167,58 @@ class Context:
         wanted = name.name if isinstance(name, Signal) else name
         return protocol.signal_of(self._call("wait", protocol.wait_body(wanted, timeout)), wanted, timeout)
 
+    def wait_any(self, *things: Thing, timeout: Optional[Duration] = None) -> Came:
+        """Until the first of `things` comes: signals (`ctx.signal(name)`), `ctx.inbox`, `ctx.timer(duration)`, children.
+        Returns it: a Signal with its payload, a Message, the Timer, or the child, which has ended then. The others stay as
+        they are. Raises WaitTimeout."""
+        return waiting.came(self._call("wait_any", waiting.body(things, timeout)), things, timeout)
+
+    def wait_all(self, *children: Child[Any], timeout: Optional[Duration] = None) -> List[Any]:
+        """Until all `children` have ended: what they returned, in order, with a ChildFailed in place of the result of one
+        that failed. Raises WaitTimeout."""
+        missing = checked(children)
+        if missing:
+            waiting.all_came(self._call("wait_any", waiting.body(missing, timeout, every=True)), timeout)
+        for child in missing:
+            self.wait_any(child)
+        return [child.outcome() for child in children]
+
+    @property
+    def inbox(self) -> Inbox:
+        """The inbox, for `wait_any`."""
+        return Inbox()
+
+    def timer(self, duration: Duration) -> Timer:
+        """A time from the beginning of the wait, for `wait_any`."""
+        return Timer(duration)
+
+    # ---- other sessions
+
+    @overload
+    def spawn(self, agent: Spawnable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Child[R]: ...
+    @overload
+    def spawn(self, agent: str, /, **kwargs: Any) -> Child[Any]: ...
+    def spawn(self, agent: Any, /, *args: Any, **kwargs: Any) -> Child[Any]:
+        """Start a child: an agent of the same file or package with its arguments, or a deployed one by its name. It begins
+        to run once a snapshot that contains this moment is durable, and is cancelled when this session fails."""
+        ok = json.loads(self._call("spawn", spawn_body(agent, args, kwargs)))
+        return Child(self, str(ok["child"]))
+
+    def child(self, id: str) -> Child[Any]:
+        """A child that this session spawned earlier, by its id."""
+        return Child(self, id)
+
+    def fork(self) -> Fork:
+        """Take a snapshot and make a new session from it. Returns in both; `.forked` is true in the new one."""
+        return fork_of(self._call("fork", b"{}"))
+
     # ---- time, events, snapshots
 
     def sleep(self, duration: Duration) -> None:
         """Sleep; the session may be suspended meanwhile."""
         self._call("sleep", protocol.sleep_body(duration))
 
-    def emit(self, name: str, **data: Any) -> None:
+    def emit(self, name: str, /, **data: Any) -> None:
         """Add an event to the session's log."""
         self._call("emit", protocol.emit_body(name, data))
 
@@ -147,8 +226,16 @@ class Context:
         """Take a snapshot now; returns its id once it is durable. What follows happens after it."""
         return str(json.loads(self._call("snapshot", b"{}"))["snapshot"])
 
-    def history(self) -> List[Dict[str, Any]]:
-        """The events of this session so far, oldest first: {seq, type, data, body, at}."""
+    @overload
+    def history(self, form: Literal["events"] = "events") -> List[Dict[str, Any]]: ...
+    @overload
+    def history(self, form: Literal["openai", "responses", "anthropic"]) -> Messages: ...
+    def history(self, form: str = "events") -> List[Dict[str, Any]]:
+        """What happened so far. As "events", oldest first: {seq, type, data, body, at}. As "openai" (Chat Completions),
+        "responses" or "anthropic": the conversation of the newest model call and its answer, ready to be sent to that
+        provider; its system prompt is in `.system` as well."""
+        if form != "events":
+            return self._conversation(form)
         events: List[Dict[str, Any]] = []
         while True:
             after = int(events[-1]["seq"]) if events else 0
@@ -156,6 +243,15 @@ class Context:
             events += page["events"]
             if not page.get("more") or not page["events"]:
                 return events
+
+    def _conversation(self, form: str) -> Messages:
+        messages, exchange = Messages(), None
+        while True:
+            page = json.loads(self._call("history", protocol.history_body(len(messages), form, exchange)))
+            messages += page["messages"]
+            messages.system, exchange = page["system"], page["exchange"]
+            if not page["more"]:
+                return messages
 
     def on_restore(self, function: Callable[[str], Any]) -> Callable[[str], Any]:
         """Call `function(generation)` after each restore, in a thread of its own. Usable as a decorator."""
@@ -185,6 +281,10 @@ class Context:
     def result(self, value: Any) -> None:
         """What the session's caller gets. The runner of @rethaw.agent functions calls this with their return value."""
         self._call("result", protocol.result_body(value))
+
+    def call(self, op: str, body: bytes) -> bytes:
+        """The JSON text that the node answers to an operation that is no agent's."""
+        return self._call(op, body)
 
     def _about(self) -> Dict[str, Any]:
         if self._info is None:

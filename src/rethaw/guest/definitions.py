@@ -30,6 +30,12 @@ class Agent:
 
         return cls(deployed, {"name": name, "version": version})
 
+    def local(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the plain function with a Context in memory."""
+        from rethaw.guest.local import LocalContext
+
+        return LocalContext().run(self.function, **kwargs)
+
     @property
     def name(self) -> str:
         return str(self.options.get("name") or self.__name__)
@@ -42,6 +48,21 @@ def agent(function: Optional[Callable[..., Any]] = None, /, **options: Any) -> A
         return Agent(f, options)
 
     return make if function is None else make(function)
+
+
+class _Ignored:
+    """What only the caller's machine makes use of."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Retries(_Ignored):
+    pass
+
+
+class Budget(_Ignored):
+    pass
 
 
 class Image:

@@ -15,7 +15,7 @@ from rethaw.channel.payload import embed, split
 from rethaw.guest import protocol
 from rethaw.guest.acontext import AsyncContext
 from rethaw.guest.context import Context
-from rethaw.model.errors import NotFound, Unavailable
+from rethaw.model.errors import NotFound, RethawError, Unavailable
 
 _TIMED_OUT = b'{"timeout":true}'
 
@@ -23,7 +23,15 @@ _TIMED_OUT = b'{"timeout":true}'
 class Memory:
     """What a local session was given and what it did. Payloads are kept as JSON text, as on the wire."""
 
-    def __init__(self, inbox: Iterable[Any], signals: Mapping[str, Any], args: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        inbox: Iterable[Any],
+        signals: Mapping[str, Any],
+        args: Mapping[str, Any],
+        children: Optional[Mapping[str, Any]] = None,
+        messages: Iterable[Dict[str, Any]] = (),
+        forked: bool = False,
+    ) -> None:
         self.inbox: Deque[bytes] = deque(protocol.to_json(payload, "an inbox message") for payload in inbox)
         self.signals = {name: protocol.to_json(payload, f"signal {name!r}") for name, payload in signals.items()}
         self.args = dict(json.loads(protocol.to_json(dict(args), "the arguments")))
@@ -31,6 +39,11 @@ class Memory:
         self.events: List[Dict[str, Any]] = []
         self.slept: List[float] = []
         self.value: Any = None
+        self.children = dict(children or {})
+        self.spawned: List[Dict[str, Any]] = []
+        self.messages = list(messages)
+        self.forked = forked
+        self._ends: Dict[str, Dict[str, Any]] = {}
         self._received = 0
 
     def answer(self, op: str, body: bytes) -> bytes:
@@ -51,12 +64,29 @@ class Memory:
             return self._receive(json.loads(body))
         elif op == "wait":
             return self._wait(json.loads(body))
+        elif op == "wait_any":
+            return self._wait_any(json.loads(body))
+        elif op == "spawn":
+            return json.dumps({"child": self._spawn(json.loads(split(body)[1] or b"{}"))}).encode()
+        elif op in ("child_send", "child_cancel"):
+            fields, raw = split(body)
+            self._note("child.told", {"child": fields["child"], "act": op[6:]}, raw.decode() if raw else None)
+            self._spawned(str(fields["child"]))["sent" if raw else "cancelled"] += [json.loads(raw)] if raw else [True]
+        elif op == "fork":
+            about = {"session": "s_fork", "parent": "s_local", "forked": self.forked}
+            return json.dumps(about).encode()
+        elif op == "deadline":
+            return b'{"deadline":null}'
         elif op == "signal_url":
             return b'{"url":null}'
         elif op == "snapshot":
             return b'{"snapshot":"snap_local"}'
         elif op == "history":
-            after = int(json.loads(body)["after"])
+            asked = json.loads(body)
+            after = int(asked["after"])
+            if "form" in asked:
+                rest = {"system": "", "exchange": None, "more": False}
+                return json.dumps({"messages": self.messages[after:], **rest}).encode()
             return json.dumps({"events": self.events[after:], "more": False}).encode()
         elif op == "info":
             about = {"session": "s_local", "attempt": 1, "args": self.args, "fresh": False, "generation": "local"}
@@ -87,9 +117,76 @@ class Memory:
         self._note("signal.received", {"name": name}, raw.decode())
         return embed({"id": None}, raw)
 
+    def _spawn(self, wanted: Dict[str, Any]) -> str:
+        name, child = str(wanted["agent"]), f"s_child_{len(self.spawned) + 1}"
+        if name not in self.children:
+            raise Unavailable(
+                f"nobody runs the agent {name!r} for a local session", remedy=f"pass children={{{name!r}: ...}}"
+            )
+        given = self.children[name]
+        self.spawned.append({"id": child, "agent": name, "args": wanted["args"], "sent": [], "cancelled": []})
+        self._note("child.spawned", {"child": child, "agent": name})
+        self._ends[child] = _end_of(name, given, wanted["args"])
+        return child
+
+    def _spawned(self, child: str) -> Dict[str, Any]:
+        found = next((one for one in self.spawned if one["id"] == child), None)
+        if found is None:
+            raise NotFound(f"a local session has no child {child!r}", remedy="use what ctx.spawn(...) gave")
+        return found
+
+    def _wait_any(self, wanted: Dict[str, Any]) -> bytes:
+        """The first that was given; a timer only when nothing else was. Children have ended when they begin."""
+        parts: List[Dict[str, Any]] = wanted["parts"]
+        for part in parts:
+            if part["kind"] == "child":
+                self._spawned(part["name"])
+        if wanted.get("all"):
+            return b"{}"
+        for index, part in enumerate(parts):
+            kind = part["kind"]
+            if kind == "inbox" and self.inbox:
+                return _with(self._receive({}), part=index)
+            if kind == "signal" and part["name"] in self.signals:
+                return _with(self._wait(part), part=index)
+            if kind == "child":
+                end = self._ends[part["name"]]
+                return embed({"part": index, "outcome": end["outcome"]}, end["value"])
+        timers = [(part["seconds"], index) for index, part in enumerate(parts) if part["kind"] == "timer"]
+        limit = wanted.get("timeout_s")
+        if timers and (limit is None or min(timers)[0] <= limit):
+            self.slept.append(min(timers)[0])
+            return json.dumps({"part": min(timers)[1]}).encode()
+        if limit is not None:
+            return _TIMED_OUT
+        raise Unavailable("nothing that is waited for will come to a local session", remedy="pass inbox=, signals=")
+
     def _note(self, type: str, data: Dict[str, Any], body: Optional[str] = None) -> None:
         at = datetime.now(timezone.utc).isoformat()
         self.events.append({"seq": len(self.events) + 1, "type": type, "data": data, "body": body, "at": at})
+
+
+def _with(ok: bytes, **more: Any) -> bytes:
+    fields, raw = split(ok)
+    return embed({**fields, **more}, raw if raw is not None else b"null")
+
+
+def _end_of(name: str, given: Any, args: Dict[str, Any]) -> Dict[str, Any]:
+    """How a child ends: with what was given for it; by running that, if it can be."""
+    state, detail, value = "completed", None, given
+    try:
+        if isinstance(given, Exception):
+            raise given
+        if callable(getattr(given, "function", None)):
+            value = LocalContext().run(given, **args)
+        elif callable(given):
+            value = given(**args)
+    except RethawError as error:
+        state, detail, value = "failed", str(error), None
+    except Exception as error:
+        state, detail, value = "failed", f"{type(error).__name__}: {error}", None
+    outcome = {"state": state, "reason": "none" if detail is None else "exited", "detail": detail}
+    return {"outcome": outcome, "value": protocol.to_json(value, f"the result of {name!r}")}
 
 
 class _Local:
@@ -101,9 +198,12 @@ class _Local:
         inbox: Iterable[Any] = (),
         signals: Optional[Mapping[str, Any]] = None,
         args: Optional[Mapping[str, Any]] = None,
+        children: Optional[Mapping[str, Any]] = None,
+        messages: Iterable[Dict[str, Any]] = (),
+        forked: bool = False,
     ) -> None:
         super().__init__("/nowhere")  # pyright: ignore[reportCallIssue] - a Context's path, which nobody opens
-        self._memory = Memory(inbox, signals or {}, args or {})
+        self._memory = Memory(inbox, signals or {}, args or {}, children, messages, forked)
 
     @property
     def session(self) -> str:
@@ -136,6 +236,15 @@ class _Local:
         return self._memory.events
 
     @property
+    def spawned(self) -> List[Dict[str, Any]]:
+        """Each child that was spawned: {id, agent, args, sent, cancelled}."""
+        return self._memory.spawned
+
+    @property
+    def deadline(self) -> Optional[datetime]:
+        return None
+
+    @property
     def slept(self) -> List[float]:
         """Seconds that each `sleep` asked for."""
         return self._memory.slept
@@ -155,6 +264,8 @@ class LocalContext(_Local, Context):
 
     `inbox`: messages that `receive` gives, in order. `signals`: payloads by name, each for one `wait`. `args`: what
     `ctx.args` is. `outbox`, `events` and `slept` (seconds of each sleep, none of which is slept) tell what the agent did.
+    `children`: by the name of an agent what its children return: a value, an exception that they fail with, or a function or
+    an agent, which is called. `messages`: what `history` gives in a provider's form. `forked`: what `fork` says.
     For what was not given, a wait with a timeout raises WaitTimeout at once, one without Unavailable.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import datetime, timedelta, timezone
 from typing import Any, Dict, List, NoReturn, Optional, Tuple, cast
 
 from rethaw.channel.payload import embed, split
@@ -12,6 +13,7 @@ from rethaw.model.errors import InvalidInput, RethawError, TooLarge, Unavailable
 
 SOCKET = "/run/rethaw/context.sock"
 START = "rethaw.start"  # the signal by which a session that was forked from a template gets its arguments
+NO_RETRY = "rethaw.no_retry"  # name of the event that says: trying again is of no use
 AUTO = "auto."  # begins the names of templates that are made by themselves
 MESSAGE_LIMIT = 1 << 20  # MESSAGE_LIMIT of rethaw.model.types, which needs more than the standard library
 
@@ -79,12 +81,17 @@ def started(history: List[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
 def begun(args: Any) -> Dict[str, Any]:
     """The arguments of a session that goes on from a template. Its forks share the state of `random`: no longer."""
     global told
+    own_random()
+    told = dict(args or {})
+    return dict(told)
+
+
+def own_random() -> None:
+    """A fork goes on with random numbers of its own."""
     import sys
 
     if "random" in sys.modules:
         sys.modules["random"].seed()
-    told = dict(args or {})
-    return dict(told)
 
 
 def socket_path(path: Optional[str] = None) -> str:
@@ -131,13 +138,18 @@ def to_json(value: Any, what: str) -> bytes:
 
 
 def payload_body(payload: Any) -> bytes:
+    return embed({}, checked_payload(payload))
+
+
+def checked_payload(payload: Any) -> bytes:
+    """JSON text of a payload. Raises InvalidInput, TooLarge."""
     raw = to_json(payload, "the payload")
     if len(raw) > MESSAGE_LIMIT:
         raise TooLarge(
             f"the payload has {len(raw)} bytes of JSON, at most {MESSAGE_LIMIT} are allowed",
             remedy="put it into a file and send its path",
         )
-    return embed({}, raw)
+    return raw
 
 
 def emit_body(name: str, data: Dict[str, Any]) -> bytes:
@@ -164,8 +176,22 @@ def sleep_body(duration: Duration) -> bytes:
     return to_json({"seconds": seconds(duration)}, "the duration")
 
 
-def history_body(after: int) -> bytes:
-    return to_json({"after": after}, "after")
+FORMS = ("events", "openai", "responses", "anthropic")
+
+
+def history_body(after: int, form: str = "events", exchange: Optional[str] = None) -> bytes:
+    if form not in FORMS:
+        raise InvalidInput(f"{form!r} is no form of the history", remedy=f"use one of {', '.join(FORMS)}")
+    return to_json({"after": after, **({} if form == "events" else {"form": form, "exchange": exchange})}, "after")
+
+
+def deadline_of(ok: bytes) -> Optional[datetime]:
+    at = json.loads(ok)["deadline"]
+    return None if at is None else datetime.fromisoformat(at).astimezone(timezone.utc)
+
+
+def left_until(deadline: Optional[datetime]) -> Optional[timedelta]:
+    return None if deadline is None else max(deadline - datetime.now(timezone.utc), timedelta(0))
 
 
 def answer_of(body: bytes) -> bytes:

@@ -19,7 +19,7 @@ from rethaw.guest import protocol
 from rethaw.guest.acontext import AsyncContext
 from rethaw.guest.context import Context
 from rethaw.guest.definitions import Agent
-from rethaw.model.errors import InvalidInput, NotFound, RethawError
+from rethaw.model.errors import InvalidInput, NoRetry, NotFound, RethawError
 
 
 def load(entry: str, directory: Path) -> Callable[..., Any]:
@@ -34,7 +34,8 @@ def load(entry: str, directory: Path) -> Callable[..., Any]:
         raise InvalidInput(f"{path} is not a Python file", remedy="its name has to end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.parent))
+    for place in {str(directory): None, str(path.parent): None}:
+        sys.path.insert(0, place)
     spec.loader.exec_module(module)
     everything = vars(module)
     agents = {key: value for key, value in everything.items() if isinstance(value, Agent)}
@@ -96,11 +97,20 @@ def main() -> int:
     except RethawError as error:
         traceback.print_exc()
         print(f"rethaw: {error}", file=sys.stderr)
+        if isinstance(error, NoRetry):
+            _say_no_retry(error)
         return 1
     except Exception:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _say_no_retry(error: NoRetry) -> None:
+    try:
+        Context().emit(protocol.NO_RETRY, error=str(error)[:1000])
+    except Exception:
+        traceback.print_exc()  # then it is tried again
 
 
 if __name__ == "__main__":

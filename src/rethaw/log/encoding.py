@@ -132,6 +132,11 @@ def _walk(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
+def exchange_key(guest_id: str, digest: str) -> str:
+    """Key of the event of a request that the guest numbered itself."""
+    return f"{OWN_KEY}x:{guest_id}:{digest}"
+
+
 def check_key(key: str | None) -> str | None:
     """`key`, when callers may use it. Raises InvalidInput."""
     if key is not None and (not key or len(key) > _KEY_LIMIT or key.startswith(OWN_KEY) or not _storable(key)):

@@ -189,7 +189,7 @@ class Log:
         if len(body) > EXCHANGE_LIMIT:
             raise TooLarge(f"a request of {len(body)} bytes", remedy=f"the limit is {EXCHANGE_LIMIT}")
         ident = new_id("x")
-        key = f"{encoding.OWN_KEY}x:{meta.guest_id}:{meta.digest}" if meta.guest_id else f"{encoding.OWN_KEY}x:{ident}"
+        key = encoding.exchange_key(meta.guest_id, meta.digest) if meta.guest_id else f"{encoding.OWN_KEY}x:{ident}"
         data: dict[str, Any] = {
             "exchange": ident, "provider": meta.provider, "method": meta.method, "path": meta.path,
             "request_bytes": len(body), "guest_id": meta.guest_id,

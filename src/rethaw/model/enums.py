@@ -66,6 +66,9 @@ class Reason(StrEnum):
     FORKED = "forked"  # a new session from another one's snapshot
     REWOUND = "rewound"  # a person took it back to an older snapshot
     UPGRADED = "upgraded"  # a person gave it another version of its agent
+    EXPIRED = "expired"  # it had not started when its ttl was over
+    RETRY = "retry"  # its program failed; a new attempt begins
+    BUDGET_EXCEEDED = "budget_exceeded"  # it has spent what it may
 
 
 class Durability(StrEnum):
@@ -114,6 +117,8 @@ class EventType(StrEnum):
     MESSAGE_CONSUMED = "message.consumed"  # cursor moved {number}
     MESSAGE_SENT = "message.sent"  # outbox, provisional until a snapshot holds it {message, number}; body: payload
     MESSAGE_PUBLISHED = "message.published"  # {message}: visible outside
+    CHILD_SPAWNED = "child.spawned"  # created once a snapshot holds it {child, agent}; body: {agent, args}
+    CHILD_TOLD = "child.told"  # a message to it or its cancelling {child, act, id}; body: payload
     WAIT_OPENED = "wait.opened"
     WAIT_COMPLETED = "wait.completed"
     WAIT_CANCELLED = "wait.cancelled"
@@ -127,3 +132,7 @@ class EventType(StrEnum):
     DURABILITY_DEGRADED = "durability.degraded"
     DURABILITY_RESTORED = "durability.restored"
     CHANNEL_MALFORMED = "channel.malformed"
+    RETRY_SCHEDULED = "retry.scheduled"  # {attempt, of, after, at, delay_s, cursor}: a new attempt begins
+    BUDGET_WARNING = "budget.warning"  # {what, used, limit}: 80 % of it are used, or tokens cannot be counted
+    BUDGET_EXCEEDED = "budget.exceeded"  # {what, used, limit, calls}: the session is stopped
+    BUDGET_CHANGED = "budget.changed"  # {budget}: a person gave the session another one

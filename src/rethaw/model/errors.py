@@ -176,6 +176,18 @@ class SessionFailed(RethawError):
     code, status, exit_code = "session_failed", 409, 1
 
 
+class ChildFailed(SessionFailed):
+    """A child ended without a result. `details` has its id as `child`, and `state`, `reason` and `detail`."""
+
+    code = "child_failed"
+
+
+class NoRetry(RethawError):
+    """Raised by an agent: it has failed, and trying again would not help. Its retries are not used."""
+
+    code, status, exit_code = "no_retry", 409, 1
+
+
 def by_code(code: str) -> type:
     """The error class that carries `code`; `RethawError` itself for an unknown one."""
     stack = [RethawError]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rethaw.model.enums import Durability, EventType, ExchangeState, Reason
 from rethaw.model.types import (
+    AgentFork,
     AgentSpec,
     Assignment,
+    CallAsked,
     Chunk,
     Event,
     Exchange,
@@ -193,12 +195,47 @@ class ControlPlane(Protocol):
 
     async def cancel_wait(self, fence: Fence, attempt: int, wait: str) -> None: ...
 
+    async def spawn(self, fence: Fence, attempt: int, call: str, agent: str, args: dict[str, Any]) -> str:
+        """A child of the session, by the name of an agent; its id. It begins to exist once a snapshot that contains this
+        moment is durable. Raises NotFound, InvalidInput."""
+        ...
+
+    async def tell_child(
+        self,
+        fence: Fence,
+        attempt: int,
+        call: str,
+        child: str,
+        act: Literal["message", "cancel"],
+        payload: bytes | None,
+    ) -> None:
+        """Send to a child, or cancel it; done like `spawn` once a snapshot holds it. Raises NotFound."""
+        ...
+
+    async def forked(self, fence: Fence, attempt: int, call: str) -> AgentFork | None:
+        """What became of the call by which an agent forks itself; None: nothing yet."""
+        ...
+
+    async def fork_self(self, fence: Fence, attempt: int, call: str, snapshot: str) -> AgentFork:
+        """Fork the session from `snapshot`, which has the call open. Once for each call on the path."""
+        ...
+
     async def consume(self, fence: Fence, attempt: int, number: int) -> None:
         """The guest's inbox cursor moved to `number`: event message.consumed."""
         ...
 
     async def agent_of(self, session: str, attempt: int) -> AgentSpec:
         """What that attempt of the session runs or ran. Raises NotFound."""
+        ...
+
+    async def admit(self, fence: Fence, call: CallAsked) -> str | None:
+        """Asked before a model call of a session with a budget goes upstream: None, or why it is refused. Raises Fenced
+        when the session's budget is used up: it is ended."""
+        ...
+
+    async def publish(self, fence: Fence, sent: NewEvent) -> Event:
+        """Append a message.sent and make it visible outside at once, whatever a crash may take back (durability
+        "relaxed")."""
         ...
 
     async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:

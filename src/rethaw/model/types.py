@@ -35,6 +35,49 @@ class ImageSpec(Wire):
 EngineName = Literal["gvisor", "qemu"]
 
 
+def _empty(value: dict[str, Any]) -> bool:
+    return not value
+
+
+class RetrySpec(Wire):
+    """What follows when an agent's program fails: `max` new attempts, the first after `delay_s`, each later one `factor`
+    times later than the one before, none later than `max_delay_s`."""
+
+    max: int = 3
+    delay_s: float = 1.0
+    factor: float = 2.0
+    max_delay_s: float = 300.0
+    jitter: bool = True  # up to a quarter more or less
+    not_on: tuple[int, ...] = ()  # exit statuses that are not tried again
+    files: Literal["fresh", "keep"] = "fresh"  # keep: a new attempt begins with the files of the last snapshot
+
+
+class BudgetSpec(Wire):
+    """What a session may spend, over all of its lines and attempts. None: as much as it likes."""
+
+    tokens: int | None = None  # input and output together
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    money: str | None = None  # a decimal number, in the currency of the price table
+    model_calls: int | None = None
+    wall_s: float | None = None  # that its agent runs; suspended, queued and recovering it costs nothing
+
+
+class Spent(Wire):
+    """What a session has spent so far, in the measures of BudgetSpec. `uncounted`: calls answered without token counts.
+    `unpriced`: a model that the price table does not know."""
+
+    tokens: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    money: str | None = None  # None: no price table, or not every model is in it
+    model_calls: int = 0
+    wall_s: float = 0.0  # counted for sessions with a budget only
+    uncounted: int = 0
+    unpriced: str | None = None
+
+
 class AgentSpec(Wire):
     """An agent's definition. `code` is the digest of a tar.gz of files that appear under /app."""
 
@@ -57,6 +100,9 @@ class AgentSpec(Wire):
     keep_bytes: int = 5 * 1024 * MIB  # ... as long as they add up to no more than this; needed and pinned ones always
     engine: EngineName | None = None  # None: the node's default
     template: Literal["none", "auto"] = "none"  # auto: the first start of it makes a template, later ones begin there
+    agents: dict[str, AgentSpec] = Field(default_factory=dict[str, "AgentSpec"], exclude_if=_empty)  # what it may spawn
+    retries: RetrySpec | None = None  # None: a program that fails ends its session
+    budget: BudgetSpec | None = None
 
 
 # ---------------------------------------------------------------- the log
@@ -119,6 +165,14 @@ class RequestMeta(Wire):
     model_call: bool  # a generation endpoint
     model: str | None = None
     guest_id: str  # the guest's own id of the call, "<attempt>.<counter>": breaks ties only
+
+
+class CallAsked(Wire):
+    """A model call that is about to be sent, as far as a budget asks about it."""
+
+    guest_id: str
+    digest: str
+    model: str | None = None
 
 
 class ResponseHead(Wire):
@@ -229,8 +283,87 @@ class SessionView(Wire):
     crashes: int = 0
     forked_from: str | None = None  # the session whose log is this one's up to `forked_seq`
     forked_seq: int | None = None
+    parent: str | None = None  # the session whose agent spawned it
+    deadline: datetime | None = None  # it is ended then (max_duration)
+    queue: str = "default"
+    priority: int = 0
+    concurrency_key: str | None = None
+    tags: tuple[str, ...] = ()
+    not_before: datetime | None = None  # of a delay
+    expires_at: datetime | None = None  # fails if it has not started by then
+    retry_at: datetime | None = None  # queued: when the next attempt begins
     version: int | None = None  # of its agent, as counted by the agent's name
     version_digest: str | None = None  # hex
+
+
+class StartOptions(Wire):
+    """How a session is started, apart from what runs. Checked by `rethaw.model.starting`."""
+
+    queue: str = "default"
+    priority: int = 0  # higher ones first, then older ones
+    delay_s: float | None = None  # from now until it may start
+    ttl_s: float | None = None  # from when it may start until it must have
+    concurrency_key: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class Queue(Wire):
+    """A queue. Limits: None is none. `suspended`: whether suspended sessions "count" towards them, or are "free" and
+    wait for a slot to be resumed. `running`: sessions that have a slot; `waiting`: that want one now; `delayed`: later."""
+
+    name: str
+    limit: int | None = None
+    key_limit: int | None = None
+    paused: bool = False
+    suspended: Literal["count", "free"] = "count"
+    running: int = 0
+    waiting: int = 0
+    delayed: int = 0
+    next: tuple[str, ...] = ()  # the first of those that wait, in their order
+
+
+class Firing(Wire):
+    """What became of one time of a schedule."""
+
+    due: datetime
+    what: Literal["started", "triggered", "skipped", "missed", "failed"]
+    session: str | None = None
+    detail: str | None = None
+
+
+class ScheduleSpec(Wire):
+    """What a schedule starts and when: `cron` in time zone `tz`, or every `every_s` seconds. Checked by control.
+
+    `catch_up`: of times that passed while no server ran, start the "latest", "all" or "none". `overlap`: "allow", or
+    "skip" a time while a session of an earlier one goes on."""
+
+    agent: AgentSpec
+    args: dict[str, Any] = Field(default_factory=dict[str, Any])
+    options: StartOptions = StartOptions()
+    cron: str | None = None
+    tz: str = "UTC"
+    every_s: float | None = None
+    catch_up: Literal["latest", "none", "all"] = "latest"
+    overlap: Literal["allow", "skip"] = "allow"
+
+
+class Schedule(ScheduleSpec):
+    """A schedule as it stands. `next_at` is where it would go on if it is paused. `firings`: the newest first."""
+
+    name: str
+    paused: bool
+    next_at: datetime
+    created_at: datetime
+    firings: tuple[Firing, ...] = ()
+
+
+class Attempt(Wire):
+    """One life of the process tree. `how` it ended: "exit code 1", "signal 9", ...; None: it goes on."""
+
+    attempt: int
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    how: str | None = None
 
 
 class Template(Wire):
@@ -241,6 +374,14 @@ class Template(Wire):
     snapshot: str | None = None
     ready_by: str | None = None
     created_at: datetime
+
+
+class AgentFork(Wire):
+    """What a fork that an agent made of itself is told: `forked` in the new session, not in the one it came from."""
+
+    session: str  # the new one
+    parent: str
+    forked: bool
 
 
 class Boot(Wire):
@@ -262,23 +403,36 @@ class Assignment(Wire):
     agent: AgentSpec
     boot: Boot | None = None  # with start
     snapshot: SnapshotInfo | None = None  # with restore
-    carry: SnapshotInfo | None = None  # whose files the attempt begins with
+    files: SnapshotInfo | None = None  # the attempt begins, or began, with the files of this one
     branch: int | None = None  # of a fork, or after a rewind: what is at or before this seq is of the past
     reason: Reason = Reason.NONE
     revision: int  # grows with each new assignment to this node
+
+
+class WaitPart(Wire):
+    """One of the things that a wait of kind "any" or "all" is for. kind "signal": `name`, and as `wait` the id of the wait
+    whose address was given out, if any. kind "child": `name` is the session's id."""
+
+    kind: Literal["inbox", "signal", "timer", "child"]
+    name: str | None = None
+    wait: str | None = None
+    after: int = 0
+    timeout_s: float | None = None
 
 
 class WaitSpec(Wire):
     """A wait that the guest opened. `id` is counted in guest memory and scoped by attempt ("2.17").
 
     Repeated with equal kind, name and timeout it keeps its first deadline; with others the old one is cancelled.
-    kind "inbox": `after` is the guest's cursor. kind "timer": `timeout_s` is the time. kind "signal": `name`."""
+    kind "inbox": `after` is the guest's cursor. kind "timer": `timeout_s` is the time. kind "signal": `name`.
+    kind "any": until the first of `parts`, "all": until each of them (children only)."""
 
     id: str
-    kind: Literal["inbox", "signal", "timer"]
+    kind: Literal["inbox", "signal", "timer", "any", "all"]
     name: str | None = None
     after: int = 0
     timeout_s: float | None = None
+    parts: tuple[WaitPart, ...] = ()
 
 
 class WaitState(Wire):
@@ -293,6 +447,8 @@ class WaitState(Wire):
     payload: bytes | None = None
     url: str | None = None  # one-time callback address of a signal wait
     deadline: datetime | None = None
+    part: int | None = None  # kind "any": which of its parts came
+    outcome: dict[str, Any] | None = None  # of a child: {state, reason, detail}; its result is `payload`
 
 
 class Message(Wire):

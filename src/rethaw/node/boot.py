@@ -9,7 +9,11 @@ from rethaw.model.types import Assignment, Boot
 
 GATEWAY = "http://127.0.0.1:8484"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-CARRIED = ("/usr/bin/python3", "-I", "-S", "/.rethaw/lib/rethaw/guest/carried.py")
+# Without what the agent's environment says of Python.
+CARRY = (
+    "/usr/bin/python3", "-I", "-S", "-c",
+    "import sys; sys.path.insert(0, '/.rethaw/lib'); from rethaw.guest import carry; carry.main()",
+)  # fmt: skip
 RUNNER = ("/usr/bin/python3", "-m", "rethaw.guest.runner")
 
 
@@ -36,8 +40,8 @@ def guest_env(a: Assignment, providers: Iterable[str]) -> dict[str, str]:
 def start_config(a: Assignment, providers: Iterable[str]) -> dict[str, Any]:
     """The `start` control message."""
     command = [*RUNNER, a.agent.entry] if a.agent.entry else list(a.agent.command)
-    if a.carry is not None:
-        command = [*CARRIED, *command]
+    if a.files is not None:
+        command = [*CARRY, *command]
     boot = a.boot or Boot(args={}, cursor=0, fresh=False)
     return {
         "command": command,

@@ -7,7 +7,6 @@ same call: every operation here is idempotent by it.
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import logging
 import time
@@ -16,17 +15,18 @@ from typing import Any, Protocol
 
 from rethaw.channel.payload import embed, split
 from rethaw.model.enums import EventType
-from rethaw.model.errors import Fenced, InvalidInput, RethawError, StorageFull, TooLarge, Unavailable
+from rethaw.model.errors import InvalidInput, NotFound, RethawError, TooLarge
 from rethaw.model.ids import new_id
 from rethaw.model.ports import GuestStream
-from rethaw.model.types import MESSAGE_LIMIT, Boot, Event, Fence, NewEvent, WaitSpec, WaitState
-from rethaw.node.carry import Carry
+from rethaw.model.types import MESSAGE_LIMIT, AgentFork, Boot, Event, Fence, NewEvent, WaitPart, WaitSpec, WaitState
+from rethaw.node import history
+from rethaw.node.carry import Carried
 from rethaw.node.parts import Parts
 from rethaw.node.saver import Saver
 
 log = logging.getLogger("rethaw.node")
 _BODY_LIMIT = MESSAGE_LIMIT + 64 * 1024  # payload plus the call around it
-_WAITS = {"receive", "wait", "sleep"}
+_WAITS = {"receive", "wait", "wait_any", "sleep"}
 _PAYLOADS = {"emit": "data", "result": "value"}  # the member whose exact text is kept; "payload" elsewhere
 _RAW = "\0raw"  # where that text stands in a parsed call; only ours is of type bytes
 
@@ -39,6 +39,8 @@ class Owner(Protocol):
     def active(self) -> None: ...
 
     def waits_changed(self) -> None: ...
+
+    def attend(self) -> None: ...
 
 
 Body = dict[str, Any]
@@ -54,11 +56,12 @@ class Calls:
         self._boot = boot
         self._saver = saver
         self._owner = owner
+        self.carried: Carried | None = None  # files that this attempt begins with
         self._snapshots: dict[str, asyncio.Future[str]] = {}
+        self._forks: dict[str, asyncio.Future[AgentFork]] = {}
         self._saved: dict[str, str] = {}
         self.waiting: dict[str, float] = {}
         self._wait_ids: dict[str, str] = {}
-        self.carry: Carry | None = None  # files that the attempt begins with
         self._ops: dict[str, Callable[[str, Body], Awaitable[Any]]] = {
             "info": self._info,
             "receive": self._receive,
@@ -66,13 +69,19 @@ class Calls:
             "send": self._send,
             "emit": self._emit,
             "wait": self._wait,
+            "wait_any": self._wait_any,
+            "spawn": self._spawn,
+            "child_send": self._child_send,
+            "child_cancel": self._child_cancel,
+            "fork": self._fork,
+            "deadline": self._deadline,
             "signal_url": self._signal_url,
             "sleep": self._sleep,
             "snapshot": self._snapshot,
             "history": self._history,
             "result": self._result,
             "exit": self._exit,
-            "carried": self._carried,
+            "carry": self._carry,
         }
 
     async def handle(self, stream: GuestStream) -> None:
@@ -161,10 +170,11 @@ class Calls:
         return (await self._parts.log.append(self._fence, [event]))[0]
 
     async def _send(self, call: str, body: Body) -> Any:
-        payload = _payload(body)
-        event = await self._append(
-            NewEvent(type=EventType.MESSAGE_SENT, data={"message": new_id("m")}, body=payload, key=f"send:{call}")
-        )
+        data = {"message": new_id("m")}
+        sent = NewEvent(type=EventType.MESSAGE_SENT, data=data, body=_payload(body), key=f"send:{call}")
+        if self._saver.relaxed:
+            return {"message": (await self._parts.control.publish(self._fence, sent)).data["message"]}
+        event = await self._append(sent)
         self._saver.ask("outbox")
         return {"message": event.data["message"]}
 
@@ -187,7 +197,13 @@ class Calls:
         await self._parts.control.consume(self._fence, self._attempt, int(body["number"]))
         return {}
 
+    async def _deadline(self, call: str, body: Body) -> Any:
+        at = (await self._parts.control.session(self._fence.session)).deadline
+        return {"deadline": None if at is None else at.isoformat()}
+
     async def _history(self, call: str, body: Body) -> Any:
+        if body.get("form") is not None:
+            return await history.page(self._parts.log, self._fence, body)
         after, limit = int(body.get("after", 0)), min(int(body.get("limit", 200)), 500)
         events = await self._parts.log.read(self._fence.session, after=after, limit=limit)
         return {
@@ -222,22 +238,41 @@ class Calls:
     async def _save(self) -> str:
         return (await self._saver.save("requested")).id
 
-    async def _carried(self, call: str, body: Body) -> Any:
-        """Files of a former life; see node.carry."""
-        if self.carry is None:
-            raise InvalidInput("this attempt begins with no files of another one")
-        if body.get("done"):
-            await self.carry.close()
-            return {}
-        try:
-            data, end = await self.carry.read(int(body["offset"]))
-        except (StorageFull, Unavailable) as error:
-            raise Unavailable(str(error)) from error  # not the snapshot's fault: asked again
-        except (RethawError, OSError) as error:
-            log.warning("session %s: files of snapshot %s: %s", self._fence.session, self.carry.info.id, error)
-            await self._parts.control.report_unusable(self._fence, self.carry.info.id, str(error))
-            raise Fenced("the attempt begins again without these files") from error
-        return {"data": base64.b64encode(data).decode(), "end": end}
+    # ------------------------------------------------------------ other sessions
+
+    async def _spawn(self, call: str, body: Body) -> Any:
+        wanted = json.loads(_payload(body))
+        child = await self._parts.control.spawn(
+            self._fence, self._attempt, call, str(wanted["agent"]), dict(wanted["args"])
+        )
+        self._saver.ask("spawn")
+        return {"child": child}
+
+    async def _child_send(self, call: str, body: Body) -> Any:
+        payload = _payload(body)
+        await self._parts.control.tell_child(self._fence, self._attempt, call, str(body["child"]), "message", payload)
+        self._saver.ask("child")
+        return {}
+
+    async def _child_cancel(self, call: str, body: Body) -> Any:
+        await self._parts.control.tell_child(self._fence, self._attempt, call, str(body["child"]), "cancel", None)
+        self._saver.ask("child")
+        return {}
+
+    async def _fork(self, call: str, body: Body) -> Any:
+        made = self._forks.get(call)
+        if made is None or (made.done() and (made.cancelled() or made.exception() is not None)):
+            # As with `_snapshot`: the save cancels this handler. The call is open in the snapshot, so both sides ask again.
+            made = self._forks[call] = asyncio.ensure_future(self._fork_self(call))
+        return (await asyncio.shield(made)).model_dump()
+
+    async def _fork_self(self, call: str) -> AgentFork:
+        control = self._parts.control
+        known = await control.forked(self._fence, self._attempt, call)
+        if known is not None:
+            return known
+        snapshot = self._saved.get(call) or (await self._saver.save("fork")).id
+        return await control.fork_self(self._fence, self._attempt, call, snapshot)
 
     # ------------------------------------------------------------ waits
 
@@ -246,6 +281,7 @@ class Calls:
         state = await control.open_wait(self._fence, self._attempt, spec)
         while not state.done:
             state = await control.poll_wait(self._fence, self._attempt, spec.id, self._parts.timing.poll)
+        self._owner.attend()
         return state
 
     async def _receive(self, call: str, body: Body) -> Any:
@@ -260,6 +296,12 @@ class Calls:
         )
         return _arrived(state)
 
+    async def _wait_any(self, call: str, body: Body) -> Any:
+        parts = tuple(_part(part) for part in body["parts"])
+        kind = "all" if body.get("all") else "any"
+        state = await self._until(WaitSpec(id=_wait_id(call, body), kind=kind, parts=parts, timeout_s=_seconds(body)))
+        return _arrived(state)
+
     async def _sleep(self, call: str, body: Body) -> Any:
         spec = WaitSpec(id=_wait_id(call, body), kind="timer", timeout_s=float(body["seconds"]))
         await self._until(spec)
@@ -270,6 +312,11 @@ class Calls:
         state = await self._parts.control.open_wait(self._fence, self._attempt, spec)
         return {"url": state.url}
 
+    async def _carry(self, call: str, body: Body) -> Any:
+        if self.carried is None:
+            raise NotFound("this attempt begins with the files of its image")
+        return await self.carried.chunk(int(body["offset"]))
+
     async def _exit(self, call: str, body: Body) -> Any:
         code, signal = body.get("code"), body.get("signal")
         detail = body.get("error")
@@ -279,6 +326,17 @@ class Calls:
             str(detail) if detail else None,
         )
         return {}
+
+
+def _part(body: Body) -> WaitPart:
+    seconds = body.get("seconds")
+    return WaitPart(
+        kind=body["kind"],
+        name=body.get("name"),
+        wait=body.get("wait"),
+        after=int(body.get("after") or 0),
+        timeout_s=None if seconds is None else float(seconds),
+    )
 
 
 def _wait_id(call: str, body: Body) -> str:
@@ -299,5 +357,7 @@ def _payload(body: Body) -> bytes:
 def _arrived(state: WaitState) -> Any:
     if state.timed_out:
         return {"timeout": True}
-    fields = {"number": state.number, "id": state.item, "name": state.name}
+    fields: Body = {"number": state.number, "id": state.item, "name": state.name}
+    if state.part is not None:
+        fields |= {"part": state.part, "outcome": state.outcome}
     return embed(fields, state.payload if state.payload is not None else b"null")

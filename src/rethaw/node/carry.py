@@ -1,122 +1,130 @@
-"""The files of a snapshot for a fresh boot: what the agent had changed, under the same paths.
+"""Files of a snapshot for a process that begins anew: what the snapshot has on top of its image, as a tar file.
 
-They are read in a throwaway restore of the snapshot, as one tar, when the new sandbox first asks. It asks before its program
-starts (rethaw.guest.carried), with Context calls, so that an engine need not be able to write into a sandbox.
-
-Left out: what came with the image and is as it was, the kernel's and guestd's own, the machine's name, sockets and pipes,
-Python's byte code (the new source may be as old and as long as the former), and files that the new code brings. What the
-agent had removed of its image is there again.
+The snapshot is restored and thrown away, its changed files are packed. The new sandbox fetches the pack piece by piece with
+`carry` calls before its agent is started (`rethaw.guest.carry` is the other end); nothing of the memory comes along.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import base64
 import logging
 import os
 import tarfile
+import tempfile
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from rethaw.model import faults
-from rethaw.model.errors import RethawError
-from rethaw.model.types import AgentSpec, SnapshotInfo
+from rethaw.model.errors import RethawError, SnapshotUnusable
+from rethaw.model.types import AgentSpec, Fence, SnapshotInfo
 from rethaw.node import compare, peek
 from rethaw.node.parts import Parts
 from rethaw.node.peek import Throwaways
 
 log = logging.getLogger("rethaw.node")
 
-CHUNK = 1 << 18  # bytes of the tar in one answer, which guestd holds whole
-_KINDS = ("file", "directory", "link")
-_OURS = ("/etc/hosts", "/etc/hostname")  # guestd writes them at each boot
-_APP = "/app/"
+CHUNK = 384 << 10  # of one answer
+REMOVED = ".rethaw-removed"  # the first member of a pack: NUL-ended paths that the image has and the snapshot has not
+_TAKEN = ("file", "directory", "link")  # of a pipe, a socket or a device nothing can be kept
+# Written by the engine or by guestd at each boot.
+_NOT = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/rethaw")
 
 
-class Carry:
-    """The files of one snapshot, for one life. `agent`: whose code they are laid over."""
+async def pack(parts: Parts, info: SnapshotInfo, target: BinaryIO, agent: AgentSpec | None = None) -> None:
+    """Write the files that `info` has on top of its image into `target`, with the paths that it has no more. Left out: what
+    the code of `agent` brings itself, and byte code, since one of an older source may pass for that of a newer one (equal
+    length, and all files of a code archive have one time of change).
 
-    def __init__(self, parts: Parts, info: SnapshotInfo, agent: AgentSpec, generation: str) -> None:
-        self.info = info
-        self._parts = parts
-        self._agent = agent
-        self._path = _directory(parts) / f"{generation}.tar"
-        self._making: asyncio.Task[None] | None = None
-
-    async def read(self, offset: int) -> tuple[bytes, bool]:
-        """Up to CHUNK bytes of the tar from `offset`, and whether that was the end. Raises as `Throwaways.open`."""
-        failed = self._making is not None and self._making.done() and self._making.exception() is not None
-        if self._making is None or failed:
-            self._making = asyncio.ensure_future(self._make())
-        # Shielded: a save cancels whoever asks, and it asks again.
-        await asyncio.shield(self._making)
-        return await asyncio.to_thread(self._read, offset)
-
-    def _read(self, offset: int) -> tuple[bytes, bool]:
-        with self._path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(CHUNK)
-            return data, file.tell() >= os.fstat(file.fileno()).st_size
-
-    async def _make(self) -> None:
-        throwaways = Throwaways(self._parts, limit=1, keep_s=0.0)
+    Raises SnapshotUnusable, EngineError, ImageError, StorageFull, Unavailable."""
+    throwaways = Throwaways(parts)
+    box = await throwaways.open(info)
+    try:
+        rootfs = await parts.images.rootfs(info.image)
+        tree = await asyncio.to_thread(compare.above, await peek.drain(await box.tell("tree")), rootfs)
+        brought = await asyncio.to_thread(_brought, parts, agent)
+        own = {
+            p: found for p, found in sorted(tree.own.items()) if p not in _NOT and p not in brought and not _compiled(p)
+        }
+        wanted = [path for path, found in own.items() if found is not None and found.kind in _TAKEN]
+        removed = [path for path, found in own.items() if found is None]
+        run = await box.tell("pack")
+        feeding = asyncio.ensure_future(_feed(run, removed, wanted))
         try:
-            async with throwaways.reading(self.info) as box:
-                rootfs = await self._parts.images.rootfs(self.info.image)
-                tree = await asyncio.to_thread(compare.above, await peek.drain(await box.tell("tree")), rootfs)
-                paths = await asyncio.to_thread(self._wanted, tree)
-                await self._take(box, paths)
-        finally:
-            await throwaways.close()
-        faults.point("carry.made")
-        log.info("%d files of snapshot %s, %d bytes", len(paths), self.info.id, self._path.stat().st_size)
-
-    def _wanted(self, tree: compare.Tree) -> list[str]:
-        brought = set(_OURS)
-        if self._agent.code is not None:
-            with tarfile.open(self._parts.data_dir / "code" / f"{self._agent.code}.tar.gz") as code:
-                brought |= {_APP + os.path.normpath(member.name) for member in code if not member.isdir()}
-        return [
-            path
-            for path, found in sorted(tree.own.items())
-            if found is not None
-            and found.kind in _KINDS
-            and path not in brought
-            and not path.endswith(".pyc")
-            and not (path + "/").endswith("/__pycache__/")
-        ]
-
-    async def _take(self, box: peek.Throwaway, paths: list[str]) -> None:
-        run = await box.tell("take")
-
-        async def feed() -> None:
-            for path in paths:
-                await run.write(os.fsencode(path) + b"\0")
-            run.end_input()
-
-        feeding = asyncio.ensure_future(feed())
-        try:
-            self._path.parent.mkdir(mode=0o700, exist_ok=True)
-            with self._path.open("wb") as file:
-                async for data in peek.stream(run):
-                    await asyncio.to_thread(file.write, data)
+            async for data in peek.stream(run):
+                await asyncio.to_thread(target.write, data)
         finally:
             feeding.cancel()
+    finally:
+        await throwaways.discard(box)
+
+
+def _brought(parts: Parts, agent: AgentSpec | None) -> set[str]:
+    """Paths of the files that the agent's code has. Blocking."""
+    if agent is None or agent.code is None:
+        return set()
+    with tarfile.open(parts.data_dir / "code" / f"{agent.code}.tar.gz") as code:
+        return {f"/app/{os.path.normpath(member.name)}" for member in code if not member.isdir()}
+
+
+def _compiled(path: str) -> bool:
+    return path.endswith(".pyc") or f"{path}/".endswith("/__pycache__/")
+
+
+async def _feed(run: Any, removed: list[str], wanted: list[str]) -> None:
+    """Both lists, an empty path between them."""
+    for paths in (removed, [""], wanted):
+        data = b"".join(os.fsencode(path) + b"\0" for path in paths)
+        for start in range(0, len(data), 1 << 16):
+            await run.write(data[start : start + (1 << 16)])
+    run.end_input()
+
+
+class Carried:
+    """The pack for one life; made when it is first asked for. It has no name, so nothing is left of it after a kill."""
+
+    def __init__(self, parts: Parts, fence: Fence, info: SnapshotInfo, agent: AgentSpec) -> None:
+        self._parts = parts
+        self._agent = agent
+        self._fence = fence
+        self._info = info
+        self._making: asyncio.Task[BinaryIO] | None = None
+
+    async def chunk(self, offset: int) -> dict[str, Any]:
+        """The bytes from `offset` on, and how many there are in all."""
+        if self._making is None:
+            # A save cancels whoever asks; the pack goes on being made.
+            self._making = asyncio.ensure_future(self._make())
+        file = await asyncio.shield(self._making)
+        size = os.fstat(file.fileno()).st_size
+        data = await asyncio.to_thread(os.pread, file.fileno(), CHUNK, max(0, offset))
+        return {"data": base64.b64encode(data).decode(), "size": size}
+
+    async def _make(self) -> BinaryIO:
+        directory = self._parts.data_dir / "run"
+        file = await asyncio.to_thread(_nameless, directory)
+        try:
+            await pack(self._parts, self._info, file, self._agent)
+            faults.point("carry.made")
+            await asyncio.to_thread(file.flush)
+        except BaseException as error:
+            file.close()
+            if isinstance(error, SnapshotUnusable):
+                try:
+                    await self._parts.catalog.mark_unusable(self._fence, self._info.id, str(error))
+                except RethawError as other:
+                    log.info("session %s: %s", self._fence.session, other)
+            raise
+        return file
 
     async def close(self) -> None:
-        """The life is over, or has all of them. Asked again, it reads them again."""
-        making, self._making = self._making, None
-        if making is not None:
-            making.cancel()
-            with contextlib.suppress(asyncio.CancelledError, RethawError, OSError):
-                await making
-        self._path.unlink(missing_ok=True)
+        if self._making is None:
+            return
+        self._making.cancel()
+        (made,) = await asyncio.gather(self._making, return_exceptions=True)
+        if not isinstance(made, BaseException):
+            made.close()
 
 
-def _directory(parts: Parts) -> Path:
-    return parts.data_dir / "run" / "carry"
-
-
-def sweep(parts: Parts) -> None:
-    """What a former process left."""
-    for left in _directory(parts).glob("*.tar"):
-        left.unlink(missing_ok=True)
+def _nameless(directory: Path) -> BinaryIO:
+    return tempfile.TemporaryFile(dir=directory)

@@ -7,7 +7,8 @@ VERB is one of
     tree            the same for all there is, but for what is the kernel's or guestd's
     content         the bytes of a regular file
     archive         a tar of PATH
-    take            reads NUL-ended paths from stdin, prints a tar of those that are there, each by itself
+    pack            reads NUL-ended paths from stdin: those to be named in the first member (.rethaw-removed), an empty one,
+                    those that a tar is made of, each by itself
     hashes          reads NUL-ended paths from stdin, prints the SHA-256 of each, or "-"
 
 What is wrong with PATH goes to stderr as one JSON line {"code", "message"} before anything is printed; exit code 3.
@@ -23,11 +24,15 @@ import json
 import os
 import stat
 import sys
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import tarfile
 
 KERNEL = (b"/proc", b"/sys", b"/dev")
 OURS = (b"/run/rethaw", b"/.rethaw")  # guestd's own files
 CHUNK = 1 << 18
+REMOVED = ".rethaw-removed"  # equal to rethaw.node.carry.REMOVED
 KINDS = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",
@@ -202,8 +207,32 @@ def content(path: bytes) -> None:
         wrong(error, path)
 
 
-def put_into(tar: Any, one: bytes, name: bytes) -> str:
-    """One file, link or directory, without what is in it; its kind. Nothing of what it has no member for."""
+def archive(path: bytes) -> None:
+    import tarfile
+
+    whole = os.path.normpath(path)
+    if any(whole == top or whole.startswith(top + b"/") for top in KERNEL):
+        fail("invalid_input", f"{named(path)} is the kernel's; read single files of it with `rethaw snapshot cat`")
+    try:
+        os.lstat(whole)
+    except OSError as error:
+        wrong(error, path)
+
+    # Each hard link is a file of its own here: whoever takes a part of the tree has no use for the name of another part.
+    with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT, bufsize=CHUNK) as tar:
+
+        def put(one: bytes, name: bytes) -> None:
+            if add(tar, one, name) == "directory":
+                for child in sorted(os.listdir(one)):
+                    path = os.path.join(one, child)
+                    if path not in KERNEL:
+                        put(path, os.path.join(name, child))
+
+        put(whole, os.path.basename(whole) or b"root")
+
+
+def add(tar: tarfile.TarFile, one: bytes, name: bytes) -> str:
+    """Put one thing into `tar` under `name`; its kind."""
     import tarfile
 
     found = os.lstat(one)
@@ -224,39 +253,20 @@ def put_into(tar: Any, one: bytes, name: bytes) -> str:
     return kind
 
 
-def take() -> None:
+def pack() -> None:
     import contextlib
+    import io
     import tarfile
 
-    paths = sys.stdin.buffer.read().split(b"\0")[:-1]
+    removed, _, wanted = (b"\0" + sys.stdin.buffer.read()).partition(b"\0\0")
     with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT, bufsize=CHUNK) as tar:
-        for path in paths:
-            with contextlib.suppress(FileNotFoundError):
-                put_into(tar, path, path.lstrip(b"/"))
-
-
-def archive(path: bytes) -> None:
-    import tarfile
-
-    whole = os.path.normpath(path)
-    if any(whole == top or whole.startswith(top + b"/") for top in KERNEL):
-        fail("invalid_input", f"{named(path)} is the kernel's; read single files of it with `rethaw snapshot cat`")
-    try:
-        os.lstat(whole)
-    except OSError as error:
-        wrong(error, path)
-
-    # Each hard link is a file of its own here: whoever takes a part of the tree has no use for the name of another part.
-    with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT, bufsize=CHUNK) as tar:
-
-        def put(one: bytes, name: bytes) -> None:
-            if put_into(tar, one, name) == "directory":
-                for child in sorted(os.listdir(one)):
-                    path = os.path.join(one, child)
-                    if path not in KERNEL:
-                        put(path, os.path.join(name, child))
-
-        put(whole, os.path.basename(whole) or b"root")
+        gone = removed[1:] + b"\0" if removed else b""
+        info = tarfile.TarInfo(REMOVED)
+        info.size = len(gone)
+        tar.addfile(info, io.BytesIO(gone))
+        for path in wanted.split(b"\0")[:-1]:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                add(tar, path, path.lstrip(b"/"))
 
 
 def main() -> None:
@@ -268,10 +278,10 @@ def main() -> None:
         files(path, verb == "deep")
     elif verb == "tree":
         below(b"/", True, KERNEL + OURS, times=True)
-    elif verb == "take":
-        take()
     elif verb == "hashes":
         hashes()
+    elif verb == "pack":
+        pack()
     elif verb == "content":
         content(path)
     else:

@@ -15,7 +15,7 @@ from rethaw.model.errors import Fenced, RethawError, Unavailable
 from rethaw.model.ports import GuestStream
 from rethaw.model.types import MIB, AgentSpec, Assignment, Boot, Fence, NewEvent
 from rethaw.node.calls import Calls
-from rethaw.node.carry import Carry
+from rethaw.node.carry import Carried
 from rethaw.node.link import Hello, Link
 from rethaw.node.outputs import Outputs
 from rethaw.node.parts import Parts
@@ -81,8 +81,8 @@ class Life:
         )
         boot = assignment.boot or Boot(args={}, cursor=0, fresh=False)
         self.calls = Calls(parts, self.fence, self.attempt, boot, self.saver, self)
-        if assignment.carry is not None:
-            self.calls.carry = Carry(parts, assignment.carry, self.agent, self.fence.generation)
+        if assignment.files is not None:
+            self.calls.carried = Carried(parts, self.fence, assignment.files, self.agent)
 
     def watch(self) -> None:
         """Start the tasks that live as long as the sandbox: death, pings, saves."""
@@ -118,10 +118,10 @@ class Life:
         await self.link.close()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.gateway.detach()
+        if self.calls.carried is not None:
+            await self.calls.carried.close()
         if destroy:
             await self.sandbox.destroy()
-        if self.calls.carry is not None:
-            await self.calls.carry.close()
 
     # ------------------------------------------------------------ what the guest says
 
@@ -186,6 +186,10 @@ class Life:
 
     def waits_changed(self) -> None:
         self._changed()
+
+    def attend(self) -> None:
+        """What the agent waited for has come, and somebody may wait for what it says to that."""
+        self.sandbox.attend()
 
     # ------------------------------------------------------------ idleness
 

@@ -12,7 +12,6 @@ from rethaw.model.enums import Reason, State
 from rethaw.model.errors import Conflict, Fenced, RethawError, SnapshotUnusable
 from rethaw.model.ids import new_id
 from rethaw.model.types import NodeInfo, StateChange
-from rethaw.node import carry
 from rethaw.node.parts import Parts
 from rethaw.node.supervisor import Supervisor
 
@@ -45,7 +44,6 @@ class Node:
         """Remove what a dead process of this data directory left, then register: from here on sessions may come."""
         parts = self._parts
         await asyncio.to_thread(parts.store.open)
-        carry.sweep(parts)
         swept = await parts.engines.sweep_orphans()
         if swept:
             log.info("removed %d sandboxes of an earlier process", swept)

@@ -15,10 +15,15 @@ from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
 from rethaw.sdk import calls, versions
 from rethaw.sdk.calls import Call
+from rethaw.sdk.limits import Budget, add_names
+from rethaw.sdk.listing import PAGE, Page, When, wanted
+from rethaw.sdk.queues import AsyncQueues
+from rethaw.sdk.schedules import AsyncSchedules
 from rethaw.sdk.snapshots import AsyncSnapshots
 from rethaw.sdk.sse import Parser
+from rethaw.sdk.starting import starting
 from rethaw.sdk.templates import AsyncTemplates
-from rethaw.sdk.transport import PATIENCE_S, POLL_S, OnGap, Patience, Target, failure
+from rethaw.sdk.transport import PATIENCE_S, POLL_S, TIMEOUT_S, OnGap, Patience, Target, failure
 from rethaw.sdk.types import Detail, Message, Outcome, Why
 
 if TYPE_CHECKING:
@@ -44,7 +49,7 @@ class AsyncClient:
         url: str | None = None,
         token: str | None = None,
         *,
-        timeout: Duration = 30,
+        timeout: Duration = TIMEOUT_S,
         patience: Duration = PATIENCE_S,
         on_gap: OnGap | None = None,
     ) -> None:
@@ -57,6 +62,8 @@ class AsyncClient:
         self.snapshots = AsyncSnapshots(self)
         self.templates = AsyncTemplates(self)
         self.agents = versions.AsyncAgents(self)
+        self.queues = AsyncQueues(self)
+        self.schedules = AsyncSchedules(self)
 
     @property
     def url(self) -> str:
@@ -128,10 +135,26 @@ class AsyncSessions:
         self._client = client
 
     async def start(
-        self, agent: AgentSpec, args: dict[str, Any] | None = None, *, key: str | None = None
+        self,
+        agent: AgentSpec,
+        args: dict[str, Any] | None = None,
+        *,
+        key: str | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        delay: Duration | None = None,
+        ttl: Duration | None = None,
+        concurrency_key: str | None = None,
+        tags: Sequence[str] = (),
     ) -> AsyncSession[Any]:
-        """Start `agent`. With a `key` that is known the existing session comes back (KeyReused if it differs)."""
-        view = await self._client.run(calls.start(agent, args or {}, key))
+        """Start `agent`. With a `key` that is known the existing session comes back (KeyReused if it differs).
+
+        `queue` and `concurrency_key`: whose limits it waits for. `priority`: higher ones first. `delay`: how long until it
+        may start; `ttl`: how long from then until it must have started, or it fails. `tags`: to find it by."""
+        how = starting(
+            queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags
+        )  # fmt: skip
+        view = await self._client.run(calls.start(agent, args or {}, key, how))
         return AsyncSession(self._client, view.id, view)
 
     async def get(self, session: str) -> AsyncSession[Any]:
@@ -139,16 +162,78 @@ class AsyncSessions:
         view = await self._client.run(calls.get(session))
         return AsyncSession(self._client, view.id, view)
 
-    async def list(self, *, state: str | None = None, agent: str | None = None, limit: int = 100) -> list[SessionView]:
-        """Newest first, at most `limit`."""
+    async def list(
+        self,
+        *,
+        state: str | Sequence[str] | None = None,
+        agent: str | None = None,
+        tag: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        search: str | None = None,
+        created_after: When | None = None,
+        created_before: When | None = None,
+        limit: int = 100,
+    ) -> list[SessionView]:
+        """Newest first, at most `limit`. `state`: one or several. `tag`: all of them. `search`: a text in the agent's name,
+        the key, tags or arguments. Times: a datetime, "2026-01-31T09:00", or how long ago, like "2h"."""
+        given = wanted(
+            state=state, agent=agent, tag=tag, queue=queue, search=search, created_after=created_after,
+            created_before=created_before,
+        )  # fmt: skip
         out: list[SessionView] = []
         cursor: str | None = None
         while len(out) < limit:
-            rows, cursor = await self._client.run(calls.list_sessions(state, agent, min(limit - len(out), 200), cursor))
-            out += rows
-            if cursor is None or not rows:
+            page = await self._client.run(calls.list_sessions(given, min(limit - len(out), PAGE), cursor))
+            out += page.sessions
+            cursor = page.next
+            if cursor is None or not page.sessions:
                 break
         return out
+
+    async def page(
+        self,
+        *,
+        state: str | Sequence[str] | None = None,
+        agent: str | None = None,
+        tag: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        search: str | None = None,
+        created_after: When | None = None,
+        created_before: When | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page:
+        """One page of `list`, at most 1000 sessions, and the cursor of the next."""
+        given = wanted(
+            state=state, agent=agent, tag=tag, queue=queue, search=search, created_after=created_after,
+            created_before=created_before,
+        )  # fmt: skip
+        return await self._client.run(calls.list_sessions(given, limit, cursor))
+
+    async def every(
+        self,
+        *,
+        state: str | Sequence[str] | None = None,
+        agent: str | None = None,
+        tag: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        search: str | None = None,
+        created_after: When | None = None,
+        created_before: When | None = None,
+    ) -> AsyncIterator[SessionView]:
+        """All of `list`, fetched as you go on."""
+        given = wanted(
+            state=state, agent=agent, tag=tag, queue=queue, search=search, created_after=created_after,
+            created_before=created_before,
+        )  # fmt: skip
+        cursor: str | None = None
+        while True:
+            page = await self._client.run(calls.list_sessions(given, PAGE, cursor))
+            for view in page.sessions:
+                yield view
+            cursor = page.next
+            if cursor is None:
+                return
 
     async def detail(self, session: str) -> Detail:
         """The session and its numbers."""
@@ -317,6 +402,15 @@ class AsyncSessions:
         number = to if isinstance(to, int) else None
         return await self._client.run(versions.upgrade(session, number, spec, from_seq, files))
 
+    async def retry(self, session: str) -> SessionView:
+        """Begin the next attempt now, of a session that failed, was cancelled or waits for the time of a retry."""
+        return await self._client.run(calls.retry(session))
+
+    async def budget(self, session: str, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:
+        """Give the session other limits; those named in `add` are added to what it has. One that its budget has stopped
+        goes on where it was."""
+        return await self._client.run(calls.budget(session, limits.spec(), add_names(add)))
+
     async def snapshot(self, session: str) -> SnapshotInfo:
         """Take one now."""
         return await self._client.run(calls.snapshot(session))
@@ -375,6 +469,10 @@ class AsyncSession(Generic[R_co]):
                 yield event
             after = page[-1].seq
 
+    def stream(self, *, after: int = 0, types: Sequence[str] = (), all_lines: bool = False) -> AsyncIterator[Event]:
+        """Events after seq `after` as they come, each once, until the session's last one; see `Session.stream`."""
+        return self.client.sessions.stream(self.id, after=after, types=types, all_lines=all_lines)
+
     async def logs(self, *, stream: Literal["stdout", "stderr", "both"] = "stdout") -> bytes:
         return await self.client.sessions.logs(self.id, stream=stream)
 
@@ -424,6 +522,16 @@ class AsyncSession(Generic[R_co]):
         done = await self.client.sessions.upgrade(self.id, to, from_seq=from_seq, files=files)
         self.view = done.session
         return done
+
+    async def retry(self) -> SessionView:
+        """Begin the next attempt now; see `Sessions.retry`."""
+        self.view = await self.client.sessions.retry(self.id)
+        return self.view
+
+    async def budget(self, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:
+        """Other limits; see `Sessions.budget`."""
+        self.view = await self.client.sessions.budget(self.id, limits, add=add)
+        return self.view
 
     async def snapshot(self) -> SnapshotInfo:
         return await self.client.sessions.snapshot(self.id)

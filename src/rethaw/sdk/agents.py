@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.errors import InvalidInput, NotFound
 from rethaw.sdk.images import Image, checked_env
+from rethaw.sdk.limits import Budget, Retries, checked_budget, retries_of
 from rethaw.sdk.sizes import size_bytes
+from rethaw.sdk.starting import Starting, starting
 
 if TYPE_CHECKING:
     from rethaw.model.types import AgentSpec
@@ -52,6 +54,9 @@ class Options:
     keep_size: int = 5 << 30
     template: str = "none"
     engine: str | None = None
+    starting: Starting = field(default_factory=Starting)
+    retries: Retries | None = None
+    budget: Budget | None = None
 
     def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
         """The wire form, for a Python function (`entry` in `code`) or for a command."""
@@ -78,6 +83,8 @@ class Options:
             keep_bytes=self.keep_size,
             template=cast("Any", self.template),
             engine=cast("Any", self.engine),
+            retries=self.retries.spec() if self.retries is not None else None,
+            budget=self.budget.spec() if self.budget is not None else None,
         )
 
 
@@ -99,6 +106,12 @@ def options(
     keep_size: str | int = "5GiB",
     template: str = "none",
     engine: str | None = None,
+    queue: str | None = None,
+    priority: int | None = None,
+    ttl: Duration | None = None,
+    tags: Sequence[str] = (),
+    retries: int | Retries | None = None,
+    budget: Budget | None = None,
 ) -> Options:
     """Check what a person wrote. Raises InvalidInput naming the value and the remedy."""
     if not name or len(name) > 128 or not all(c.isalnum() or c in "._-" for c in name) or not name[0].isalnum():
@@ -130,16 +143,22 @@ def options(
         keep_size=size_bytes(keep_size),
         template=template,
         engine=engine,
+        starting=starting(queue=queue, priority=priority, ttl=ttl, tags=tags),
+        retries=retries_of(retries),
+        budget=checked_budget(budget),
     )
 
 
 class Agent(Generic[P, R_co]):
     """A Python function that runs as a durable session. Calling it runs the plain function."""
 
-    def __init__(self, function: Callable[..., Any], options: Options, *, key: str | None = None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], options: Options, *, key: str | None = None, how: Starting | None = None
+    ) -> None:
         self.function = function
         self.options = options
         self.key = key
+        self.how = how or Starting()
         self.__name__ = function.__name__
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
@@ -185,7 +204,10 @@ class Agent(Generic[P, R_co]):
 
     def spec(self, code: str) -> AgentSpec:
         """The wire form; `code` is the digest of the uploaded package."""
-        return self.options.spec(entry=self.entry, code=code)
+        from rethaw.sdk.beside import specs
+
+        spec, others = self.options.spec(entry=self.entry, code=code), specs(self, code)
+        return spec.model_copy(update={"agents": others}) if others else spec
 
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments by name, checked against the function and for being JSON. Raises InvalidInput."""
@@ -210,11 +232,35 @@ class Agent(Generic[P, R_co]):
                 ) from e
         return out
 
-    def with_options(self, *, key: str | None = None) -> Agent[P, R_co]:
-        """The same agent with options for the next start. `key`: starting again with it gives the same session."""
+    def with_options(
+        self,
+        *,
+        key: str | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        delay: Duration | None = None,
+        ttl: Duration | None = None,
+        concurrency_key: str | None = None,
+        tags: Sequence[str] = (),
+        retries: int | Retries | None = None,
+        budget: Budget | None = None,
+    ) -> Agent[P, R_co]:
+        """The same agent with options for the next start. `key`: starting again with it gives the same session.
+
+        `queue` and `concurrency_key`: whose limits it waits for. `priority`: higher ones first. `delay`: how long until it
+        may start; `ttl`: how long from then until it must have started, or it fails. `tags`: added to the agent's own. `retries` and
+        `budget`: in place of the agent's own."""
+        changes: dict[str, Any] = {"retries": retries_of(retries), "budget": checked_budget(budget)}
+        options = replace(self.options, **{name: value for name, value in changes.items() if value is not None})
+        how = starting(queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags)
         changed = copy(self)
-        changed.options, changed.key = replace(self.options), key
+        changed.options, changed.key, changed.how = options, key, how
         return changed
+
+    @property
+    def starting(self) -> Starting:
+        """How the next session is started: options of this start over those of the definition."""
+        return self.how.over(self.options.starting)
 
     @staticmethod
     def from_name(name: str, *, version: int | None = None) -> Agent[..., Any]:
@@ -243,7 +289,10 @@ class Agent(Generic[P, R_co]):
     def start_on(self, client: Client, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
         """Start a session on the server of `client`."""
         given = self.arguments(*args, **kwargs)
-        return cast("Session[R_co]", client.sessions.start(self.uploaded(client), given, key=self.key))
+        return cast(
+            "Session[R_co]",
+            client.sessions.start(self.uploaded(client), given, key=self.key, **self.starting.given()),
+        )
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run it in this process, without a server and without durability, for a debugger. Nothing comes into its inbox; to
@@ -275,7 +324,10 @@ class AsyncAgent(Generic[P, R_co]):
         agent = self._agent
         given = agent.arguments(*args, **kwargs)
         spec = await agent.uploaded_async(client)
-        return cast("AsyncSession[R_co]", await client.sessions.start(spec, given, key=agent.key))
+        return cast(
+            "AsyncSession[R_co]",
+            await client.sessions.start(spec, given, key=agent.key, **agent.starting.given()),
+        )
 
 
 @overload
@@ -305,6 +357,12 @@ def agent(
     keep_size: str | int = "5GiB",
     template: str = "none",
     engine: str | None = None,
+    queue: str | None = None,
+    priority: int | None = None,
+    ttl: Duration | None = None,
+    tags: Sequence[str] = (),
+    retries: int | Retries | None = None,
+    budget: Budget | None = None,
 ) -> _Decorator: ...
 def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
     """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments. An `async
@@ -316,7 +374,9 @@ def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = N
     a provider's "later" is waited for. `max_duration`: of the session. `grace`: from SIGTERM to SIGKILL on cancel.
     `keep_snapshots`: every snapshot this young is kept, of older ones one an hour, within `keep_size` in all.
     `template="auto"`: the first start makes a template of the agent, with its file imported; later ones begin there.
-    `engine`: "gvisor", or "qemu" for a microVM with a kernel of its own; None takes the server's default.
+    `engine`: "gvisor", or "qemu" for a microVM with a kernel of its own; None takes the server's default. `queue`,
+    `priority`, `ttl`, `tags`: of its starts, see `with_options`.
+    `retries`: new attempts after one that failed, a number or `Retries(...)`. `budget`: what a session may spend.
     """
 
     def make(f: Callable[..., Any]) -> Agent[..., Any]:
@@ -366,10 +426,12 @@ _shared: list[Client] = []
 
 
 def _default_client() -> Client:
+    """The client of `start`, made anew when environment or credentials file name another server or token."""
     from rethaw.sdk.client import Client
+    from rethaw.sdk.transport import TIMEOUT_S, Target
 
-    if not _shared:
-        _shared.append(Client())
+    if not _shared or _shared[0].target != Target.find(None, None, TIMEOUT_S):
+        _shared[:] = [Client()]
     return _shared[0]
 
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar, cast
 from urllib.parse import quote
 
 from rethaw.model.errors import InvalidInput, RethawError, Unauthorized, Unavailable, by_code
-from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
+from rethaw.model.types import AgentSpec, Attempt, BudgetSpec, Event, SessionView, SnapshotInfo, Spent
+from rethaw.sdk.listing import Page, Wanted
+from rethaw.sdk.starting import Starting
 from rethaw.sdk.types import Detail, Message, OpenWait, Outcome, Stats, Why
 
 T = TypeVar("T")
@@ -28,7 +30,7 @@ class Call(Generic[T]):
     method: str
     path: str
     read: Callable[[bytes], T]
-    params: dict[str, str] = field(default_factory=dict[str, str])
+    params: Mapping[str, str | list[str]] = field(default_factory=dict[str, str | list[str]])
     content: bytes | None = None
     content_type: str = "application/json"
     accept: str = "application/json"
@@ -76,7 +78,7 @@ def error_of(status: int, body: bytes, *, url: str, token_source: str) -> Rethaw
     cls = cast("type[RethawError]", by_code(code))
     remedy = cast("str | None", found.get("remedy"))
     if cls is Unauthorized:
-        remedy = f"{remedy or 'use the one that `rethaw up` wrote for you'} (yours: {token_source})"
+        remedy = f"{remedy or 'set RETHAW_TOKEN'} (yours: {token_source})"
     error = cls(message, remedy=remedy, **details)
     error.code = code  # kept when this client does not know the code
     return error
@@ -134,7 +136,15 @@ def _snapshot(body: bytes) -> SnapshotInfo:
 def _detail(body: bytes) -> Detail:
     values = _object(body)
     stats = _known(Stats, cast("dict[str, Any]", values.get("stats") or {}))
-    return Detail(cast("SessionView", _wire(SessionView, values)), stats)
+    attempts = [cast("Attempt", _wire(Attempt, one)) for one in values.get("attempts") or ()]
+    limits, used = values.get("budget"), values.get("spent")
+    return Detail(
+        cast("SessionView", _wire(SessionView, values)),
+        stats,
+        attempts,
+        cast("BudgetSpec", _wire(BudgetSpec, limits)) if limits else None,
+        cast("Spent", _wire(Spent, used)) if used else None,
+    )
 
 
 def _why(body: bytes) -> Why:
@@ -189,22 +199,22 @@ def put_blob(data: bytes) -> Call[str]:
     )  # fmt: skip
 
 
-def start(agent: AgentSpec, args: dict[str, Any], key: str | None) -> Call[SessionView]:
+def start(agent: AgentSpec, args: dict[str, Any], key: str | None, how: Starting | None = None) -> Call[SessionView]:
     body = b'{"agent":%b,"args":%b' % (agent.model_dump_json().encode(), to_json(args, "args"))
+    if how is not None and (given := how.wire()):
+        body += b',"options":%b' % to_json(given)
     body += b',"key":%b}' % to_json(key) if key is not None else b"}"
     return Call("POST", "/v1/sessions", session_view, content=body)
 
 
-def list_sessions(
-    state: str | None, agent: str | None, limit: int, cursor: str | None
-) -> Call[tuple[list[SessionView], str | None]]:
-    def read(body: bytes) -> tuple[list[SessionView], str | None]:
+def list_sessions(wanted: Wanted, limit: int, cursor: str | None) -> Call[Page]:
+    def read(body: bytes) -> Page:
         values = _object(body)
         rows = [cast("SessionView", _wire(SessionView, row)) for row in values["sessions"]]
-        return rows, cast("str | None", values.get("next"))
+        return Page(rows, cast("str | None", values.get("next")))
 
-    given = {"state": state, "agent": agent, "limit": str(limit), "cursor": cursor}
-    return Call("GET", "/v1/sessions", read, params={k: v for k, v in given.items() if v is not None})
+    more = {"limit": str(limit)} if cursor is None else {"limit": str(limit), "cursor": cursor}
+    return Call("GET", "/v1/sessions", read, params={**wanted.params, **more})
 
 
 def get(session: str) -> Call[SessionView]:
@@ -293,6 +303,15 @@ def fork(session: str, at: int | str | None, n: int, redeliver: bool) -> Call[li
 def rewind(session: str, to: int | str, redeliver: bool) -> Call[SessionView]:
     body = {"to": to, "redeliver": redeliver}
     return Call("POST", path("sessions", session, "rewind"), session_view, content=to_json(body))
+
+
+def retry(session: str) -> Call[SessionView]:
+    return Call("POST", path("sessions", session, "retry"), session_view, content=b"{}")
+
+
+def budget(session: str, limits: BudgetSpec, add: Sequence[str]) -> Call[SessionView]:
+    body = b'{"limits":%b,"add":%b}' % (limits.model_dump_json(exclude_none=True).encode(), to_json(list(add)))
+    return Call("POST", path("sessions", session, "budget"), session_view, content=body)
 
 
 def snapshot(session: str) -> Call[SnapshotInfo]:

@@ -14,10 +14,15 @@ from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
 from rethaw.sdk import calls, versions
 from rethaw.sdk.calls import Call
+from rethaw.sdk.limits import Budget, add_names
+from rethaw.sdk.listing import PAGE, Page, When, wanted
+from rethaw.sdk.queues import Queues
+from rethaw.sdk.schedules import Schedules
 from rethaw.sdk.snapshots import Snapshots
 from rethaw.sdk.sse import Parser
+from rethaw.sdk.starting import starting
 from rethaw.sdk.templates import Templates
-from rethaw.sdk.transport import PATIENCE_S, POLL_S, OnGap, Patience, Target, failure
+from rethaw.sdk.transport import PATIENCE_S, POLL_S, TIMEOUT_S, OnGap, Patience, Target, failure
 from rethaw.sdk.types import Detail, Message, Outcome, Why
 
 if TYPE_CHECKING:
@@ -43,7 +48,7 @@ class Client:
         url: str | None = None,
         token: str | None = None,
         *,
-        timeout: Duration = 30,
+        timeout: Duration = TIMEOUT_S,
         patience: Duration = PATIENCE_S,
         on_gap: OnGap | None = None,
     ) -> None:
@@ -56,6 +61,8 @@ class Client:
         self.snapshots = Snapshots(self)
         self.templates = Templates(self)
         self.agents = versions.Agents(self)
+        self.queues = Queues(self)
+        self.schedules = Schedules(self)
 
     @property
     def url(self) -> str:
@@ -126,9 +133,27 @@ class Sessions:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def start(self, agent: AgentSpec, args: dict[str, Any] | None = None, *, key: str | None = None) -> Session[Any]:
-        """Start `agent`. With a `key` that is known the existing session comes back (KeyReused if it differs)."""
-        view = self._client.run(calls.start(agent, args or {}, key))
+    def start(
+        self,
+        agent: AgentSpec,
+        args: dict[str, Any] | None = None,
+        *,
+        key: str | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        delay: Duration | None = None,
+        ttl: Duration | None = None,
+        concurrency_key: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> Session[Any]:
+        """Start `agent`. With a `key` that is known the existing session comes back (KeyReused if it differs).
+
+        `queue` and `concurrency_key`: whose limits it waits for. `priority`: higher ones first. `delay`: how long until it
+        may start; `ttl`: how long from then until it must have started, or it fails. `tags`: to find it by."""
+        how = starting(
+            queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags
+        )  # fmt: skip
+        view = self._client.run(calls.start(agent, args or {}, key, how))
         return Session(self._client, view.id, view)
 
     def get(self, session: str) -> Session[Any]:
@@ -136,16 +161,77 @@ class Sessions:
         view = self._client.run(calls.get(session))
         return Session(self._client, view.id, view)
 
-    def list(self, *, state: str | None = None, agent: str | None = None, limit: int = 100) -> list[SessionView]:
-        """Newest first, at most `limit`."""
+    def list(
+        self,
+        *,
+        state: str | Sequence[str] | None = None,
+        agent: str | None = None,
+        tag: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        search: str | None = None,
+        created_after: When | None = None,
+        created_before: When | None = None,
+        limit: int = 100,
+    ) -> list[SessionView]:
+        """Newest first, at most `limit`. `state`: one or several. `tag`: all of them. `search`: a text in the agent's name,
+        the key, tags or arguments. Times: a datetime, "2026-01-31T09:00", or how long ago, like "2h"."""
+        given = wanted(
+            state=state, agent=agent, tag=tag, queue=queue, search=search, created_after=created_after,
+            created_before=created_before,
+        )  # fmt: skip
         out: list[SessionView] = []
         cursor: str | None = None
         while len(out) < limit:
-            rows, cursor = self._client.run(calls.list_sessions(state, agent, min(limit - len(out), 200), cursor))
-            out += rows
-            if cursor is None or not rows:
+            page = self._client.run(calls.list_sessions(given, min(limit - len(out), PAGE), cursor))
+            out += page.sessions
+            cursor = page.next
+            if cursor is None or not page.sessions:
                 break
         return out
+
+    def page(
+        self,
+        *,
+        state: str | Sequence[str] | None = None,
+        agent: str | None = None,
+        tag: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        search: str | None = None,
+        created_after: When | None = None,
+        created_before: When | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page:
+        """One page of `list`, at most 1000 sessions, and the cursor of the next."""
+        given = wanted(
+            state=state, agent=agent, tag=tag, queue=queue, search=search, created_after=created_after,
+            created_before=created_before,
+        )  # fmt: skip
+        return self._client.run(calls.list_sessions(given, limit, cursor))
+
+    def every(
+        self,
+        *,
+        state: str | Sequence[str] | None = None,
+        agent: str | None = None,
+        tag: str | Sequence[str] | None = None,
+        queue: str | None = None,
+        search: str | None = None,
+        created_after: When | None = None,
+        created_before: When | None = None,
+    ) -> Iterator[SessionView]:
+        """All of `list`, fetched as you go on."""
+        given = wanted(
+            state=state, agent=agent, tag=tag, queue=queue, search=search, created_after=created_after,
+            created_before=created_before,
+        )  # fmt: skip
+        cursor: str | None = None
+        while True:
+            page = self._client.run(calls.list_sessions(given, PAGE, cursor))
+            yield from page.sessions
+            cursor = page.next
+            if cursor is None:
+                return
 
     def detail(self, session: str) -> Detail:
         """The session and its numbers."""
@@ -312,6 +398,15 @@ class Sessions:
         number = to if isinstance(to, int) else None
         return self._client.run(versions.upgrade(session, number, spec, from_seq, files))
 
+    def retry(self, session: str) -> SessionView:
+        """Begin the next attempt now, of a session that failed, was cancelled or waits for the time of a retry."""
+        return self._client.run(calls.retry(session))
+
+    def budget(self, session: str, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:
+        """Give the session other limits; those named in `add` are added to what it has. One that its budget has stopped
+        goes on where it was."""
+        return self._client.run(calls.budget(session, limits.spec(), add_names(add)))
+
     def snapshot(self, session: str) -> SnapshotInfo:
         """Take one now."""
         return self._client.run(calls.snapshot(session))
@@ -370,6 +465,11 @@ class Session(Generic[R_co]):
                 yield event
             after = page[-1].seq
 
+    def stream(self, *, after: int = 0, types: Sequence[str] = (), all_lines: bool = False) -> Iterator[Event]:
+        """Events after seq `after` as they come, each once, until the session's last one. Lost connections and restarts of the
+        server are bridged; to go on later, in another process, pass the seq of the last event that was seen."""
+        return self.client.sessions.stream(self.id, after=after, types=types, all_lines=all_lines)
+
     def logs(self, *, stream: Literal["stdout", "stderr", "both"] = "stdout") -> bytes:
         return self.client.sessions.logs(self.id, stream=stream)
 
@@ -415,6 +515,16 @@ class Session(Generic[R_co]):
         done = self.client.sessions.upgrade(self.id, to, from_seq=from_seq, files=files)
         self.view = done.session
         return done
+
+    def retry(self) -> SessionView:
+        """Begin the next attempt now; see `Sessions.retry`."""
+        self.view = self.client.sessions.retry(self.id)
+        return self.view
+
+    def budget(self, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:
+        """Other limits; see `Sessions.budget`."""
+        self.view = self.client.sessions.budget(self.id, limits, add=add)
+        return self.view
 
     def snapshot(self) -> SnapshotInfo:
         return self.client.sessions.snapshot(self.id)

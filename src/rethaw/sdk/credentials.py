@@ -11,7 +11,7 @@ import json
 import os
 import pwd
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ DEFAULT_URL = "http://127.0.0.1:7420"
 
 @dataclass(frozen=True)
 class Credentials:
-    """`token` None: nothing is known, the server will say so. `source` names where the token came from."""
+    """`token` None: nothing is known, the server will say so. `source` names where the token came from, `named` where the
+    URL did: empty when nothing names one."""
 
     url: str = DEFAULT_URL
     token: str | None = None
     source: str = "no credentials file"
+    named: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,14 @@ def load(env: Mapping[str, str] | None = None) -> Credentials:
     url, token = env.get("RETHAW_URL"), env.get("RETHAW_TOKEN")
     if url:
         url = checked_url(url, "RETHAW_URL")
+    named = "RETHAW_URL" if url else ""
     if token:
-        return Credentials(url or DEFAULT_URL, token, "RETHAW_TOKEN")
+        return Credentials(url or DEFAULT_URL, token, "RETHAW_TOKEN", named)
     path = path_in(Path(env.get("HOME") or Path.home()))
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        return Credentials(url or DEFAULT_URL)
+        return Credentials(url or DEFAULT_URL, named=named)
     except (OSError, UnicodeDecodeError) as e:
         raise InvalidInput(f"{path} cannot be read: {e}", remedy="remove it and run `rethaw up` again") from e
     try:
@@ -91,8 +94,8 @@ def load(env: Mapping[str, str] | None = None) -> Credentials:
         raise InvalidInput(f"{path} is damaged", remedy="remove it and run `rethaw up` again") from e
     stored = checked_url(stored, str(path))
     if url and url != stored:
-        return Credentials(url, None, f"{path} (which is for {stored})")
-    return Credentials(stored, secret, str(path))
+        return Credentials(url, None, f"{path} (which is for {stored})", named)
+    return Credentials(stored, secret, str(path), named or str(path))
 
 
 def save(url: str, token: str, user: User | None = None) -> Path:

@@ -47,11 +47,7 @@ class Shell:
             body = bytes(e.response.body or b"")
             raise calls.error_of(e.response.status_code, body, url=target.url, token_source=target.source) from e
         except (OSError, TimeoutError, InvalidHandshake) as e:
-            raise Unavailable(
-                f"no Rethaw server answers at {target.url}",
-                remedy="start it with `sudo rethaw up`, or set RETHAW_URL to where it is",
-                sent=False,
-            ) from e
+            raise target.nobody(str(e)) from e
         self._target = target
         try:
             self._socket.send(request.model_dump_json())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rethaw.model.durations import Duration, seconds
 from rethaw.model.types import AgentSpec, SessionView, Template
 from rethaw.sdk.calls import Call, path, session_view, to_json
+from rethaw.sdk.starting import Starting, starting
 
 if TYPE_CHECKING:
     from rethaw.sdk.aclient import AsyncClient, AsyncSession
@@ -36,8 +38,9 @@ def _list() -> Call[list[Template]]:
     return Call("GET", "/v1/templates", lambda b: [_template(row) for row in json.loads(b)["templates"]])
 
 
-def _start(name: str, args: dict[str, Any], key: str | None) -> Call[SessionView]:
-    content = to_json({"args": args, "key": key}, "args")
+def _start(name: str, args: dict[str, Any], key: str | None, how: Starting) -> Call[SessionView]:
+    given = how.wire()
+    content = to_json({"args": args, "key": key, **({"options": given} if given else {})}, "args")
     return Call("POST", path("templates", name, "sessions"), session_view, content=content)
 
 
@@ -70,12 +73,26 @@ class Templates:
     def list(self) -> list[Template]:
         return self._client.run(_list())
 
-    def start(self, name: str, args: dict[str, Any] | None = None, *, key: str | None = None) -> Session[Any]:
+    def start(
+        self,
+        name: str,
+        args: dict[str, Any] | None = None,
+        *,
+        key: str | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        delay: Duration | None = None,
+        ttl: Duration | None = None,
+        concurrency_key: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> Session[Any]:
         """A session that goes on where the template stands; its `ctx.ready()` returns `args`. With a `key` that is known
-        the existing session comes back. Raises NotFound, Conflict, KeyReused."""
+        the existing session comes back. The other options are those of `Sessions.start`. Raises NotFound, Conflict,
+        KeyReused."""
         from rethaw.sdk.client import Session
 
-        view = self._client.run(_start(name, args or {}, key))
+        how = starting(queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags)
+        view = self._client.run(_start(name, args or {}, key, how))
         return Session(self._client, view.id, view)
 
     def delete(self, name: str) -> Template:
@@ -105,12 +122,23 @@ class AsyncTemplates:
         return await self._client.run(_list())
 
     async def start(
-        self, name: str, args: dict[str, Any] | None = None, *, key: str | None = None
+        self,
+        name: str,
+        args: dict[str, Any] | None = None,
+        *,
+        key: str | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        delay: Duration | None = None,
+        ttl: Duration | None = None,
+        concurrency_key: str | None = None,
+        tags: Sequence[str] = (),
     ) -> AsyncSession[Any]:
         """See `Templates.start`."""
         from rethaw.sdk.aclient import AsyncSession
 
-        view = await self._client.run(_start(name, args or {}, key))
+        how = starting(queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags)
+        view = await self._client.run(_start(name, args or {}, key, how))
         return AsyncSession(self._client, view.id, view)
 
     async def delete(self, name: str) -> Template:

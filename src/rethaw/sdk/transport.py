@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +16,7 @@ from rethaw.sdk.calls import Call
 from rethaw.sdk.credentials import Credentials, checked_url, load
 
 CONNECT_S = 5.0
+TIMEOUT_S = 30.0  # for one answer
 PATIENCE_S = 60.0  # how long streams and waits outlast a server that is away
 POLL_S = 25.0  # one long poll; below what proxies commonly cut
 QUIET_S = 90.0  # a stream silent for so long is opened anew
@@ -31,6 +32,7 @@ class Target:
     token: str | None
     source: str
     timeout_s: float
+    named: str = field(default="the url argument", compare=False)  # what says the URL; empty: nothing does
 
     @classmethod
     def find(cls, url: str | None, token: str | None, timeout_s: float) -> Target:
@@ -41,7 +43,8 @@ class Target:
             if token is None and found.url == url:
                 token = found.token
             return cls(url, token, "the token argument" if token else found.source, timeout_s)
-        return cls(found.url, token or found.token, "the token argument" if token else found.source, timeout_s)
+        source = "the token argument" if token else found.source
+        return cls(found.url, token or found.token, source, timeout_s, found.named)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -77,17 +80,32 @@ class Target:
     def unavailable(self, error: httpx2.HTTPError) -> Unavailable:
         """The connection's error in our words. `details["sent"]`: whether the server may have got the request."""
         if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):
-            return Unavailable(
-                f"no Rethaw server answers at {self.url}",
-                remedy="start it with `sudo rethaw up`, or set RETHAW_URL to where it is",
-                sent=False,
-            )
+            return self.nobody(str(error))
         if isinstance(error, httpx2.TimeoutException):
             return Unavailable(
                 f"{self.url} did not answer in time", remedy="try again; see the server's log", sent=True
             )
         return Unavailable(
             f"the connection to {self.url} broke ({type(error).__name__})", remedy="try again", sent=True
+        )
+
+    def nobody(self, why: str = "") -> Unavailable:
+        """Nobody listens there."""
+        if "[SSL" in why:
+            return Unavailable(
+                f"{self.url} cannot be spoken to: {why}", remedy="check https and the certificate", sent=False
+            )
+        if not self.named:
+            return Unavailable(
+                f"no Rethaw server is set, and none answers at {self.url}",
+                remedy="start one with `sudo rethaw up`, or set RETHAW_URL and RETHAW_TOKEN",
+                sent=False,
+            )
+        by_file = f" (which {self.named} names)" if self.named.endswith(".json") else ""
+        return Unavailable(
+            f"no Rethaw server answers at {self.url}{by_file}",
+            remedy="start it with `sudo rethaw up`, or set RETHAW_URL to where it is",
+            sent=False,
         )
 
 

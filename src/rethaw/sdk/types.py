@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from rethaw.model.types import SessionView
+from rethaw.model.types import Attempt, BudgetSpec, SessionView, Spent
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,13 @@ class Stats:
 
 @dataclass(frozen=True)
 class Detail:
-    """A session and its numbers."""
+    """A session and its numbers. `budget`: what it may spend, None without one."""
 
     view: SessionView
     stats: Stats
+    attempts: list[Attempt] = field(default_factory=list[Attempt])
+    budget: BudgetSpec | None = None
+    spent: Spent | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from rethaw.control.prices import Prices, prices_from
 from rethaw.gateway.providers import Providers
 from rethaw.model.errors import InvalidInput, NotFound
 from rethaw.server.config_snapshots import SnapshotSettings, snapshot_settings
@@ -52,6 +53,7 @@ class Config:
     engine: str = ENGINES[0]  # of agents that do not say which
     source: Path | None = None
     snapshots: SnapshotSettings = field(default_factory=SnapshotSettings)
+    prices: Prices = field(default_factory=Prices)
 
     def url_at(self, port: int) -> str:
         """Where a client on this machine reaches a server that listens on `port`."""
@@ -73,7 +75,7 @@ def load(
     source = _find(path, env)
     table = _read(source) if source else {}
     where = str(source) if source else "rethaw.toml"
-    known = {*SETTINGS, "providers", "snapshots"}
+    known = {*SETTINGS, "providers", "snapshots", "prices"}
     for key in table:
         if key not in known:
             raise InvalidInput(f"{where}: {key!r} is not a setting", remedy=f"known: {', '.join(sorted(known))}")
@@ -104,6 +106,7 @@ def load(
         providers=_providers(table.get("providers", {}), where, env),
         source=source,
         snapshots=snapshot_settings(table.get("snapshots", {}), where, env),
+        prices=prices_from(table.get("prices", {}), where),
     )
 
 

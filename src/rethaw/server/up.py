@@ -102,6 +102,9 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Inherited by what it accepts, for which asyncio does not set it: an answer's body would wait for the caller's
+    # delayed acknowledgement of its head, 40 ms on a connection that is used again.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         sock.bind((host, port))
     except OSError as error:
@@ -180,7 +183,9 @@ async def _run(
         policy = Policy(object_store=config.snapshots.s3 is not None)
         context_log = Log(db, hub)
         catalog = Catalog(db, hub, policy)
-        control = Control(db, context_log, hub, public_url=public_url, secret=token.encode(), policy=policy)
+        control = Control(
+            db, context_log, hub, public_url=public_url, secret=token.encode(), policy=policy, prices=config.prices
+        )
         engines = engines_of(data, config.engine)
         await engines.default.build()
         parts = Parts(
@@ -190,7 +195,7 @@ async def _run(
             engines=engines,
             images=ImageStore(data),
             store=_store(config, catalog),
-            gateway=Gateway(context_log, config.providers, incarnation),
+            gateway=Gateway(context_log, config.providers, incarnation, books=control),
             log=context_log,
             control=control,
             catalog=catalog,

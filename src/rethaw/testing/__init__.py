@@ -8,10 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rethaw.testing.agents import AgentServer
+    from rethaw.testing.model import ScriptedModel
     from rethaw.testing.provider import Call, ProviderRequest, Reply, ScriptedProvider, TokenUsage, by_turn, in_order
     from rethaw.testing.server import RunningServer
 
-__all__ = ["Call", "ProviderRequest", "Reply", "RunningServer", "ScriptedProvider", "TokenUsage", "by_turn", "in_order"]
+__all__ = [
+    "AgentServer", "Call", "ProviderRequest", "Reply", "RunningServer", "ScriptedModel", "ScriptedProvider", "TokenUsage",
+    "by_turn", "in_order",
+]  # fmt: skip
+_WHERE = {"AgentServer": "agents", "RunningServer": "server", "ScriptedModel": "model"}
 
 
 def __getattr__(name: str) -> Any:
@@ -19,5 +25,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    home = "server" if name == "RunningServer" else "provider"
-    return getattr(import_module(f"rethaw.testing.{home}"), name)
+    return getattr(import_module(f"rethaw.testing.{_WHERE.get(name, 'provider')}"), name)

@@ -60,6 +60,7 @@ class Call:
     completed: bool = False
     client_gone: bool = False
     ended_at: float | None = None
+    request: ProviderRequest | None = None  # as the script saw it
 
     @property
     def sha256(self) -> str:
@@ -179,6 +180,10 @@ class ScriptedProvider:
         """The next `times` calls for which `when` holds get `reply` in place of the script's."""
         self._armed.append(_Armed(reply, times, when))
 
+    def disarm(self) -> None:
+        """Forget what `fail` armed."""
+        self._armed.clear()
+
     async def wait_for_calls(self, count: int, timeout_s: float = 30.0) -> None:
         """Return once `count` calls were received. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
@@ -208,7 +213,7 @@ class ScriptedProvider:
         return web.json_response({"ok": True})
 
     async def _clear(self, _: web.Request) -> web.Response:
-        self._armed.clear()
+        self.disarm()
         return web.json_response({"ok": True})
 
     # ------------------------------------------------------------ calls
@@ -241,7 +246,7 @@ class ScriptedProvider:
         self._n += 1
         turns = turns_of(api, data, earlier)
         request = ProviderRequest(self._n, api, http.method, http.path_qs, headers, body, data, turns)
-        call = Call(self._n, api, http.path_qs, headers, body, data, time.time())
+        call = Call(self._n, api, http.path_qs, headers, body, data, time.time(), request=request)
         self.calls.append(call)
         self._write(
             {

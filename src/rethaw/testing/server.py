@@ -30,6 +30,7 @@ from rethaw.testing import processes
 from rethaw.testing.processes import Box
 
 _log = logging.getLogger("rethaw.testing")
+_BUCKET = ("RETHAW_S3_", "RETHAW_SNAPSHOT_")
 
 
 def image_cache() -> Path:
@@ -214,7 +215,8 @@ class RunningServer:
             "DATABASE_URL",
             "XDG_CONFIG_HOME",
         }
-        kept = {k: v for k, v in os.environ.items() if k not in drop}
+        # Nor may it ever write into its user's bucket.
+        kept = {k: v for k, v in os.environ.items() if k not in drop and not k.startswith(_BUCKET)}
         own = {
             "HOME": str(self.home),
             "RETHAW_DATA_DIR": str(self.data_dir),

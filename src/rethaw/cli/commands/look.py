@@ -11,13 +11,20 @@ from rethaw.cli.app import Flag, Json
 from rethaw.cli.connect import client
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rethaw.model.types import SessionView
 
 
 def ls(
     *,
-    state: str | None = None,
+    state: Annotated[list[str] | None, Parameter(negative="")] = None,
     agent: str | None = None,
+    tag: Annotated[list[str] | None, Parameter(negative="")] = None,
+    queue: str | None = None,
+    search: str | None = None,
+    since: str | None = None,
+    until: str | None = None,
     limit: int = 50,
     quiet: Annotated[bool, Flag, Parameter(name=("--quiet", "-q"))] = False,
     json: Json = False,
@@ -27,29 +34,41 @@ def ls(
     For example:
       rethaw ls
       rethaw ls --state suspended --agent coder
+      rethaw ls --tag nightly --search "heat pumps" --since 2d
       rethaw rm $(rethaw ls -q --state failed)
 
     Parameters
     ----------
     state:
-        Only those in this state.
+        Only those in this state; given again, in any of them.
     agent:
         Only those of this agent.
+    tag:
+        Only those with this tag; given again, with all of them.
+    queue:
+        Only those of this queue.
+    search:
+        Only those with this text in their agent's name, key, tags or arguments.
+    since:
+        Only those created since then: 2026-01-31, 2026-01-31T09:00, or how long
+        ago, like 2h.
+    until:
+        Only those created before that.
     limit:
         At most so many.
     quiet:
         Print ids only, whole.
     """
     from rethaw.cli.render import state_text
-    from rethaw.model.enums import State
     from rethaw.model.errors import InvalidInput
 
-    if state is not None and state not in list(State):
-        raise InvalidInput(f"{state!r} is not a state", remedy=f"use one of {', '.join(State)}")
     if limit < 1:
         raise InvalidInput(f"limit {limit} is too small", remedy="use 1 or more")
     with client() as connection:
-        views = connection.sessions.list(state=state, agent=agent, limit=limit)
+        views = connection.sessions.list(
+            state=state, agent=agent, tag=tag, queue=queue, search=search, created_after=since, created_before=until,
+            limit=limit,
+        )  # fmt: skip
     if json:
         output.emit(views)
         return
@@ -60,8 +79,16 @@ def ls(
     if not views:
         output.note("no sessions; start one: rethaw run FILE.py")
         return
-    ids = output.short([*(view.id for view in views), *(view.forked_from for view in views if view.forked_from)])
-    forked = any(view.forked_from for view in views)
+    named = [one for view in views for one in (view.forked_from, view.parent) if one]
+    ids = output.short([*(view.id for view in views), *named])
+    # Columns that say something of one of them at least.
+    optional: dict[str, Callable[[SessionView], str]] = {
+        "FORK OF": lambda view: ids[view.forked_from] if view.forked_from else "",
+        "PARENT": lambda view: ids[view.parent] if view.parent else "",
+        "QUEUE": lambda view: view.queue if view.queue != "default" else "",
+        "TAGS": lambda view: " ".join(view.tags),
+    }
+    more = {name: told for name, told in optional.items() if any(told(view) for view in views)}
 
     def row(view: SessionView) -> list[str]:
         crashes = str(view.crashes) if view.crashes else "-"
@@ -73,13 +100,13 @@ def ls(
             output.ago(view.created_at),
             crashes,
             view.key or "-",
-            *([ids[view.forked_from] if view.forked_from else "-"] if forked else []),
+            *(told(view) or "-" for told in more.values()),
         ]
 
     output.table(
-        ["SESSION", "AGENT", "STATE", "SINCE", "AGE", "CRASHES", "KEY", *(["FORK OF"] if forked else [])],
+        ["SESSION", "AGENT", "STATE", "SINCE", "AGE", "CRASHES", "KEY", *more],
         [row(view) for view in views],
-        codes=[["", "", output.state_color(view.state.value), *[""] * (4 + forked)] for view in views],
+        codes=[["", "", output.state_color(view.state.value), *[""] * (4 + len(more))] for view in views],
     )
 
 
@@ -100,7 +127,13 @@ def show(session: str, /, *, json: Json = False) -> None:
     with client() as connection:
         detail = connection.sessions.detail(session)
     if json:
-        output.emit({**output.jsonable(detail.view), "stats": output.jsonable(detail.stats)})
+        output.emit({
+            **output.jsonable(detail.view),
+            "stats": output.jsonable(detail.stats),
+            "attempts": output.jsonable(detail.attempts),
+            "budget": output.jsonable(detail.budget),
+            "spent": output.jsonable(detail.spent),
+        })  # fmt: skip
         return
     for line in show_lines(detail):
         output.data(line)

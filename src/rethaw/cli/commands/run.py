@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from rethaw.model.types import AgentSpec
     from rethaw.sdk.agents import Options
     from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.limits import Budget
+    from rethaw.sdk.starting import Starting
 
 _INTERRUPTED = 130
+Number = Parameter(allow_leading_hyphen=True)  # so that a negative one gets an answer that names it
 
 
 def run(
@@ -38,6 +41,18 @@ def run(
     workdir: str | None = None,
     template: str | None = None,
     engine: str | None = None,
+    queue: str | None = None,
+    priority: Annotated[int | None, Parameter(allow_leading_hyphen=True)] = None,
+    delay: str | None = None,
+    ttl: str | None = None,
+    concurrency_key: str | None = None,
+    tag: Annotated[list[str] | None, Parameter(negative="")] = None,
+    retries: Annotated[int | None, Number] = None,
+    retry_delay: str | None = None,
+    budget_tokens: Annotated[int | None, Number] = None,
+    budget_money: Annotated[str | None, Number] = None,
+    budget_calls: Annotated[int | None, Number] = None,
+    budget_wall: str | None = None,
     json: Json = False,
 ) -> int:
     """Start a session and watch its output. Ctrl-C detaches; the session goes on.
@@ -83,7 +98,36 @@ def run(
         "auto": the first start makes a template of the agent, later ones begin there, with its file imported.
     engine:
         gvisor, or qemu for a microVM with a kernel of its own; else the server's default.
+    queue:
+        Whose limits it waits for.
+    priority:
+        Higher ones start first; 0 if not said.
+    delay:
+        It starts after so long.
+    ttl:
+        It fails if it has not started by then, counted from when it may.
+    concurrency_key:
+        The queue may limit how many with one key run at once.
+    tag:
+        To find it by; may be given again.
+    retries:
+        So many new attempts when its program fails.
+    retry_delay:
+        How long after a failure, like 1s; doubled each time.
+    budget_tokens:
+        Stop it once it has used so many tokens, input and output together.
+    budget_money:
+        Stop it once its tokens have cost so much, like 5.00; needs prices in rethaw.toml.
+    budget_calls:
+        Stop it after so many model calls.
+    budget_wall:
+        Stop it once it has run so long, like 2h; suspended time is not counted.
     """
+    from rethaw.sdk.starting import starting
+
+    how = starting(
+        queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tag or ()
+    )
     given: dict[str, Any] = {
         "name": name,
         "env": _environment(env) if env else None,
@@ -94,17 +138,19 @@ def run(
         "workdir": workdir,
         "template": template,
         "engine": engine,
+        "retries": _retries(retries, retry_delay),
+        "budget": _budget(budget_tokens, budget_money, budget_calls, budget_wall),
     }
     given = {option: value for option, value in given.items() if value is not None}
     with client(patient=not detach) as connection:
         if agent is not None:
             tokens = [*([target] if target is not None else []), *rest]
-            session = _of_name(connection, agent, tokens, image, given, key)
+            session = _of_name(connection, agent, tokens, image, given, key, how)
         elif image is not None:
             command = [*([target] if target is not None else []), *rest]
-            session = connection.sessions.start(_of_command(image, command, given), key=key)
+            session = connection.sessions.start(_of_command(image, command, given), key=key, **how.given())
         else:
-            session = _of_file(connection, target, list(rest), given, key)
+            session = _of_file(connection, target, list(rest), given, key, how)
         if detach:
             if json:
                 output.emit(session.view)
@@ -146,7 +192,12 @@ def _of_command(image: str, command: list[str], given: dict[str, Any]) -> AgentS
 
 
 def _of_file(
-    connection: Client, target: str | None, tokens: list[str], given: dict[str, Any], key: str | None
+    connection: Client,
+    target: str | None,
+    tokens: list[str],
+    given: dict[str, Any],
+    key: str | None,
+    how: Starting,
 ) -> Session[Any]:
     from rethaw.cli.arguments import parse
     from rethaw.model.errors import InvalidInput
@@ -157,14 +208,20 @@ def _of_file(
     file, _, chosen = target.partition("::")
     found = find(file, chosen or None)
     args = parse(found.function, tokens)
-    changed = Agent[..., Any](found.function, _overridden(found.options, given), key=key)
+    changed = Agent[..., Any](found.function, _overridden(found.options, given), key=key, how=how)
     package = changed.package()
     connection.blobs.put(package.data)
-    return connection.sessions.start(changed.spec(package.digest), args, key=key)
+    return connection.sessions.start(changed.spec(package.digest), args, key=key, **changed.starting.given())
 
 
 def _of_name(
-    connection: Client, agent: str, tokens: list[str], image: str | None, given: dict[str, Any], key: str | None
+    connection: Client,
+    agent: str,
+    tokens: list[str],
+    image: str | None,
+    given: dict[str, Any],
+    key: str | None,
+    how: Starting,
 ) -> Session[Any]:
     from rethaw.cli.arguments import parse
     from rethaw.model.errors import InvalidInput
@@ -181,7 +238,7 @@ def _of_name(
         )
     one = named(*parse_name(agent))
     args = parse(one.function, tokens)
-    return connection.sessions.start(one.uploaded(connection), args, key=key)
+    return connection.sessions.start(one.uploaded(connection), args, key=key, **how.given())
 
 
 def _overridden(base: Options, given: dict[str, Any]) -> Options:
@@ -190,11 +247,36 @@ def _overridden(base: Options, given: dict[str, Any]) -> Options:
 
     if given.get("idle_suspend") == "never":
         given = {**given, "idle_suspend": None}
+    given = _with_base(base, given)
     checked = options(given.get("name") or base.name, **{k: v for k, v in given.items() if k != "name"})
     changes = {field: getattr(checked, field) for field in given}
     if "env" in changes:
         changes["env"] = {**base.env, **changes["env"]}
     return dataclasses.replace(base, **changes)
+
+
+def _retries(count: int | None, delay: str | None) -> dict[str, Any] | None:
+    given = {"max": count, "delay": delay}
+    return {name: value for name, value in given.items() if value is not None} or None
+
+
+def _budget(tokens: int | None, money: str | None, calls: int | None, wall: str | None) -> Budget | None:
+    from rethaw.sdk.limits import Budget
+
+    made = Budget(tokens=tokens, money=money, model_calls=calls, wall=wall)
+    return None if made == Budget() else made
+
+
+def _with_base(base: Options, given: dict[str, Any]) -> dict[str, Any]:
+    """What the command line says of retries and of the budget, over what the file says of the rest of them."""
+    from rethaw.sdk.limits import Retries
+
+    given = dict(given)
+    if "retries" in given:
+        given["retries"] = dataclasses.replace(base.retries or Retries(), **given["retries"])
+    if "budget" in given:
+        given["budget"] = given["budget"].over(base.budget)
+    return given
 
 
 def _environment(pairs: list[str]) -> dict[str, str]:

@@ -38,7 +38,8 @@ def up(
 
     Needs root. Whoever called it (through sudo as well) gets credentials for
     the other commands. Ctrl-C or SIGTERM ends it in order: sessions are
-    suspended and go on at the next start. SIGKILL loses nothing either.
+    suspended and go on at the next start. SIGKILL loses nothing either. While
+    it runs, "up --detach" only writes the credentials again.
 
     For example:
       sudo rethaw up

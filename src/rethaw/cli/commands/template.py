@@ -74,6 +74,12 @@ def start(
     /,
     *,
     key: str | None = None,
+    queue: str | None = None,
+    priority: Annotated[int | None, Parameter(allow_leading_hyphen=True)] = None,
+    delay: str | None = None,
+    ttl: str | None = None,
+    concurrency_key: str | None = None,
+    tag: Annotated[list[str] | None, Parameter(negative="")] = None,
     json: Json = False,
 ) -> None:
     """Start a session from a template and print its id.
@@ -91,6 +97,18 @@ def start(
         Arguments as a JSON object.
     key:
         Starting again with this key gives the same session.
+    queue:
+        Whose limits it waits for.
+    priority:
+        Higher ones start first; 0 if not said.
+    delay:
+        It starts after so long.
+    ttl:
+        It fails if it has not started by then, counted from when it may.
+    concurrency_key:
+        The queue may limit how many with one key run at once.
+    tag:
+        To find it by; may be given again.
     """
     import json as json_module
 
@@ -103,7 +121,17 @@ def start(
     if not isinstance(given, dict):
         raise InvalidInput(f"ARGS {args[:40]!r} is no JSON object", remedy='write them like \'{"topic": "x"}\'')
     with client() as connection:
-        session = connection.templates.start(name, cast("dict[str, Any]", given), key=key)
+        session = connection.templates.start(
+            name,
+            cast("dict[str, Any]", given),
+            key=key,
+            queue=queue,
+            priority=priority,
+            delay=delay,
+            ttl=ttl,
+            concurrency_key=concurrency_key,
+            tags=tag or (),
+        )
     if json:
         output.emit(session.view)
     else:

@@ -28,5 +28,4 @@ CREATE TABLE attempt_specs (
 );
 
 ALTER TABLE sessions
-    ADD COLUMN carry text,                                  -- snapshot whose files the current attempt begins with
     ADD COLUMN log_format smallint NOT NULL DEFAULT 1;      -- equal to rethaw.log.FORMAT of who began the session's log
