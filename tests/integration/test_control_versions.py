@@ -16,7 +16,7 @@ from control_fixtures import (  # noqa: F401 - fixtures
 
 from rethaw.model.enums import EventType, Reason, State
 from rethaw.model.errors import Conflict, InvalidInput, KeyReused, NotFound
-from rethaw.model.types import AgentSpec, Assignment, Fence, RetrySpec, WaitSpec
+from rethaw.model.types import AgentSpec, Assignment, Fence, RetrySpec, StartOptions, WaitSpec
 from rethaw.model.versions import Upgraded, digest
 
 S = State
@@ -72,6 +72,13 @@ async def test_versions_are_counted_and_deployed(w: World) -> None:
     for name in ("nobody", "tester'"):
         with pytest.raises(NotFound, match="no agent"):
             await w.control.agent(name)
+
+
+async def test_how_it_is_started_is_what_was_deployed_last(w: World) -> None:
+    await w.control.deploy(OLD, StartOptions(queue="slow", priority=3, tags=("a",)))
+    assert (await w.control.agent_version("tester")).starting == StartOptions(queue="slow", priority=3, tags=("a",))
+    version, new = await w.control.deploy(OLD)
+    assert (version.version, new, version.starting) == (1, False, StartOptions())
 
 
 async def test_the_new_version_has_the_context_of_the_old_one(w: World) -> None:

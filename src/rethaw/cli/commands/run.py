@@ -238,7 +238,8 @@ def _of_name(
         )
     one = named(*parse_name(agent))
     args = parse(one.function, tokens)
-    return connection.sessions.start(one.uploaded(connection), args, key=key, **how.given())
+    spec = one.uploaded(connection)
+    return connection.sessions.start(spec, args, key=key, **how.over(one.starting).given())
 
 
 def _overridden(base: Options, given: dict[str, Any]) -> Options:
