@@ -17,6 +17,7 @@ import pytest
 from e2e_cli import refused
 from e2e_fixtures import ASK, House, Session, house
 
+from rethaw import Agent
 from rethaw.cli.main import main
 from rethaw.model.errors import RethawError
 from rethaw.testing.chaos.run import code_archive
@@ -227,8 +228,8 @@ def main(ctx):
     done = upgrade(session, version(session, code + "# other\n"))
     (taken,) = session.events("snapshot.created")
     assert (done["files"], done["at"]) == (taken["data"]["snapshot"], taken["data"]["seq"])
-    # What came with the new code is the new code's; what was removed of the image is there again.
-    assert session.result() == [3000000, "é", "0o750", [], True, True]
+    # What came with the new code is the new code's.
+    assert session.result() == [3000000, "é", "0o750", [], True, False]
 
 
 KEEPS = """
@@ -277,11 +278,20 @@ def test_the_page(h: House, cli: Cli, tmp_path: Path) -> None:
     session.send("again")
     until_sent(session, "Bea: hello", "Bea, again")
     assert session.view["version"] == 2
+    # What its definition says of how it is started, and of what follows a failure, is deployed with it.
+    slow = agent.replace("helper(ctx", "guide(ctx").replace('idle_suspend="2s"', 'queue="slow", tags=["own"]')
+    (tmp_path / "slow.py").write_text(slow)
+    cli("deploy", "slow.py")
+    queued = Agent.from_name("guide").with_options(tags=["more"], priority=4, retries=2).start(who="Cid")
+    assert (queued.view.queue, queued.view.priority, queued.view.tags) == ("slow", 4, ("own", "more"))
+    assert queued.view.agent.retries is not None and queued.view.agent.retries.max == 2
+    queued.cancel(now=True)
+    cli("deploy", "helper2.py")
     assert cli("agent", "pin", "guide", "1").stdout == "guide@1\n"
     assert "pinned" in cli("agent", "ls").stdout
     assert cli("agent", "unpin", "guide").stdout == "guide@2\n"
     for args, code, words in (
-        (("agent", "pin", "guide", "9"), 4, ["version 9", "1 to 2"]),
+        (("agent", "pin", "guide", "9"), 4, ["version 9", "1 to 4"]),
         (("agent", "show", "nobody"), 4, ["nobody"]),
         (("run", "--agent", "guide@x"), 2, ["guide@x"]),
         (("run", "--agent", "nobody"), 4, ["nobody"]),

@@ -16,7 +16,7 @@ from control_fixtures import (  # noqa: F401 - fixtures
 
 from rethaw.model.enums import EventType, Reason, State
 from rethaw.model.errors import Conflict, InvalidInput, KeyReused, NotFound
-from rethaw.model.types import AgentSpec, Assignment, Fence, WaitSpec
+from rethaw.model.types import AgentSpec, Assignment, Fence, RetrySpec, StartOptions, WaitSpec
 from rethaw.model.versions import Upgraded, digest
 
 S = State
@@ -72,6 +72,13 @@ async def test_versions_are_counted_and_deployed(w: World) -> None:
     for name in ("nobody", "tester'"):
         with pytest.raises(NotFound, match="no agent"):
             await w.control.agent(name)
+
+
+async def test_how_it_is_started_is_what_was_deployed_last(w: World) -> None:
+    await w.control.deploy(OLD, StartOptions(queue="slow", priority=3, tags=("a",)))
+    assert (await w.control.agent_version("tester")).starting == StartOptions(queue="slow", priority=3, tags=("a",))
+    version, new = await w.control.deploy(OLD)
+    assert (version.version, new, version.starting) == (1, False, StartOptions())
 
 
 async def test_the_new_version_has_the_context_of_the_old_one(w: World) -> None:
@@ -158,6 +165,18 @@ async def test_files_that_cannot_be_read_are_taken_from_the_parent(w: World) -> 
     lost = [e.data["snapshot"] for e in await w.events(session, EventType.SNAPSHOT_UNUSABLE)]
     assert set(lost) == {first.id, second.id, last.id}
     assert (await w.log.verify(session)).ok
+
+
+async def test_one_that_waits_for_a_retry_begins_at_once_with_the_new_version(w: World) -> None:
+    patient = OLD.model_copy(update={"retries": RetrySpec(max=3, delay_s=3600.0)})
+    session, fence = await w.start(patient)
+    await w.report(fence, S.FAILED, reason=Reason.EXITED, exit_code=1)
+    view = await w.control.session(session)
+    assert (view.state, view.attempt) == (S.QUEUED, 2)
+    done = await w.control.upgrade(session, NEW)
+    assignment = await w.node.one("start", session)
+    assert (assignment.agent, assignment.attempt, done.changed) == (NEW, 2, True)
+    assert await w.control.agent_of(session, 1) == patient and await w.control.agent_of(session, 2) == NEW
 
 
 async def test_an_old_callback_address_completes_the_wait_of_that_name(w: World) -> None:

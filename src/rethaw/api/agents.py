@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from rethaw.api import models
 from rethaw.api.rooms import Rooms
 from rethaw.model.errors import InvalidInput, NotFound
-from rethaw.model.types import AgentSpec
+from rethaw.model.types import AgentSpec, StartOptions
 from rethaw.model.versions import AgentDetail, AgentVersion, Files, Upgraded
 
 
@@ -20,6 +20,7 @@ class _Body(BaseModel):
 
 class DeployBody(_Body):
     agent: AgentSpec
+    starting: StartOptions = Field(default_factory=StartOptions)
 
 
 class Deployed(BaseModel):
@@ -59,7 +60,7 @@ def router(rooms: Rooms) -> APIRouter:
     async def deploy(body: DeployBody, response: Response) -> Deployed:
         """Register a version and let starts by name take it. Repeating it is harmless."""
         has_code(body.agent)
-        version, new = await control.deploy(body.agent)
+        version, new = await control.deploy(body.agent, body.starting)
         response.status_code = 201 if new else 200
         return Deployed(version=version, new=new)
 

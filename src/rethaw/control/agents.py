@@ -10,11 +10,12 @@ from typing import Any
 from rethaw.control import rows
 from rethaw.control.rows import Conn
 from rethaw.model.errors import Conflict, NotFound
-from rethaw.model.types import AgentSpec
+from rethaw.model.types import AgentSpec, StartOptions
 from rethaw.model.versions import AgentDetail, AgentVersion, Running, digest, plain
 
 _ENDED = "state NOT IN ('completed', 'failed', 'cancelled')"
 _SHOWN = 200  # sessions of an agent
+_PLAIN = StartOptions()
 
 
 _FIND = """SELECT v.*, a.pinned,
@@ -29,6 +30,7 @@ def _version(found: dict[str, Any], sessions: int = 0) -> AgentVersion:
         version=found["number"],
         digest=found["digest"],
         spec=AgentSpec.model_validate_json(found["spec"]),
+        starting=StartOptions.model_validate_json(found["starting"]),
         created_at=found["created_at"],
         deployed_at=found["deployed_at"],
         current=bool(found["current"]),
@@ -58,7 +60,7 @@ async def number(conn: Conn, agent: AgentSpec) -> int:
     return int(found["number"])
 
 
-async def deploy(conn: Conn, agent: AgentSpec) -> tuple[AgentVersion, bool]:
+async def deploy(conn: Conn, agent: AgentSpec, starting: StartOptions = _PLAIN) -> tuple[AgentVersion, bool]:
     """Register `agent` and let a start by name take it (unless another version is pinned). Whether it is new."""
     known = await rows.one(
         conn,
@@ -67,8 +69,8 @@ async def deploy(conn: Conn, agent: AgentSpec) -> tuple[AgentVersion, bool]:
     )
     count = await number(conn, agent)
     await conn.execute(
-        "UPDATE agent_versions SET deployed_at = clock_timestamp() WHERE agent = %s AND number = %s",
-        (agent.name, count),
+        "UPDATE agent_versions SET deployed_at = clock_timestamp(), starting = %s WHERE agent = %s AND number = %s",
+        (starting.model_dump_json(exclude_defaults=True), agent.name, count),
     )
     return await pick(conn, agent.name, count), known is None
 

@@ -415,10 +415,11 @@ class Control:
         """What that attempt of the session runs or ran."""
         return (await self._run(lambda conn: specs.of_attempt(conn, session, attempt)))[0]
 
-    async def deploy(self, agent: AgentSpec) -> tuple[AgentVersion, bool]:
-        """Register a version and let starts by name take it; whether it was not deployed before."""
+    async def deploy(self, agent: AgentSpec, starting: StartOptions | None = None) -> tuple[AgentVersion, bool]:
+        """Register a version and let starts by name take it (with `starting`, unless they say otherwise); whether it was not
+        deployed before."""
         sessions.check_agent(agent, self.policy)
-        return await self._run(lambda conn: agents.deploy(conn, agent))
+        return await self._run(lambda conn: agents.deploy(conn, agent, starting or StartOptions()))
 
     async def agents(self) -> list[AgentVersion]:
         """The current version of each agent."""

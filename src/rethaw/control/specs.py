@@ -43,9 +43,11 @@ async def inherit(conn: Conn, parent: Row, forks: list[str]) -> None:
     )
 
 
-async def switch(conn: Conn, row: Row, agent: AgentSpec, version: int | None) -> Row:
-    """From its next attempt on the locked session runs `agent`."""
+async def switch(conn: Conn, row: Row, agent: AgentSpec, version: int | None, *, begun: bool = True) -> Row:
+    """From its next attempt on the locked session runs `agent`; from its current one on that has not `begun` yet."""
     await conn.execute(_SETTLE, (row.id, True))
+    if not begun:
+        await conn.execute("DELETE FROM attempt_specs WHERE session = %s AND attempt = %s", (row.id, row.attempt))
     await conn.execute(
         "UPDATE session_specs SET agent = %s, version = %s WHERE session = %s",
         (json.dumps(agent.model_dump(mode="json"), sort_keys=True, separators=(",", ":")), version, row.id),
@@ -58,5 +60,6 @@ async def go_back(conn: Conn, row: Row, attempt: int) -> Row:
     """The locked session goes back to `attempt`: what that ran is what it runs again."""
     if attempt == row.attempt:
         return row
+    await rows.update(conn, row.id, files_from=None)  # those were of another attempt
     agent, version = await of_attempt(conn, row.id, attempt)
     return row if agent == row.agent and version == row.version else await switch(conn, row, agent, version)

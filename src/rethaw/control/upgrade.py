@@ -67,8 +67,10 @@ async def upgrade(conn: Conn, session: str, wanted: Wanted, policy: Policy) -> D
         return Done(row, before, after, False, row.last_seq)
     agent = _with_template(row.agent, wanted.agent)
     event: dict[str, Any] = {"from_version": before, "to_version": after}
-    if row.state in _UNPLACED:  # nothing of it has run
-        row = await specs.switch(conn, row, agent, after)
+    if row.state in _UNPLACED and row.restored is None:  # nothing of its attempt has run
+        row = await specs.switch(conn, row, agent, after, begun=False)
+        if row.attempt > 1:  # a retry that waits for its time: that was for the old version
+            await rows.update(conn, row.id, retry_at=None)
         event["at"] = row.last_seq
         await rows.append(conn, row.id, NewEvent(type=EventType.SESSION_UPGRADED, data=event))
         row = await placement.dispatch(conn, await rows.load(conn, row.id), policy)
@@ -101,6 +103,8 @@ async def upgrade(conn: Conn, session: str, wanted: Wanted, policy: Policy) -> D
         restored=None,
         snapshot=None,
         files_from=files.id if files is not None else None,
+        failures=0,
+        retry_at=None,
         life_progress=await lineage.progress(conn, row),
         node=None,
         incarnation=None,

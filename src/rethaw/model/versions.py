@@ -7,7 +7,7 @@ import json
 from datetime import datetime
 from typing import Literal
 
-from rethaw.model.types import AgentSpec, SessionView, Wire
+from rethaw.model.types import AgentSpec, SessionView, StartOptions, Wire
 
 Files = Literal["keep", "fresh"]
 FILES = ("keep", "fresh")
@@ -40,6 +40,7 @@ class AgentVersion(Wire):
     version: int
     digest: str  # hex, of image, code and everything else in `spec`
     spec: AgentSpec
+    starting: StartOptions = StartOptions()  # queue and the like, as its definition says
     created_at: datetime
     deployed_at: datetime | None = None
     current: bool = False

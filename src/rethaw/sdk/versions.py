@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rethaw.model.errors import InvalidInput, NotFound
+from rethaw.model.starting import DEFAULT_QUEUE
 from rethaw.model.types import AgentSpec
 from rethaw.model.versions import FILES, AgentDetail, AgentVersion, Upgraded
 from rethaw.sdk.calls import Call, path, to_json
+from rethaw.sdk.starting import Starting
 
 if TYPE_CHECKING:
     from rethaw.sdk.aclient import AsyncClient
@@ -27,12 +29,13 @@ def _version(body: bytes) -> AgentVersion:
     return cast("AgentVersion", _wire(AgentVersion, json.loads(body)))
 
 
-def _deploy(agent: AgentSpec) -> Call[tuple[AgentVersion, bool]]:
+def _deploy(agent: AgentSpec, starting: Starting) -> Call[tuple[AgentVersion, bool]]:
     def read(body: bytes) -> tuple[AgentVersion, bool]:
         values = json.loads(body)
         return cast("AgentVersion", _wire(AgentVersion, values["version"])), bool(values["new"])
 
-    return Call("POST", path("agents"), read, content=b'{"agent":%b}' % agent.model_dump_json().encode())
+    content = b'{"agent":%b,"starting":%b}' % (agent.model_dump_json().encode(), to_json(starting.wire()))
+    return Call("POST", path("agents"), read, content=content)
 
 
 def _list() -> Call[list[AgentVersion]]:
@@ -96,7 +99,7 @@ class Agents:
         """Upload and register a version of an agent (or of the one that FILE.py[::NAME] defines): starts by its name take it
         from now on, unless another one is pinned. Whether it was not deployed before."""
         one = found(agent)
-        return self._client.run(_deploy(one.uploaded(self._client)))
+        return self._client.run(_deploy(one.uploaded(self._client), one.options.starting))
 
     def list(self) -> list[AgentVersion]:
         """The current version of each agent, by name."""
@@ -128,7 +131,7 @@ class AsyncAgents:
     async def deploy(self, agent: Agent[..., Any] | Path | str) -> tuple[AgentVersion, bool]:
         """See `Agents.deploy`."""
         one = found(agent)
-        return await self._client.run(_deploy(await one.uploaded_async(self._client)))
+        return await self._client.run(_deploy(await one.uploaded_async(self._client), one.options.starting))
 
     async def list(self) -> list[AgentVersion]:
         """See `Agents.list`."""
@@ -159,11 +162,29 @@ def named(name: str, version: int | None) -> Agent[..., Any]:
         raise InvalidInput("'' is not an agent's name", remedy="name a deployed agent: `rethaw agent ls`")
 
     class Named(Agent[..., Any]):
+        defined = Starting()
+
         def uploaded(self, client: Client) -> AgentSpec:
-            return client.agents.get(name, version).spec
+            return self._taken(client.agents.get(name, version))
 
         async def uploaded_async(self, client: AsyncClient) -> AgentSpec:
-            return (await client.agents.get(name, version)).spec
+            return self._taken(await client.agents.get(name, version))
+
+        def _taken(self, found: AgentVersion) -> AgentSpec:
+            """Its spec, with what this start says of retries and of the budget in place of its own."""
+            told = found.starting
+            self.defined = Starting(
+                queue=None if told.queue == DEFAULT_QUEUE else told.queue, priority=told.priority or None,
+                delay=told.delay_s, ttl=told.ttl_s, concurrency_key=told.concurrency_key, tags=told.tags,
+            )  # fmt: skip
+            given = self.options.spec(command=("deployed",))
+            changes = {field: getattr(given, field) for field in ("retries", "budget")}
+            return found.spec.model_copy(update={k: v for k, v in changes.items() if v is not None})
+
+        @property
+        def starting(self) -> Starting:
+            """Options of this start over those that it was deployed with; those are known once it is `uploaded`."""
+            return self.how.over(self.defined)
 
         @property
         def file(self) -> Path:

@@ -149,7 +149,7 @@ def run(
     with client(patient=not detach) as connection:
         if agent is not None:
             tokens = [*([target] if target is not None else []), *rest]
-            session = _of_name(connection, agent, tokens, image, given, key)
+            session = _of_name(connection, agent, tokens, image, given, key, how)
         elif image is not None:
             command = [*([target] if target is not None else []), *rest]
             session = connection.sessions.start(_of_command(image, command, given), key=key, **how.given())
@@ -219,7 +219,13 @@ def _of_file(
 
 
 def _of_name(
-    connection: Client, agent: str, tokens: list[str], image: str | None, given: dict[str, Any], key: str | None
+    connection: Client,
+    agent: str,
+    tokens: list[str],
+    image: str | None,
+    given: dict[str, Any],
+    key: str | None,
+    how: Starting,
 ) -> Session[Any]:
     from rethaw.cli.arguments import parse
     from rethaw.model.errors import InvalidInput
@@ -236,7 +242,8 @@ def _of_name(
         )
     one = named(*parse_name(agent))
     args = parse(one.function, tokens)
-    return connection.sessions.start(one.uploaded(connection), args, key=key)
+    spec = one.uploaded(connection)
+    return connection.sessions.start(spec, args, key=key, **how.over(one.starting).given())
 
 
 def _overridden(base: Options, given: dict[str, Any]) -> Options:

@@ -10,6 +10,7 @@ CREATE TABLE agent_versions (
     number      int NOT NULL,                               -- 1, 2, ... in order of appearance
     digest      text NOT NULL,                              -- of image, code and everything else in the spec
     spec        text NOT NULL,                              -- AgentSpec
+    starting    text NOT NULL DEFAULT '{}',                 -- StartOptions of its newest `deploy`
     created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     deployed_at timestamptz,                                -- newest `deploy` of it; null: only ever run from a file
     PRIMARY KEY (agent, number),
