@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import rethaw
+
 CODE = """
 from collections.abc import AsyncIterator, Generator
 import rethaw
+from pydantic import BaseModel
 from rethaw import Image
 
 @rethaw.agent(image=Image.debian(), memory="1GiB")
@@ -29,6 +32,47 @@ def steps(ctx: rethaw.Context, n: int) -> Generator[str, None, int]:
 async def told(ctx: rethaw.AsyncContext) -> AsyncIterator[str]:
     yield "one"
 
+class Plan(BaseModel):
+    steps: list[str]
+
+@rethaw.agent(image=Image.debian().pip_install("pydantic"))
+class Planner:
+    def __init__(self, ctx: rethaw.Context, goal: str, depth: int = 1) -> None:
+        self.goals = [goal] * depth
+    def run(self) -> Plan:
+        return Plan(steps=self.goals)
+
+@rethaw.agent
+class Later:
+    def __init__(self, ctx: rethaw.AsyncContext, goal: str) -> None:
+        self.ctx = ctx
+    async def run(self) -> int:
+        await self.ctx.send("x")
+        return 1
+
+@rethaw.agent
+class Steps:
+    def __init__(self, ctx: rethaw.Context) -> None: ...
+    def run(self) -> Generator[str, None, float]:
+        yield "one"
+        return 1.5
+
+@rethaw.agent()
+class Told:
+    def __init__(self, ctx: rethaw.AsyncContext) -> None: ...
+    async def run(self) -> AsyncIterator[int]:
+        yield 1
+
+@rethaw.agent(image=Image.debian().pip_install("pydantic"))
+def planned(ctx: rethaw.Context, plan: Plan, more: list[Plan] | None = None) -> Plan:
+    return plan
+
+reveal_type(Planner.start)
+reveal_type(Planner.start("x").result().steps)
+reveal_type(Later.local("x"))
+reveal_type(Steps.start().result())
+reveal_type(Told.local())
+reveal_type(planned.start(Plan(steps=[])).result())
 reveal_type(steps.start(n=1).result())
 reveal_type(told.start().result())
 reveal_type(steps.local(n=1))
@@ -41,8 +85,16 @@ async def later() -> None:
 ask.start(3)
 plain.start()
 plain.start(a=1, b=2)
+Planner.start()
+planned.start({})
 """
 REVEALED = [
+    "(goal: str, depth: int = 1) -> Session[Plan]",
+    "list[str]",
+    "int",
+    "float",
+    "None",
+    "Plan",
     "int",
     "None",
     "int",
@@ -56,8 +108,11 @@ REVEALED = [
 
 def test_types_are_those_of_the_function(tmp_path: Path) -> None:
     (tmp_path / "user.py").write_text(CODE)
+    source = str(Path(rethaw.__file__).parents[1])
+    config = {"typeCheckingMode": "strict", "extraPaths": [source]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
     done = subprocess.run(
-        [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", "user.py"],
+        [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     found = json.loads(done.stdout)["generalDiagnostics"]
@@ -65,4 +120,4 @@ def test_types_are_those_of_the_function(tmp_path: Path) -> None:
     assert told == REVEALED
     lines = CODE.splitlines()
     wrong = [lines[d["range"]["start"]["line"]] for d in found if d["severity"] == "error"]
-    assert wrong == ["ask.start(3)", "plain.start()", "plain.start(a=1, b=2)"]
+    assert wrong == ["ask.start(3)", "plain.start()", "plain.start(a=1, b=2)", "Planner.start()", "planned.start({})"]

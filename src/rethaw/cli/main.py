@@ -45,8 +45,14 @@ def _run(args: list[str]) -> int:
         sys.stdout.write(f"{__version__}\n")
         return 0
     if args[0] == "run":
-        from rethaw.cli.arguments import separate
+        from rethaw.cli.arguments import asked_about, separate
 
+        target = asked_about(args[1:])
+        if target is not None:
+            from rethaw.cli.dryrun import explain
+
+            sys.stdout.write(explain(target))
+            return 0
         args = ["run", *separate(args[1:])]
 
     elif not args[0].startswith("-"):

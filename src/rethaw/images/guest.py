@@ -14,12 +14,15 @@ _PATTERNS = (
     "guest/*.py",
     "channel/*.py",
     "model/__init__.py",
+    "model/annotations.py",
     "model/durations.py",
     "model/errors.py",
     "model/faults.py",
+    "model/typed.py",
     # An agent's file says `@rethaw.agent` at its top, and it is imported inside as well.
     "sdk/__init__.py",
     "sdk/agents.py",
+    "sdk/functions.py",
     "sdk/images.py",
     "sdk/sizes.py",
 )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
+from rethaw.model import annotations, typed
 from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.errors import InvalidInput, NotFound
+from rethaw.sdk.functions import Runs, RunsAsync, RunsAsyncSteps, RunsSteps, check_form, check_types, signature
 from rethaw.sdk.images import Image, checked_env
 from rethaw.sdk.sizes import size_bytes
 
@@ -143,7 +144,8 @@ class Agent(Generic[P, R_co]):
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
         self.__wrapped__ = function
-        _check_signature(function)
+        check_form(function)
+        check_types(function, options.image, all_there=False)
 
     def __repr__(self) -> str:
         return f"<Agent {self.name} of {self.function.__module__}.{self.function.__qualname__}>"
@@ -184,10 +186,26 @@ class Agent(Generic[P, R_co]):
 
     def spec(self, code: str) -> AgentSpec:
         """The wire form; `code` is the digest of the uploaded package."""
+        check_types(self.function, self.options.image, all_there=True)
         return self.options.spec(entry=self.entry, code=code)
 
+    def uploaded(self, client: Client) -> AgentSpec:
+        """The wire form, after everything that it names is on the server: its code, and what its image adds."""
+        package = self.package()
+        spec = self.spec(package.digest)
+        client.blobs.put(package.data)
+        return spec
+
+    async def auploaded(self, client: AsyncClient) -> AgentSpec:
+        """`uploaded` with an AsyncClient."""
+        package = self.package()
+        spec = self.spec(package.digest)
+        await client.blobs.put(package.data)
+        return spec
+
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Arguments by name, checked against the function and for being JSON. Raises InvalidInput."""
+        """Arguments by name as JSON holds them, checked against the function and its types. Raises InvalidInput."""
+        check_types(self.function, self.options.image, all_there=True)
         try:
             bound = signature(self.function).bind(*args, **kwargs)
         except TypeError as e:
@@ -199,15 +217,12 @@ class Agent(Generic[P, R_co]):
                 out |= value
             else:
                 out[name] = value
-        for name, value in out.items():
-            try:
-                json.dumps(value, allow_nan=False)
-            except (TypeError, ValueError) as e:
-                raise InvalidInput(
-                    f"agent {self.name!r}: argument {name} = {value!r} is not JSON ({e})",
-                    remedy="pass text, numbers, booleans, None, lists and dictionaries",
-                ) from e
-        return out
+        return typed.wire_arguments(self.function, out, f"agent {self.name!r}: ")
+
+    def built(self, result: Any) -> R_co:
+        """What a session of it returned, as the type it is annotated with; `result` is the JSON. Raises InvalidInput."""
+        kind = annotations.returned(self.function)[1]
+        return cast("R_co", typed.build(result, kind, f"agent {self.name!r}: the result"))
 
     def with_options(self, *, key: str | None = None) -> Agent[P, R_co]:
         """The same agent with options for the next start. `key`: starting again with it gives the same session."""
@@ -219,16 +234,17 @@ class Agent(Generic[P, R_co]):
 
     def start_on(self, client: Client, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
         """Start a session on the server of `client`."""
-        given, package = self.arguments(*args, **kwargs), self.package()
-        client.blobs.put(package.data)
-        return cast("Session[R_co]", client.sessions.start(self.spec(package.digest), given, key=self.key))
+        given = self.arguments(*args, **kwargs)
+        session = cast("Session[R_co]", client.sessions.start(self.uploaded(client), given, key=self.key))
+        session.built = self.built
+        return session
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run it in this process, without a server and without durability, for a debugger. Nothing comes into its inbox; to
         give it messages and signals and to see what it sends, call it with a `rethaw.LocalContext`."""
         import rethaw
 
-        return cast("R_co", rethaw.LocalContext().run(self.function, **self.arguments(*args, **kwargs)))
+        return cast("R_co", rethaw.LocalContext().run_wire(self.function, self.arguments(*args, **kwargs)))
 
     @property
     def aio(self) -> AsyncAgent[P, R_co]:
@@ -251,11 +267,20 @@ class AsyncAgent(Generic[P, R_co]):
     async def start_on(self, client: AsyncClient, *args: P.args, **kwargs: P.kwargs) -> AsyncSession[R_co]:
         """Start a session on the server of `client`."""
         agent = self._agent
-        given, package = agent.arguments(*args, **kwargs), agent.package()
-        await client.blobs.put(package.data)
-        return cast("AsyncSession[R_co]", await client.sessions.start(agent.spec(package.digest), given, key=agent.key))
+        given = agent.arguments(*args, **kwargs)
+        session = await client.sessions.start(await agent.auploaded(client), given, key=agent.key)
+        session.built = agent.built
+        return cast("AsyncSession[R_co]", session)
 
 
+@overload
+def agent(function: Callable[Concatenate[Any, P], RunsAsync[R]], /) -> Agent[P, R]: ...
+@overload
+def agent(function: Callable[Concatenate[Any, P], RunsSteps[R]], /) -> Agent[P, R]: ...
+@overload
+def agent(function: Callable[Concatenate[Any, P], RunsAsyncSteps], /) -> Agent[P, None]: ...
+@overload
+def agent(function: Callable[Concatenate[Any, P], Runs[R]], /) -> Agent[P, R]: ...
 @overload
 def agent(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /) -> Agent[P, R]: ...
 @overload
@@ -307,6 +332,14 @@ class _Decorator:
     """The type of `agent(...)`: keeps parameters and result of what it is put on. Never made."""
 
     @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], RunsAsync[R]], /) -> Agent[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], RunsSteps[R]], /) -> Agent[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], RunsAsyncSteps], /) -> Agent[P, None]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], Runs[R]], /) -> Agent[P, R]: ...
+    @overload
     def __call__(self, function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /) -> Agent[P, R]: ...
     @overload
     def __call__(self, function: Callable[Concatenate[Any, P], Generator[Any, Any, R]], /) -> Agent[P, R]: ...
@@ -316,28 +349,6 @@ class _Decorator:
     def __call__(self, function: Callable[Concatenate[Any, P], R], /) -> Agent[P, R]: ...
     def __call__(self, function: Any, /) -> Any:
         raise NotImplementedError
-
-
-def signature(function: Callable[..., Any]) -> inspect.Signature:
-    """The function's signature without its Context."""
-    full = inspect.signature(function)
-    return full.replace(parameters=list(full.parameters.values())[1:], return_annotation=inspect.Signature.empty)
-
-
-def _check_signature(function: Callable[..., Any]) -> None:
-    parameters = list(inspect.signature(function).parameters.values())
-    name = getattr(function, "__name__", repr(function))
-    if not parameters or parameters[0].kind not in (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    ):
-        raise InvalidInput(f"agent {name!r} has no parameter for its Context", remedy=f"write def {name}(ctx, ...)")
-    for parameter in parameters[1:]:
-        if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
-            raise InvalidInput(
-                f"agent {name!r}: parameter {parameter.name!r} cannot be given by name",
-                remedy="arguments travel by name; make it an ordinary parameter",
-            )
 
 
 _shared: list[Client] = []

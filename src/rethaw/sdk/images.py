@@ -55,6 +55,11 @@ class Image:
         return replace(self, environment=tuple(sorted(merged.items())))
 
     @property
+    def bare_of_packages(self) -> bool:
+        """True when nothing was installed that pydantic could come with."""
+        return not self.pip and not any(name.startswith("python3-") for name in self.apt)
+
+    @property
     def spec(self) -> ImageSpec:
         """The wire form."""
         from rethaw.model.types import ImageSpec

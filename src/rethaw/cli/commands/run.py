@@ -15,7 +15,7 @@ from rethaw.cli.connect import client
 
 if TYPE_CHECKING:
     from rethaw.model.types import AgentSpec
-    from rethaw.sdk.agents import Options
+    from rethaw.sdk.agents import Agent, Options
     from rethaw.sdk.client import Client, Session
 
 _INTERRUPTED = 130
@@ -27,6 +27,7 @@ def run(
     *rest: Annotated[str, Parameter(show=False)],
     image: str | None = None,
     detach: Annotated[bool, Flag, Parameter(name=("--detach", "-d"))] = False,
+    dry_run: Annotated[bool, Flag] = False,
     key: str | None = None,
     name: str | None = None,
     env: Annotated[list[str] | None, Parameter(name=("--env", "-e"), negative="")] = None,
@@ -43,7 +44,8 @@ def run(
 
     Of FILE.py it takes the function with @rethaw.agent over it (NAME if there
     are several). Options that are not listed here are that function's
-    arguments, by name, typed as it says; after "--" all are. With --image, what
+    arguments, by name, typed as it says (rethaw run FILE.py --help lists them);
+    after "--" all are. With --image, what
     follows "--" is any command. The result is printed at the end, and the exit
     code is the session's.
 
@@ -59,6 +61,8 @@ def run(
         Run a command in this image; "base" is Debian with Python, git and ripgrep.
     detach:
         Print the session's id and return at once.
+    dry_run:
+        Show what would travel to the server, and start nothing.
     key:
         Starting again with this key gives the same session.
     name:
@@ -92,10 +96,14 @@ def run(
         "engine": engine,
     }
     given = {option: value for option, value in given.items() if value is not None}
+    if dry_run:
+        from rethaw.cli.dryrun import show
+
+        return show(target, list(rest), image, given, json)
     with client(patient=not detach) as connection:
         if image is not None:
             command = [*([target] if target is not None else []), *rest]
-            session = connection.sessions.start(_of_command(image, command, given), key=key)
+            session = connection.sessions.start(of_command(image, command, given), key=key)
         else:
             session = _of_file(connection, target, list(rest), given, key)
         if detach:
@@ -112,21 +120,27 @@ def agent_of(
 ) -> AgentSpec:
     """What is to be run, from FILE.py[::NAME] (whose code is uploaded) or from an image and a command."""
     from rethaw.model.errors import InvalidInput
-    from rethaw.sdk.agents import Agent, find
 
     if image is not None:
-        return _of_command(image, [*([target] if target is not None else []), *command], given)
+        return of_command(image, [*([target] if target is not None else []), *command], given)
     if target is None or command:
         raise InvalidInput("what to run is not named", remedy="write FILE.py, or --image base -- COMMAND ARG ...")
+    return changed_agent(target, given).uploaded(connection)
+
+
+def changed_agent(target: str | None, given: dict[str, Any], key: str | None = None) -> Agent[..., Any]:
+    """The agent of FILE.py[::NAME] with the options of the command line."""
+    from rethaw.model.errors import InvalidInput
+    from rethaw.sdk.agents import Agent, find
+
+    if target is None:
+        raise InvalidInput("nothing to run is named", remedy="write rethaw run FILE.py, or --image base -- COMMAND")
     file, _, chosen = target.partition("::")
     found = find(file, chosen or None)
-    changed = Agent[..., Any](found.function, _overridden(found.options, given))
-    package = changed.package()
-    connection.blobs.put(package.data)
-    return changed.spec(package.digest)
+    return Agent[..., Any](found.function, _overridden(found.options, given), key=key)
 
 
-def _of_command(image: str, command: list[str], given: dict[str, Any]) -> AgentSpec:
+def of_command(image: str, command: list[str], given: dict[str, Any]) -> AgentSpec:
     from rethaw.model.errors import InvalidInput, NotFound
     from rethaw.sdk.agents import options
 
@@ -142,18 +156,10 @@ def _of_file(
     connection: Client, target: str | None, tokens: list[str], given: dict[str, Any], key: str | None
 ) -> Session[Any]:
     from rethaw.cli.arguments import parse
-    from rethaw.model.errors import InvalidInput
-    from rethaw.sdk.agents import Agent, find
 
-    if target is None:
-        raise InvalidInput("nothing to run is named", remedy="write rethaw run FILE.py, or --image base -- COMMAND")
-    file, _, chosen = target.partition("::")
-    found = find(file, chosen or None)
-    args = parse(found.function, tokens)
-    changed = Agent[..., Any](found.function, _overridden(found.options, given), key=key)
-    package = changed.package()
-    connection.blobs.put(package.data)
-    return connection.sessions.start(changed.spec(package.digest), args, key=key)
+    changed = changed_agent(target, given, key)
+    args = parse(changed.function, tokens)
+    return connection.sessions.start(changed.uploaded(connection), args, key=key)
 
 
 def _overridden(base: Options, given: dict[str, Any]) -> Options:
