@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rethaw.model.types import AgentSpec
-    from rethaw.sdk.agents import Agent
+    from rethaw.sdk.images import Source
 
 
 def explain(target: str) -> str:
@@ -32,7 +32,7 @@ def show(target: str | None, tokens: list[str], image: str | None, given: dict[s
     from rethaw.cli.arguments import parse
     from rethaw.cli.commands.run import changed_agent, of_command
 
-    agent: Agent[..., Any] | None = None
+    added: list[Source] = []
     args: dict[str, Any] = {}
     files: list[dict[str, Any]] = []
     if image is not None:
@@ -41,13 +41,14 @@ def show(target: str | None, tokens: list[str], image: str | None, given: dict[s
         agent = changed_agent(target, given)
         args = parse(agent.function, tokens)
         package = agent.package()
+        added = agent.options.image.sources()
         spec = agent.spec(package.digest)
         files = [{"name": n, "bytes": size} for n, size in zip(package.files, package.sizes, strict=True)]
-    added = [a.described() for a in agent.options.image.additions()] if agent is not None else []
+    told = [source.described() for source in added]
     if json:
-        output.emit({"agent": spec.model_dump(mode="json"), "args": args, "files": files, "added": added})
+        output.emit({"agent": spec.model_dump(mode="json"), "args": args, "files": files, "added": told})
         return 0
-    output.data("\n".join(_lines(spec, args, files, added)))
+    output.data("\n".join(_lines(spec, args, files, told)))
     return 0
 
 

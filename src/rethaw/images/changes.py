@@ -17,7 +17,6 @@ from rethaw.model.errors import ImageError
 
 MAX_BYTES = 16 << 30
 MAX_MEMBERS = 2_000_000
-_SKIPPED = {name for name in KERNELS if name}
 
 
 def apply(out: Path, rootfs: Path) -> None:
@@ -44,7 +43,7 @@ def _remove(rootfs: Path, names: set[bytes]) -> None:
         with os.scandir(os.path.join(root, below)) as entries:  # noqa: PTH118 - bytes
             for entry in entries:
                 name = below + b"/" + entry.name if below else entry.name
-                if not below and os.fsdecode(name) in _SKIPPED:
+                if not below and os.fsdecode(name) in KERNELS:
                     continue
                 if name not in names:
                     places.clear(Path(os.fsdecode(entry.path)))
@@ -63,7 +62,7 @@ def _add(tar: tarfile.TarFile, rootfs: Path) -> None:
         name = PurePosixPath(member.name)
         if name.is_absolute() or ".." in name.parts or not name.parts or "\0" in member.name:
             raise ValueError(f"a file named {member.name!r}")
-        if name.parts[0] in _SKIPPED:
+        if name.parts[0] in KERNELS:
             continue
         path = _parent(rootfs, name) / name.name
         if member.isdir():

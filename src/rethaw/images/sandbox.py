@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rethaw.engines.gvisor.runsc import locate
 from rethaw.images import build, driver, proxy
-from rethaw.model.errors import EngineUnusable, ImageError
+from rethaw.model.errors import ImageError
 
 _CAPABILITIES = [
     "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_SETFCAP",
@@ -41,10 +41,9 @@ async def run(
 ) -> Path:
     """Run the shell `command` on the tree `below`, which stays as it is. Returns the directory that says what it changed,
     under `work` (made). Raises ImageError with its last lines; no process or mount is left either way."""
-    try:
-        runsc = str(locate())
-    except EngineUnusable as error:
-        raise ImageError(f"{what} needs gVisor to run in: {error.message}", remedy=error.remedy) from error
+    runsc = os.environ.get("RETHAW_RUNSC") or shutil.which("runsc")
+    if runsc is None:
+        raise ImageError(f"{what} needs gVisor to run in, and runsc is not on PATH", remedy="see `rethaw doctor`")
     share, bundle = work / "share", work / "bundle"
     for directory in (share, bundle, work / "overlay", work / "runsc"):
         await asyncio.to_thread(directory.mkdir, parents=True)

@@ -16,7 +16,7 @@ SUITES = {"bookworm": "3.11"}  # suite: version of its python3
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9]+)?(?:=[A-Za-z0-9.+:~-]+)?")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:\[[A-Za-z0-9,._ -]*\])?\s*(?:[<>=!~].*)?(?:;.*)?")
 _HASHES = re.compile(r"(?: --hash=[a-z0-9]+:[0-9a-f]+)+")
-KERNELS = ("", "proc", "sys", "dev", "tmp", "run", ".rethaw")  # "": the whole tree is no place for a directory
+KERNELS = ("proc", "sys", "dev", "tmp", "run", ".rethaw")  # made anew in each sandbox
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -38,6 +38,10 @@ def check(spec: ImageSpec) -> None:
         if not _ENV_NAME.fullmatch(name) or "\0" in value:
             raise InvalidInput(f"{name!r} is not an environment variable", remedy="use letters, digits and _")
 
+    if spec.python is not None and not re.fullmatch(r"/[A-Za-z0-9._/+-]+", spec.python):
+        raise InvalidInput(
+            f"{spec.python!r} is not the path of an interpreter", remedy="write it like /usr/bin/python3"
+        )
     for step in spec.steps:
         _check_step(step)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rethaw.images import archive, build, changes, mirrors, places, sandbox
-from rethaw.images.spec import SUITES
+from rethaw.images.spec import KERNELS, SUITES
 from rethaw.model.errors import ImageError
 from rethaw.model.types import ImageSpec, ImageStep
 
@@ -87,6 +87,9 @@ async def _add(what: str, step: ImageStep, rootfs: Path, blobs: Path) -> None:
     fresh = rootfs.with_name("added")
     try:
         await asyncio.to_thread(archive.extract, source, fresh)
+        for name in KERNELS if step.target == "/" else ():
+            if (fresh / name).is_symlink() or (fresh / name).exists():
+                raise ImageError(f"/{name} is made anew in each sandbox", remedy="use another place")
         await asyncio.to_thread(places.merge, fresh, rootfs, step.target or "/")
     except ImageError as error:
         raise ImageError(f"{what} failed: {error.message}", remedy=error.remedy) from error

@@ -9,7 +9,8 @@ from rethaw.model.types import Assignment, Boot
 
 GATEWAY = "http://127.0.0.1:8484"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-RUNNER = ("/usr/bin/python3", "-m", "rethaw.guest.runner")
+_PYTHON = "/usr/bin/python3"
+RUNNER = ("-m", "rethaw.guest.runner")
 
 
 def guest_env(a: Assignment, providers: Iterable[str]) -> dict[str, str]:
@@ -34,7 +35,7 @@ def guest_env(a: Assignment, providers: Iterable[str]) -> dict[str, str]:
 
 def start_config(a: Assignment, providers: Iterable[str]) -> dict[str, Any]:
     """The `start` control message."""
-    command = [*RUNNER, a.agent.entry] if a.agent.entry else list(a.agent.command)
+    command = [a.agent.image.python or _PYTHON, *RUNNER, a.agent.entry] if a.agent.entry else list(a.agent.command)
     boot = a.boot or Boot(args={}, cursor=0, fresh=False)
     return {
         "command": command,

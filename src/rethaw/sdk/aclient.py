@@ -113,6 +113,10 @@ class AsyncBlobs:
         """Upload; returns the sha256 in hex that names it. Repeating it is harmless."""
         return await self._client.run(calls.put_blob(data))
 
+    async def has(self, digest: str) -> bool:
+        """Whether it is there already."""
+        return await self._client.run(calls.has_blob(digest))
+
 
 class AsyncSessions:
     """Sessions by id or by a unique prefix of one."""

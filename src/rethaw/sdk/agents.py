@@ -18,7 +18,7 @@ from rethaw.sdk.images import Image, checked_env
 from rethaw.sdk.sizes import size_bytes
 
 if TYPE_CHECKING:
-    from rethaw.model.types import AgentSpec
+    from rethaw.model.types import AgentSpec, ImageSpec
     from rethaw.sdk.aclient import AsyncClient, AsyncSession
     from rethaw.sdk.client import Client, Session
     from rethaw.sdk.package import Package
@@ -53,14 +53,21 @@ class Options:
     template: str = "none"
     engine: str | None = None
 
-    def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
+    def spec(
+        self,
+        *,
+        entry: str | None = None,
+        code: str | None = None,
+        command: tuple[str, ...] = (),
+        image: ImageSpec | None = None,
+    ) -> AgentSpec:
         """The wire form, for a Python function (`entry` in `code`) or for a command."""
         from rethaw.model.enums import Durability
         from rethaw.model.types import AgentSpec
 
         return AgentSpec(
             name=self.name,
-            image=self.image.spec,
+            image=image or self.image.spec,
             command=command,
             entry=entry,
             code=code,
@@ -184,23 +191,29 @@ class Agent(Generic[P, R_co]):
 
         return pack(self.file)
 
-    def spec(self, code: str) -> AgentSpec:
-        """The wire form; `code` is the digest of the uploaded package."""
+    def spec(self, code: str, image: ImageSpec | None = None) -> AgentSpec:
+        """The wire form; `code` is the digest of the uploaded package, `image` that of its image where it is known."""
         check_types(self.function, self.options.image, all_there=True)
-        return self.options.spec(entry=self.entry, code=code)
+        return self.options.spec(entry=self.entry, code=code, image=image)
 
     def uploaded(self, client: Client) -> AgentSpec:
         """The wire form, after everything that it names is on the server: its code, and what its image adds."""
-        package = self.package()
-        spec = self.spec(package.digest)
+        package, added = self.package(), self.options.image.uploads()
+        spec = self.spec(package.digest, self.options.image.spec_of([digest for digest, _ in added]))
         client.blobs.put(package.data)
+        for digest, data in added:
+            if not client.blobs.has(digest):
+                client.blobs.put(data)
         return spec
 
     async def auploaded(self, client: AsyncClient) -> AgentSpec:
         """`uploaded` with an AsyncClient."""
-        package = self.package()
-        spec = self.spec(package.digest)
+        package, added = self.package(), self.options.image.uploads()
+        spec = self.spec(package.digest, self.options.image.spec_of([digest for digest, _ in added]))
         await client.blobs.put(package.data)
+        for digest, data in added:
+            if not await client.blobs.has(digest):
+                await client.blobs.put(data)
         return spec
 
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

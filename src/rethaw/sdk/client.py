@@ -112,6 +112,10 @@ class Blobs:
         """Upload; returns the sha256 in hex that names it. Repeating it is harmless."""
         return self._client.run(calls.put_blob(data))
 
+    def has(self, digest: str) -> bool:
+        """Whether it is there already."""
+        return self._client.run(calls.has_blob(digest))
+
 
 class Sessions:
     """Sessions by id or by a unique prefix of one."""
