@@ -74,7 +74,11 @@ def call(
     """What `function` returns, as JSON holds it; `args` are JSON as well. What a generator yields goes into the outbox, one
     message each; its `return` is the result. A class is made with the arguments, and its `run` called. `for_async`: makes
     the Context of an `async def`, in the loop that runs it."""
-    given = typed.built_arguments(function, args)
+    try:
+        given = typed.built_arguments(function, args)
+    except InvalidInput as error:
+        error.details["arguments"] = True  # whoever started the session is at fault: our frames are of no use
+        raise
     yielded, result = annotations.returned(function)
     how = cast("Any", function).run if inspect.isclass(function) else function
     if inspect.iscoroutinefunction(how) or inspect.isasyncgenfunction(how):
@@ -124,7 +128,8 @@ def main() -> int:
             return 1
         run(function)
     except RethawError as error:
-        traceback.print_exc()
+        if "arguments" not in error.details:
+            traceback.print_exc()
         print(f"rethaw: {error}", file=sys.stderr)
         return 1
     except Exception:
