@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
@@ -133,8 +134,9 @@ async def test_a_step_that_fails_or_hangs_leaves_nothing(
     monkeypatch.setattr(build, "STEP_TIMEOUT_S", 3.0)
     with pytest.raises(ImageError, match=r"`run sleep 1000`, took longer than 3s"):
         await store.ensure(ImageSpec(steps=(run("sleep 1000"),)), quiet)
-    with pytest.raises(ImageError, match="python3"):
-        await store.ensure(ImageSpec(steps=(run("kill -9 -1; kill -9 1"),)), quiet)
+    lying = run("rm -f /.rethaw/job.json; mkdir -p /.rethaw/out/names")
+    with pytest.raises(ImageError, match=r"(?s)step 1 .*IsADirectoryError"):
+        await store.ensure(ImageSpec(steps=(lying,)), quiet)
     assert left(home) == before and Path("/proc/self/mounts").read_text() == mounts
     assert _processes(home) == []
 
@@ -161,6 +163,29 @@ async def test_a_cancelled_step_leaves_nothing(store: ImageStore, home: Path) ->
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(task, 60)
     assert left(home) == before and _processes(home) == []
+
+
+async def test_a_node_that_is_killed_leaves_no_sandbox(store: ImageStore, home: Path) -> None:
+    code = f"""
+import asyncio, sys
+from pathlib import Path
+from rethaw.images.builder import ImageStore
+from rethaw.model.types import ImageSpec, ImageStep
+spec = ImageSpec(steps=(ImageStep(kind="run", words=("echo running; sleep 1000",)),))
+asyncio.run(ImageStore(Path({str(home)!r})).ensure(spec, lambda line: print(line, flush=True)))
+"""
+    node = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)  # noqa: ASYNC220
+    assert node.stdout is not None
+    while b"  running" not in await asyncio.to_thread(node.stdout.readline):
+        assert node.poll() is None
+    assert any("runsc" in command for command in _processes(home))
+    node.kill()
+    node.wait()
+    async with asyncio.timeout(30):
+        while _processes(home):  # noqa: ASYNC110 - other processes
+            await asyncio.sleep(0.05)
+    spec = ImageSpec(steps=(run("echo running; sleep 1000"),))
+    assert list((home / "images").glob(f".new-{layers(spec)[-1]}-*"))  # goes when it is built again
 
 
 @pytest.fixture
@@ -219,6 +244,10 @@ async def test_files_are_placed_and_links_lead_nowhere_outside(store: ImageStore
         ImageError, match=r"step 1 of the image, `add .*files are not on this node; start the agent again"
     ):
         await store.ensure(ImageSpec(steps=(add("0" * 64, "/x"),)), quiet)
+    with pytest.raises(ImageError, match=r"/own of the image leads to /\.rethaw"):
+        await store.ensure(ImageSpec(steps=(run("ln -s /.rethaw /own"), add(digest, "/own"))), quiet)
+    with pytest.raises(ImageError, match=r"/proc is made anew"):
+        await store.ensure(ImageSpec(steps=(add(blob(home, proc__x="x"), "/"),)), quiet)
     with pytest.raises(ImageError, match="/etc/apt is a directory of the image"):
         await store.ensure(ImageSpec(steps=(add(blob(home, apt="x"), "/etc"),)), quiet)
 

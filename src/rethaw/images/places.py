@@ -41,6 +41,8 @@ def inside(rootfs: Path, target: str) -> Path:
             done.append(part)
         else:
             raise ImageError(f"{target} of the image leads through the file /{'/'.join([*done, part])}")
+    if done[:1] == [".rethaw"]:
+        raise ImageError(f"{target} of the image leads to /.rethaw, which is Rethaw's own", remedy="use another place")
     return rootfs.joinpath(*done)
 
 
