@@ -145,6 +145,16 @@ def test_a_class_keeps_its_state_through_a_crash(client: Client, file: Path) -> 
     assert session.result(timeout="60s") == module.Total(6, ["first", "two", "three"])
 
 
+def test_from_the_command_line(server: RunningServer, client: Client, file: Path) -> None:
+    counter = str(file.with_name("counter_agent.py"))
+    wrong = server.cli("run", counter, "--start", '{"total": "x", "names": []}', check=False)
+    assert wrong.returncode == 2 and "--start = " in wrong.stderr and "does not fit.total: it is no int" in wrong.stderr
+    ident = server.cli("run", "-d", counter, "--start", '{"total": 5, "names": ["a"]}').stdout.strip()
+    session = client.sessions.get(ident)
+    session.send(None)
+    assert session.result(timeout="60s") == {"total": 5, "names": ["a"]}
+
+
 def test_a_package_that_the_image_lacks_is_named(client: Client, tmp_path: Path) -> None:
     (tmp_path / "plain_agent.py").write_text(PLAIN)
     session = find(tmp_path / "plain_agent.py").start_on(client)

@@ -172,6 +172,7 @@ class Trip:
     said = capsys.readouterr().out
     assert "Plans a trip." in said and "Arguments of Trip:" in said
     assert "  --goal       str " in said and "needed" in said
+    assert "  --steps      list[Step] | None  default None" in said and "  Step: name: str, minutes: int\n" in said
     assert "  --max-depth  int " in said and "default 3" in said
     assert main(["run", f"{tmp_path}/trip.py", "--goal", "x", "--max-depth", "deep", "--dry-run"]) == 2
     assert "--max-depth = 'deep' does not fit: it is no int; it takes --goal str" in capsys.readouterr().err

@@ -129,21 +129,21 @@ def _usage(parameters: dict[str, inspect.Parameter], hints: dict[str, Any]) -> s
 
 
 def described(function: Callable[..., Any]) -> list[str]:
-    """A line for each argument: its option, its type, its default."""
-    hints, rows = _hints(function), list[tuple[str, str, str]]()
+    """A line for each argument: its option, its type, its default; then one for each model among the types."""
+    hints, rows, told = _hints(function), list[tuple[str, str, str]](), dict[str, str]()
     for name, parameter in signature(function).parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             rows.append(("--ANY-NAME", annotations.name_of(hints.get(name, Any)), ""))
             continue
         hint = hints.get(name, Any)
         kind = annotations.name_of(hint)
-        for part in (hint, *typing.get_args(hint)):
-            if inner := annotations.fields(part):
-                kind += " {" + ", ".join(f"{field}: {of}" for field, of in inner.items()) + "}"
+        for name_, inner in annotations.models(hint).items():
+            told[name_] = f"  {name_}: " + ", ".join(f"{field}: {of}" for field, of in inner.items())
         needed = parameter.default is inspect.Parameter.empty
         rows.append((f"--{name.replace('_', '-')}", kind, "needed" if needed else f"default {parameter.default!r}"))
     widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
-    return [f"  {option:{widths[0]}}  {kind:{widths[1]}}  {rest}".rstrip() for option, kind, rest in rows]
+    lines = [f"  {option:{widths[0]}}  {kind:{widths[1]}}  {rest}".rstrip() for option, kind, rest in rows]
+    return [*lines, *(["", "Of which:", *told.values()] if told else [])]
 
 
 def asked_about(tokens: Sequence[str]) -> str | None:

@@ -109,18 +109,34 @@ def name_of(annotation: Any) -> str:
         return "None"
     if typing.get_origin(annotation) in UNIONS:
         return " | ".join(name_of(arg) for arg in typing.get_args(annotation))
-    if typing.get_args(annotation):
-        return str(annotation).replace("typing.", "")
+    if annotation is Ellipsis:
+        return "..."
+    if hasattr(annotation, "__metadata__"):
+        return name_of(annotation.__origin__)
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return f"Literal[{', '.join(repr(arg) for arg in args)}]"
+    if origin is not None and args:
+        return f"{name_of(origin)}[{', '.join('Any' if arg is Any else name_of(arg) for arg in args)}]"
     return str(getattr(annotation, "__name__", annotation)).replace("typing.", "")
 
 
+def models(annotation: Any) -> dict[str, dict[str, str]]:
+    """The models, dataclasses and TypedDicts that it is made of, with their fields' types, for a help text."""
+    own = fields(annotation)
+    out = {} if own is None else {name_of(annotation): own}
+    for arg in typing.get_args(annotation):
+        out.update(models(arg))
+    return out
+
+
 def fields(annotation: Any) -> dict[str, str] | None:
-    """Field names and types of a model, dataclass or TypedDict, for a help text; None for anything else."""
+    """Field names and types of a model, dataclass or TypedDict; None for anything else."""
     if not inspect.isclass(annotation):
         return None
-    models = getattr(annotation, "model_fields", None)
-    if isinstance(models, dict):
-        found = cast("dict[str, Any]", models)
+    known = getattr(annotation, "model_fields", None)
+    if isinstance(known, dict):
+        found = cast("dict[str, Any]", known)
         return {name: name_of(getattr(field, "annotation", Any)) for name, field in found.items()}
     if dataclasses.is_dataclass(annotation) or is_typed_dict(annotation):
         return {name: name_of(kind) for name, kind in fields_of(annotation).items()}
