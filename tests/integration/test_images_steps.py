@@ -273,3 +273,34 @@ async def test_debian_packages_after_a_command(store: ImageStore) -> None:
     assert (image.rootfs / "usr/bin/hello").exists() and (image.rootfs / "etc/x").exists()
     assert "Package: hello" in (image.rootfs / "var/lib/dpkg/status").read_text()
     assert not list((image.rootfs / "var/lib/apt/lists").glob("*Packages*"))
+
+
+def _newest_python() -> Path | None:
+    found = [p for p in Path("/root/.pyenv/versions").glob("3.*/bin/python3") if int(p.parts[-3].split(".")[1]) >= 12]
+    return max(found, key=lambda p: int(p.parts[-3].split(".")[1]), default=None)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(_newest_python() is None, reason="needs another Python")
+async def test_a_newer_python_than_debians_runs_in_the_image(store: ImageStore, home: Path, tmp_path: Path) -> None:
+    python = _newest_python()
+    assert python is not None
+    subprocess.run([python, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)  # noqa: ASYNC221
+    (site,) = (tmp_path / "venv/lib").glob("python3.*/site-packages")
+    (site / "mine.py").write_text("VALUE = 42\n")
+    code = f"""
+from pathlib import Path
+from rethaw import Image
+for digest, data in Image.from_env().uploads():
+    Path({str(home / "code")!r}, digest + ".tar.gz").write_bytes(data)
+    print(digest)
+"""
+    env = {"PYTHONPATH": str(Path(build.__file__).parents[2])}
+    argv = [tmp_path / "venv/bin/python", "-c", code]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)  # noqa: ASYNC221
+    assert done.returncode == 0, done.stderr
+    said = "import ssl, sqlite3, ctypes, lzma, bz2, zlib, mine, sys; print(mine.VALUE, sys.version_info[1], sys.prefix)"
+    look = run(f"/opt/rethaw-venv/bin/python3 -c '{said}' > /etc/said", LD_LIBRARY_PATH="/opt/rethaw-python/lib")
+    steps_ = (*(add(digest, "/") for digest in done.stdout.split()), look)
+    image = await store.ensure(ImageSpec(steps=steps_), quiet)
+    assert (image.rootfs / "etc/said").read_text() == f"42 {python.parts[-3].split('.')[1]} /opt/rethaw-venv\n"

@@ -276,9 +276,20 @@ def test_an_environment_is_a_virtual_environment_again(monkeypatch: pytest.Monke
     (packages / "other.py").write_text("")
     monkeypatch.setattr(environment, "_site_directories", lambda: [packages])
     monkeypatch.setattr(sys, "path", [str(packages), *[p for p in sys.path if "site-packages" not in p]])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     environment._entries.cache_clear()  # pyright: ignore[reportPrivateUsage]
     try:
         image = Image.from_env()
+        first = image.uploads()
+        assert len(list((tmp_path / "cache/rethaw/environments").glob("*.tar.gz"))) == 2
+        with monkeypatch.context() as only:
+            only.setattr(additions, "pack", lambda entries: pytest.fail("packed again"))
+            assert image.uploads() == first
+        environment._entries.cache_clear()  # pyright: ignore[reportPrivateUsage]
+        (packages / "other.py").write_text("CHANGED = 1\n")
+        assert (
+            [digest for digest, _ in image.uploads()] == [first[0][0], image.uploads()[1][0]] != [d for d, _ in first]
+        )
         for _, data in image.uploads():
             (tmp_path / "part.tar.gz").write_bytes(data)
             archive.extract(tmp_path / "part.tar.gz", tmp_path / "root")

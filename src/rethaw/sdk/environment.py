@@ -7,7 +7,9 @@ packages to /opt/rethaw-venv, which is a virtual environment of it.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import hashlib
 import os
 import platform
 import re
@@ -16,6 +18,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -74,7 +77,7 @@ class Part:
         return _entries(self)
 
     def pack(self) -> bytes:
-        return additions.pack(self.entries())
+        return _packed(self.entries())
 
     def described(self) -> dict[str, Any]:
         found = self.entries()
@@ -125,6 +128,34 @@ def of_this(exclude: tuple[str, ...], suite: str, theirs: str) -> Environment:
     _editables(set(map(_plain, (*ALWAYS_BEHIND, *exclude))))  # says at once what cannot travel
     parts = (Part("python", (), suite), Part("packages", tuple(sorted(map(_plain, exclude))), suite))
     return Environment(f"{VENV}/bin/python3", f"{VENV}/bin", f"{PYTHON}/lib", parts)
+
+
+_KEPT = 6  # archives in the cache
+
+
+def _packed(entries: list[Entry]) -> bytes:
+    """The archive, from ~/.cache/rethaw when none of the files has changed since: compressing takes seconds."""
+    state = hashlib.sha256(repr(zlib.ZLIB_RUNTIME_VERSION).encode())
+    for entry in entries:
+        stat = entry.path.stat() if entry.path is not None else None
+        which = (stat.st_ino, stat.st_size, stat.st_mtime_ns) if stat is not None else (entry.link, entry.data)
+        state.update(repr((entry.name, entry.executable, which)).encode())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rethaw" / "environments"
+    with contextlib.suppress(OSError):
+        for kept in home.glob(f"{state.hexdigest()}-*.tar.gz"):
+            data = kept.read_bytes()
+            if additions.digest(data)[:16] in kept.name:  # a power cut may have left half of it
+                kept.touch()
+                return data
+    data = additions.pack(entries)
+    with contextlib.suppress(OSError):  # without room for it, it is made anew
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fresh = home / f".{os.getpid()}"
+        fresh.write_bytes(data)
+        fresh.rename(home / f"{state.hexdigest()}-{additions.digest(data)[:16]}.tar.gz")
+        for old in sorted(home.glob("*.tar.gz"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
+            old.unlink(missing_ok=True)
+    return data
 
 
 def _binary() -> Path:
