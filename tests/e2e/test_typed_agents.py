@@ -165,6 +165,15 @@ def test_a_package_that_the_image_lacks_is_named(client: Client, tmp_path: Path)
     assert 'pip_install("pydantic")' in said and "Traceback" not in said
 
 
+def test_a_step_that_fails_is_told_to_whoever_started_it(client: Client, tmp_path: Path) -> None:
+    code = (
+        "import rethaw\n@rethaw.agent(image=rethaw.Image.debian().run('echo this is why; exit 3'))\ndef main(ctx): ..."
+    )
+    (tmp_path / "failing_agent.py").write_text(code)
+    with pytest.raises(SessionFailed, match=r"(?s)step 1 of the image, `run echo .*exited with 3.*this is why"):
+        find(tmp_path / "failing_agent.py").start_on(client).result(timeout="60s")
+
+
 def test_arguments_that_came_some_other_way_are_checked_inside(client: Client, file: Path) -> None:
     counter = find(file.with_name("counter_agent.py"))
     session = client.sessions.start(counter.uploaded(client), {"start": {"total": "many", "names": []}})
