@@ -4,7 +4,7 @@
 # make lint       style, types and import rules only
 # make setup      only set this machine and .venv up
 # make lock       resolve the pinned requirements anew
-# make docs       write docs/cli.md from the commands' own help
+# make docs       write docs/cli.md from the commands' own help, and the documents as a site into build/site
 
 SHELL := /bin/bash
 PY := .venv/bin/python
@@ -49,5 +49,6 @@ test-long: setup-long lint
 lock:
 	@scripts/lock.sh
 
-docs: setup
+docs: setup-test
 	@$(PY) scripts/cli_docs.py
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet && echo "docs: see build/site/index.html"

@@ -14,7 +14,7 @@ from engine_fixtures import ask, restored, until
 from rethaw.engines.base import SandboxSpec
 from rethaw.engines.gvisor import direct
 from rethaw.engines.gvisor.engine import GvisorEngine
-from rethaw.engines.gvisor.sandbox import RESTING_SLACK_NS, SLACK_NS
+from rethaw.engines.gvisor.sandbox import PUNCTUAL_SLACK_NS, RESTING_SLACK_NS, SLACK_NS
 from rethaw.model.errors import EngineError
 from rethaw.testing.processes import gvisor, state_of
 
@@ -199,10 +199,17 @@ async def test_a_guest_that_rests_wakes_up_less_often_and_answers_all_the_same(
         box.rest(True)
         assert slack_of(box.pid) == {RESTING_SLACK_NS}
         assert await ask(box, "1 + 1") == 2
+        box.attend()
+        assert slack_of(box.pid) == {PUNCTUAL_SLACK_NS}
+        box.rest(False)
+        box.rest(True)
+        assert slack_of(box.pid) == {PUNCTUAL_SLACK_NS}, "not before the second is over"
+        await until(lambda: slack_of(box.pid) == {RESTING_SLACK_NS})
         box.rest(False)
         assert slack_of(box.pid) == {SLACK_NS}
         await box.destroy()
         box.rest(True)  # it is gone: nothing to do
+        box.attend()
     finally:
         await engine.close()
 

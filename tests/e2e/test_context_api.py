@@ -591,3 +591,28 @@ def test_logs_prints_both_streams_each_where_it_belongs(home: House) -> None:
     assert (done.stdout, done.stderr) == ("one\nthree\n", "two\n")
     done = home.server.cli("logs", "-f", session.id, "--stream", "stderr")
     assert (done.stdout, done.stderr) == ("", "two\n")
+
+
+RELAXED = """
+def main(ctx):
+    ctx.snapshot()
+    ctx.send("one")
+    ctx.send("two")
+    ctx.wait("go")
+"""
+
+
+def test_a_relaxed_agents_messages_wait_for_no_snapshot(home: House) -> None:
+    """And one that a crash makes it send again is seen once."""
+    session = home.agent(RELAXED, durability="relaxed")
+    session.until("both messages", lambda s: s.outbox() == ["one", "two"])
+    sent, published = session.events("message.sent"), session.events("message.published")
+    between = [e["type"] for e in session.events() if sent[0]["seq"] < e["seq"] < published[0]["seq"]]
+    assert "snapshot.created" not in between
+    session.post("crash", {"what": "sandbox"})
+    session.until("the crash", lambda s: s.view["crashes"] == 1)
+    session.until_state("waiting", "suspended")
+    assert session.outbox() == ["one", "two"]
+    session.signal("go")
+    session.until_state("completed")
+    assert session.outbox() == ["one", "two"]

@@ -21,7 +21,7 @@ from rethaw.control.snapshots import Catalog
 from rethaw.model import faults
 from rethaw.model.enums import Desired, EventType, Reason, State
 from rethaw.model.errors import Conflict, Fenced, InvalidInput, NotFound, RethawError
-from rethaw.model.types import Fence, SnapshotInfo, WaitSpec
+from rethaw.model.types import Fence, NewEvent, SnapshotInfo, WaitSpec
 
 S = State
 
@@ -588,3 +588,26 @@ async def test_a_fresh_boot_does_not_hear_the_waits_of_the_former_attempt(w: Wor
 
 async def state_is(w: World, session: str, state: State) -> Any:
     return (await w.control.session(session)).state == state
+
+
+async def test_what_is_published_without_a_snapshot_is_published_once(w: World) -> None:
+    """Durability "relaxed": the agent that comes back sends it again, by the same call."""
+
+    def sent(n: int) -> NewEvent:
+        data = {"message": f"m_{fence.generation[:4]}_{n}"}
+        return NewEvent(type=EventType.MESSAGE_SENT, data=data, body=b"%d" % n, key=f"send:1.{n}")
+
+    session, fence = await w.start()
+    await w.save(fence)
+    event = await w.control.publish(fence, sent(1))
+    assert (await w.control.publish(fence, sent(1))).seq == event.seq
+    assert await outbox(w, session) == [(1, b"1")]
+    await die(w, fence)
+    with pytest.raises(Fenced):
+        await w.control.publish(fence, sent(2))
+    _, fence = await w.back(session)
+    for _ in range(2):
+        await w.control.publish(fence, sent(1))
+        await w.control.publish(fence, sent(2))
+    await w.save(fence)
+    assert await outbox(w, session) == [(1, b"1"), (2, b"2")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -143,3 +144,22 @@ def test_make_targets_in_the_docs_exist() -> None:
         for block in re.findall(r"`([^`\n]+)`|^(?:sudo )?(make [a-z-]+)$", path.read_text(), re.MULTILINE):
             for name in re.findall(r"\bmake ([a-z-]+)", " ".join(block)):
                 assert name in targets, f"{path.relative_to(ROOT)}: make {name}"
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """Every page is in it, every link and anchor leads somewhere, every name of the reference exists."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    built = {page.relative_to(tmp_path / "site").with_suffix(".md") for page in (tmp_path / "site").rglob("*.html")}
+    pages = {page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md")} - {Path("adr/README.md")}
+    assert pages <= built
+    config = (ROOT / "mkdocs.yml").read_text()
+    decisions = (ROOT / "docs/adr/README.md").read_text()
+    for page in pages:
+        assert f"({page.name})" in decisions if page.parent.name == "adr" else f"- {page}" in config, page
+    reference = (tmp_path / "site/reference.html").read_text()
+    for name in ("Context.receive", "Agent.start", "Sessions.fork", "WaitTimeout", "Image.pip_install"):
+        assert f"{name}</span>" in reference or f'.{name}"' in reference, name

@@ -73,7 +73,10 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("template ls", "template:ls", "List templates."),
         Command("template rm", "template:rm", "Remove a template.", "NAME"),
     ),
-    "More": (Command("version", "look:version", "Print the version of this program and of the server."),),
+    "More": (
+        Command("completion", "completion:completion", "Print the completion script of a shell.", "[bash|zsh|fish]"),
+        Command("version", "look:version", "Print the version of this program and of the server."),
+    ),
 }
 GROUP_HELP = {"snapshot": "Snapshots of a session.", "template": "Warm agents that sessions are started from."}
 

@@ -40,9 +40,11 @@ from rethaw.model.ids import new_generation, new_id
 from rethaw.model.types import (
     AgentSpec,
     Assignment,
+    Event,
     Fence,
     Lease,
     Message,
+    NewEvent,
     NodeInfo,
     SessionView,
     SnapshotInfo,
@@ -168,6 +170,14 @@ class Control:
 
     async def consume(self, fence: Fence, attempt: int, number: int) -> None:
         await self._fenced(fence, lambda conn, row: inbox.consume(conn, row, attempt, number))
+
+    async def publish(self, fence: Fence, sent: NewEvent) -> Event:
+        async def fn(conn: Conn, row: Row) -> Event:
+            (event,) = await rows.append(conn, row.id, sent)
+            await outbox.publish(conn, row, event.seq)
+            return event
+
+        return await self._fenced(fence, fn)
 
     async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
         await self._fenced(fence, lambda conn, row: reports.set_degraded(conn, row, degraded, detail, durability))

@@ -207,6 +207,10 @@ class Sandbox(Protocol):
         to 50 ms) where that saves CPU."""
         ...
 
+    def attend(self) -> None:
+        """A hint: somebody waits for what the guest does next. For a second it is as punctual as it can be."""
+        ...
+
     def out_of_memory(self) -> bool:
         """Whether the kernel killed some of it for its memory limit, as seen right now. Then the rest of it is not to
         be trusted: what looks like a program that ended by itself may be one that was killed."""

@@ -105,7 +105,7 @@ class AsyncContext:
         """Sleep; the session may be suspended meanwhile."""
         await self._call("sleep", protocol.sleep_body(duration))
 
-    async def emit(self, name: str, **data: Any) -> None:
+    async def emit(self, name: str, /, **data: Any) -> None:
         """Add an event to the session's log."""
         await self._call("emit", protocol.emit_body(name, data))
 

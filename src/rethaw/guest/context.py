@@ -139,7 +139,7 @@ class Context:
         """Sleep; the session may be suspended meanwhile."""
         self._call("sleep", protocol.sleep_body(duration))
 
-    def emit(self, name: str, **data: Any) -> None:
+    def emit(self, name: str, /, **data: Any) -> None:
         """Add an event to the session's log."""
         self._call("emit", protocol.emit_body(name, data))
 

@@ -125,6 +125,9 @@ class Guest:
             "RETHAW_SESSION": str(self._calls.info.get("session")),
         }
         env.update(given)
+        env["PATH"] += ":" + os.path.join(
+            os.path.dirname(library), "bin"
+        )  # the `rethaw` command, behind everything else
         env["RETHAW_SOCKET"] = os.path.join(self._run_dir, "context.sock")
         env["PYTHONPATH"] = library + (":" + env["PYTHONPATH"] if env.get("PYTHONPATH") else "")
         return env

@@ -9,6 +9,12 @@ from pathlib import Path
 import rethaw
 
 LIB = ".rethaw/lib/rethaw"
+COMMAND = ".rethaw/bin/rethaw"  # for programs in any language; the directory is the last one of their PATH
+SCRIPT = b"""#!/bin/sh
+exec python3 -I -c 'import sys; sys.path.insert(0, "/.rethaw/lib")
+from rethaw.guest.command import main
+sys.exit(main())' "$@"
+"""
 _PATTERNS = (
     "__init__.py",
     "guest/*.py",
@@ -42,7 +48,7 @@ def files() -> dict[str, bytes]:
 
 def digest(contents: dict[str, bytes]) -> str:
     """sha256 hex of the guest modules."""
-    total = hashlib.sha256()
+    total = hashlib.sha256(SCRIPT)
     for name, data in sorted(contents.items()):
         total.update(f"{name}\0{len(data)}\0".encode())
         total.update(data)
@@ -51,9 +57,9 @@ def digest(contents: dict[str, bytes]) -> str:
 
 def install(contents: dict[str, bytes], rootfs: Path) -> None:
     """Write them into a tree. Blocking."""
-    for name, data in contents.items():
-        path = rootfs / LIB / name
+    for name, data in [*((f"{LIB}/{name}", data) for name, data in contents.items()), (COMMAND, SCRIPT)]:
+        path = rootfs / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-        path.chmod(0o644)
+        path.chmod(0o755 if name == COMMAND else 0o644)
         os.utime(path, (MODIFIED, MODIFIED))

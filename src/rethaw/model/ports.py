@@ -197,6 +197,11 @@ class ControlPlane(Protocol):
         """The guest's inbox cursor moved to `number`: event message.consumed."""
         ...
 
+    async def publish(self, fence: Fence, sent: NewEvent) -> Event:
+        """Append a message.sent and make it visible outside at once, whatever a crash may take back (durability
+        "relaxed")."""
+        ...
+
     async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
         """Saving keeps failing, or works again: row flag and event."""
         ...

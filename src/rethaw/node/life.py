@@ -182,6 +182,10 @@ class Life:
     def waits_changed(self) -> None:
         self._changed()
 
+    def attend(self) -> None:
+        """What the agent waited for has come, and somebody may wait for what it says to that."""
+        self.sandbox.attend()
+
     # ------------------------------------------------------------ idleness
 
     def idle_since(self) -> float | None:

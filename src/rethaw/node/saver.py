@@ -80,7 +80,8 @@ class Saver:
         self._outputs = outputs
         self._parent = parent
         self._gate = Gate()
-        self._gate.open = agent.durability is Durability.RELAXED
+        self.relaxed = agent.durability is Durability.RELAXED  # nothing waits for a snapshot
+        self._gate.open = self.relaxed
         self._lock = asyncio.Lock()
         self._asked: str | None = None
         self._wake = asyncio.Event()
@@ -182,7 +183,7 @@ class Saver:
             self._failures = 0
             if self._degraded is not False:
                 self._degraded = False
-                if self._agent.durability is not Durability.RELAXED:
+                if not self.relaxed:
                     self._gate.close()
                 await self._tell_degraded(False, "")
             return info

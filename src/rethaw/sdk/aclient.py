@@ -354,6 +354,10 @@ class AsyncSession(Generic[R_co]):
                 yield event
             after = page[-1].seq
 
+    def stream(self, *, after: int = 0, types: Sequence[str] = (), all_lines: bool = False) -> AsyncIterator[Event]:
+        """Events after seq `after` as they come, each once, until the session's last one; see `Session.stream`."""
+        return self.client.sessions.stream(self.id, after=after, types=types, all_lines=all_lines)
+
     async def logs(self, *, stream: Literal["stdout", "stderr", "both"] = "stdout") -> bytes:
         return await self.client.sessions.logs(self.id, stream=stream)
 

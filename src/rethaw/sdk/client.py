@@ -349,6 +349,11 @@ class Session(Generic[R_co]):
                 yield event
             after = page[-1].seq
 
+    def stream(self, *, after: int = 0, types: Sequence[str] = (), all_lines: bool = False) -> Iterator[Event]:
+        """Events after seq `after` as they come, each once, until the session's last one. Lost connections and restarts of the
+        server are bridged; to go on later, in another process, pass the seq of the last event that was seen."""
+        return self.client.sessions.stream(self.id, after=after, types=types, all_lines=all_lines)
+
     def logs(self, *, stream: Literal["stdout", "stderr", "both"] = "stdout") -> bytes:
         return self.client.sessions.logs(self.id, stream=stream)
 

@@ -35,7 +35,7 @@ SAVE_TIMEOUT_S = 120.0
 SAVE_SLACK = 64 << 20  # what the sentry itself needs while it saves
 # A sentry wakes up every 0.8 ms for as long as it lives, which takes 2.3 % of a CPU; how late it may be makes that 0.9 %
 # and 0.3 % (measured with 30 idle guests, runsc 20240729). It is also how late a guest's own timers may be.
-SLACK_NS, RESTING_SLACK_NS = 4_000_000, 50_000_000
+SLACK_NS, RESTING_SLACK_NS, PUNCTUAL_SLACK_NS = 4_000_000, 50_000_000, 50_000
 PUNCTUAL_S = 1.0  # a start or restore would take 25 ms more with it
 
 
@@ -98,7 +98,7 @@ class GvisorSandbox:
         """Wrap the pipe ends. Only for a sandbox that is handed out."""
         stdin, stdout = self._channel
         self._opened = True
-        self._slack = self._loop.call_later(PUNCTUAL_S, lambda: self.rest(self._resting))
+        self._slack = self._loop.call_later(PUNCTUAL_S, self._relax)
         self.reader = asyncio.StreamReader(limit=1 << 20, loop=self._loop)
         await self._loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(self.reader, loop=self._loop), os.fdopen(stdout, "rb", buffering=0)
@@ -252,8 +252,20 @@ class GvisorSandbox:
 
     def rest(self, resting: bool) -> None:
         self._resting = resting
+        if self._slack is None:
+            self._relax()
+
+    def attend(self) -> None:
+        if self._slack is not None:
+            self._slack.cancel()
+        elif not self._exit.done():
+            processes.slacken(self.pid, PUNCTUAL_SLACK_NS)
+        self._slack = self._loop.call_later(PUNCTUAL_S, self._relax)
+
+    def _relax(self) -> None:
+        self._slack = None
         if not self._exit.done():
-            processes.slacken(self.pid, RESTING_SLACK_NS if resting else SLACK_NS)
+            processes.slacken(self.pid, RESTING_SLACK_NS if self._resting else SLACK_NS)
 
     def cpu_s(self) -> float:
         return sum(processes.cpu_s(pid) for pid in self.group.processes())

@@ -388,6 +388,9 @@ class QemuSandbox:
     def rest(self, resting: bool) -> None:
         """Nothing to gain here: an idle guest does not wake up."""
 
+    def attend(self) -> None:
+        """It always does."""
+
     def cpu_s(self) -> float:
         return sum(processes.cpu_s(pid) for pid in self.group.processes())
 
