@@ -51,6 +51,26 @@ async def main(ctx: rethaw.AsyncContext):
     assert await run(code, "agent.py") == (0, [{"value": None}], "", "")
 
 
+async def test_a_class_with_typed_arguments() -> None:
+    code = """
+from __future__ import annotations
+import dataclasses, rethaw
+@rethaw.agent(image=rethaw.Image.from_env(exclude=["x"]).run("true").add_local_dir("nowhere", "/x"))
+class Main:
+    def __init__(self, ctx: rethaw.AsyncContext, point: Point | None, more: list[Point]) -> None:
+        self.sum = sum((p.x for p in more), point.x if point else 0.0)
+    async def run(self) -> Point:
+        return Point(self.sum)
+@dataclasses.dataclass
+class Point:
+    x: float
+"""
+    args = {"point": {"x": 1}, "more": [{"x": 2.5}]}
+    assert await run(code, "agent.py::Main", args=args) == (0, [{"value": {"x": 3.5}}], "", "")
+    status, results, _, err = await run(code, "agent.py::Main", args={"point": {}, "more": []})
+    assert (status, results) == (1, []) and err.startswith("rethaw: argument point = {} does not fit: field 'x' is mis")
+
+
 async def test_an_exception_is_a_traceback_and_exit_status_1() -> None:
     code, results, _, err = await run("def main(ctx):\n    raise ValueError('broken')\n")
     assert (code, results) == (1, [])

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src/rethaw"
-ALLOWED_OF_MODEL = {"rethaw.model.errors", "rethaw.model.durations", "rethaw.model.faults"}
+ALLOWED_OF_MODEL = {f"rethaw.model.{name}" for name in ("annotations", "durations", "errors", "faults", "typed")}
 IN_GUEST = sorted(
     [*(SOURCE / "guest").rglob("*.py"), *(SOURCE / "channel").rglob("*.py"), SOURCE / "__init__.py"]
-    + [SOURCE / "model" / name for name in ("__init__.py", "errors.py", "durations.py")]
+    + [SOURCE / "model" / name for name in ("__init__.py", "annotations.py", "durations.py", "errors.py", "typed.py")]
 )
 
 

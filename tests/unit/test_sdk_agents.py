@@ -99,7 +99,7 @@ def test_arguments_travel_by_name() -> None:
         ((), {}, "name"),
         (("a", 1, 2), {}, "too many"),
         (("a",), {"nope": 1}, "nope"),
-        ((b"a",), {}, "argument name = b'a' is not JSON"),
+        ((b"a",), {}, "argument name = b'a' does not fit: it is no str"),
         (("a", float("nan")), {}, "times"),
     ],
 )

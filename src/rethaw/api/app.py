@@ -84,8 +84,13 @@ def _other_routes(app: FastAPI, rooms: Rooms) -> None:
 
     @app.post("/v1/blobs", tags=["server"], responses=models.ERRORS, openapi_extra=models.BLOB_BODY)
     async def put_blob(request: Request) -> models.Blob:
-        """Upload an agent's code: a tar.gz, raw."""
+        """Upload an agent's code, or files of an image: a tar.gz, raw."""
         return models.Blob(digest=await blobs.keep(request.stream(), rooms.blobs_dir))
+
+    @app.get("/v1/blobs/{digest}", tags=["server"], responses=models.ERRORS)
+    async def has_blob(digest: str) -> models.BlobThere:
+        """Whether it need not be uploaded again."""
+        return models.BlobThere(there=rooms.has_blob(digest))
 
     @app.post("/v1/callbacks/{token}", tags=["sessions"], responses=models.ERRORS, openapi_extra=models.ANY_BODY)
     async def callback(request: Request, token: str) -> models.SignalGiven:
@@ -114,7 +119,7 @@ def _other_routes(app: FastAPI, rooms: Rooms) -> None:
         """Probe each engine of the server: a guest through boot, save and restore."""
         return Ascii({"reports": jsonable_encoder(await rooms.doctor_hook())})
 
-    _ = (healthz, put_blob, callback, request_bytes, response_bytes, nodes, doctor)
+    _ = (healthz, put_blob, has_blob, callback, request_bytes, response_bytes, nodes, doctor)
 
 
 async def _response(log: Log, exchange: str) -> AsyncIterator[bytes]:

@@ -126,6 +126,10 @@ class Blob(BaseModel):
     digest: str  # sha256 hex
 
 
+class BlobThere(BaseModel):
+    there: bool
+
+
 class Health(BaseModel):
     ok: bool
     version: str

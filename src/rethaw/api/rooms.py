@@ -11,8 +11,10 @@ from typing import Any
 from rethaw.control.control import Control
 from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
+from rethaw.model.errors import NotFound
 from rethaw.model.looking import Looking
 from rethaw.model.ports import Carrier
+from rethaw.model.types import AgentSpec
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -35,3 +37,11 @@ class Rooms:
 
     def has_blob(self, digest: str) -> bool:
         return _DIGEST.fullmatch(digest) is not None and (self.blobs_dir / f"{digest}.tar.gz").is_file()
+
+    def must_have(self, agent: AgentSpec) -> None:
+        """Raises NotFound for an upload that `agent` names and that is not here."""
+        if agent.code is not None and not self.has_blob(agent.code):
+            raise NotFound(f"there is no code {agent.code}", remedy="upload it to /v1/blobs first")
+        for step in agent.image.steps:
+            if step.blob is not None and not self.has_blob(step.blob):
+                raise NotFound(f"there are no files {step.blob} for the image", remedy="upload them to /v1/blobs first")

@@ -15,7 +15,7 @@ from rethaw.api.rooms import Rooms
 from rethaw.api.warming import Warming
 from rethaw.control.finding import Filter
 from rethaw.model.enums import State
-from rethaw.model.errors import InvalidInput, NotFound
+from rethaw.model.errors import InvalidInput
 from rethaw.model.types import Message, SessionView, SnapshotInfo
 
 _MAX_PAGE = 1000
@@ -30,8 +30,7 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
 
     @api.post("", status_code=201)
     async def start(body: models.StartBody, response: Response) -> SessionView:
-        if body.agent.code is not None and not rooms.has_blob(body.agent.code):
-            raise NotFound(f"there is no code {body.agent.code}", remedy="upload it to /v1/blobs first")
+        rooms.must_have(body.agent)
         started = None
         if body.agent.template == "auto":
             started = await control.start_auto(body.agent, body.args, body.key, body.options)

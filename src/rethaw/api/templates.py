@@ -14,7 +14,7 @@ from rethaw.api import models
 from rethaw.api.rooms import Rooms
 from rethaw.control.templates import AUTO, START
 from rethaw.model.enums import EventType, ExchangeState, State
-from rethaw.model.errors import Conflict, InvalidInput, NotFound, WaitTimeout
+from rethaw.model.errors import Conflict, InvalidInput, WaitTimeout
 from rethaw.model.types import AgentSpec, SessionView, StartOptions, Template
 
 _LOOK_S = 0.2
@@ -60,8 +60,7 @@ def router(rooms: Rooms) -> APIRouter:
                 f"template {body.name[:100]!r}: names that begin with {AUTO!r} are given by the server",
                 remedy="choose another",
             )
-        if body.agent.code is not None and not rooms.has_blob(body.agent.code):
-            raise NotFound(f"there is no code {body.agent.code}", remedy="upload it to /v1/blobs first")
+        rooms.must_have(body.agent)
         template = await control.create_template(body.name, body.agent, body.args)
         if template.snapshot is not None:
             return template

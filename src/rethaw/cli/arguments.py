@@ -1,24 +1,26 @@
-"""An agent's arguments from the command line: `--task "Fix it" --depth 3 --dry-run`, typed by its function.
+"""An agent's arguments from the command line: `--task "Fix it" --depth 3 --fast`, typed by its function.
 
-Text stays text where the function says `str`; everything else is read as JSON; without a type, what is JSON is JSON.
+Text stays text where the function says `str`; everything else is read as JSON (a model is a JSON object); without a type,
+what is JSON is JSON.
 """
 
 from __future__ import annotations
 
 import difflib
+import enum
 import inspect
 import json
-import types
 import typing
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, cast
 
+from rethaw.model import annotations, typed
 from rethaw.model.errors import InvalidInput
-from rethaw.sdk.agents import signature
+from rethaw.sdk.functions import signature
 
 # Options of `rethaw run` itself; everything else that begins with -- is the agent's. A test compares with `run`.
-FLAGS = frozenset({"--detach", "-d", "--json", "--help", "-h"})
+FLAGS = frozenset({"--detach", "-d", "--dry-run", "--json", "--help", "-h"})
 VALUES = frozenset(
     {
         "--agent",
@@ -135,7 +137,7 @@ def parse(function: Callable[..., Any], tokens: Sequence[str]) -> dict[str, Any]
         else:
             given.setdefault(name, []).append(None)
         i += 1
-    out = {name: _value(name, values, hints.get(name, Any)) for name, values in given.items()}
+    out = {name: _value(name, values, hints.get(name, Any), _usage(named, hints)) for name, values in given.items()}
     for name, parameter in named.items():
         if name not in out and parameter.default is inspect.Parameter.empty:
             option = f"--{name.replace('_', '-')}"
@@ -147,10 +149,9 @@ def parse(function: Callable[..., Any], tokens: Sequence[str]) -> dict[str, Any]
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(function)
-    except Exception:  # a name that only the sandbox can resolve
-        return {}
+    """Of what only the sandbox can resolve: Any."""
+    found = annotations.hints(function)
+    return {name: Any if isinstance(hint, annotations.Unresolved) else hint for name, hint in found.items()}
 
 
 def _usage(parameters: dict[str, inspect.Parameter], hints: dict[str, Any]) -> str:
@@ -158,27 +159,53 @@ def _usage(parameters: dict[str, inspect.Parameter], hints: dict[str, Any]) -> s
         return "it takes none"
     words: list[str] = []
     for name, parameter in parameters.items():
-        hint = hints.get(name, Any)
-        kind = "JSON" if hint is Any else getattr(hint, "__name__", None) or str(hint)
-        if typing.get_origin(hint) is not None:
-            kind = str(hint).replace("typing.", "")
-        word = f"--{name.replace('_', '-')} {kind}"
+        word = f"--{name.replace('_', '-')} {annotations.name_of(hints.get(name, Any))}"
         words.append(word if parameter.default is inspect.Parameter.empty else f"[{word}]")
     return f"it takes {' '.join(words)}"
 
 
-def _value(name: str, values: list[str | None], hint: Any) -> Any:
-    many = next((kind for kind in _choices(hint) if _origin(kind) in (list, tuple, set, frozenset)), None)
+def described(function: Callable[..., Any]) -> list[str]:
+    """A line for each argument: its option, its type, its default; then one for each model among the types."""
+    hints, rows, told = _hints(function), list[tuple[str, str, str]](), dict[str, str]()
+    for name, parameter in signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            rows.append(("--ANY-NAME", annotations.name_of(hints.get(name, Any)), ""))
+            continue
+        hint = hints.get(name, Any)
+        kind = annotations.name_of(hint)
+        for name_, inner in annotations.models(hint).items():
+            told[name_] = f"  {name_}: " + ", ".join(f"{field}: {of}" for field, of in inner.items())
+        needed = parameter.default is inspect.Parameter.empty
+        rows.append((f"--{name.replace('_', '-')}", kind, "needed" if needed else f"default {parameter.default!r}"))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    lines = [f"  {option:{widths[0]}}  {kind:{widths[1]}}  {rest}".rstrip() for option, kind, rest in rows]
+    return [*lines, *(["", "Of which:", *told.values()] if told else [])]
+
+
+def asked_about(tokens: Sequence[str]) -> str | None:
+    """FILE.py[::NAME] when `rethaw run` is asked for help about that."""
+    before = list(tokens[: tokens.index("--")] if "--" in tokens else tokens)
+    if not {"--help", "-h"} & set(before):
+        return None
+    return next((token for token in before if token.partition("::")[0].endswith(".py")), None)
+
+
+def _value(name: str, values: list[str | None], hint: Any, usage: str) -> Any:
+    option = f"--{name.replace('_', '-')}"
+    plain = annotations.bare(hint)
+    many = next((kind for kind in _choices(plain) if _origin(kind) in annotations.LISTS), None)
     if many is not None and (len(values) > 1 or not _looks_like(values[0], "[", "null")):
         inner = next(iter(typing.get_args(many)), Any)
-        return [_one(name, value, inner) for value in values]
-    if len(values) > 1:
-        raise InvalidInput(f"--{name.replace('_', '-')} is given {len(values)} times", remedy="give it once")
-    return _one(name, values[0], hint)
+        out = [_one(option, value, inner, usage) for value in values]
+    elif len(values) > 1:
+        raise InvalidInput(f"{option} is given {len(values)} times", remedy="give it once")
+    else:
+        out = _one(option, values[0], plain, usage)
+    typed.build(out, hint, option)
+    return out
 
 
-def _one(name: str, text: str | None, hint: Any) -> Any:
-    option = f"--{name.replace('_', '-')}"
+def _one(option: str, text: str | None, hint: Any, usage: str) -> Any:
     if text is None:
         if hint in (Any, bool) or bool in typing.get_args(hint):
             return True
@@ -189,12 +216,13 @@ def _one(name: str, text: str | None, hint: Any) -> Any:
             return _as(text, kind)
         except ValueError as e:
             problem = problem or str(e)
-    raise InvalidInput(f"{option} = {text!r} does not fit: {problem}", remedy=f"the agent takes {_said(hint)}")
+    raise InvalidInput(f"{option} = {text!r} does not fit: {problem}", remedy=usage)
 
 
 def _choices(hint: Any) -> list[Any]:
     """The types to try in order; text last, since everything is text."""
-    if _origin(hint) in (typing.Union, types.UnionType):
+    hint = annotations.bare(hint)
+    if typing.get_origin(hint) in annotations.UNIONS:
         flat = [choice for arg in typing.get_args(hint) for choice in _choices(arg)]
         return sorted(flat, key=lambda kind: kind is str)
     return [hint]
@@ -203,11 +231,14 @@ def _choices(hint: Any) -> list[Any]:
 def _as(text: str, kind: Any) -> Any:
     if kind is str:
         return text
-    if _origin(kind) is typing.Literal:
-        for choice in typing.get_args(kind):
-            if text == str(choice) or text == json.dumps(choice):
-                return choice
-        raise ValueError("it is none of the choices")
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    if isinstance(kind, enum.EnumType):
+        choices = tuple(member.value for member in cast("type[enum.Enum]", kind))
+    for choice in choices:
+        if text == str(choice) or text == json.dumps(choice):
+            return choice
+    if choices:
+        raise ValueError(f"it is none of the choices {', '.join(str(choice) for choice in choices)}")
     if kind is bool and text.lower() in ("yes", "on", "1", "no", "off", "0"):
         return text.lower() in ("yes", "on", "1")
     try:
@@ -216,26 +247,22 @@ def _as(text: str, kind: Any) -> Any:
         if kind is Any:
             return text
         raise ValueError("it is not JSON" if kind not in (int, float, bool) else f"it is no {kind.__name__}") from None
-    wanted = _origin(kind) or kind
+    wanted = typing.get_origin(kind) or kind
     if kind is Any or not isinstance(wanted, type):
         return value
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if wanted in (tuple, set, frozenset):
+    if wanted in annotations.LISTS:
         wanted = list
-    plain = wanted in (int, float, bool, dict, list, types.NoneType)
+    plain = wanted in (int, float, bool, dict, list, type(None))
     if plain and (not isinstance(value, wanted) or (wanted in (int, float) and isinstance(value, bool))):
         raise ValueError(f"it is no {wanted.__name__}")
     return cast("Any", value)
 
 
 def _origin(hint: Any) -> Any:
-    return typing.get_origin(hint) or (cast("Any", hint) if hint in (list, tuple, set, frozenset) else None)
+    return typing.get_origin(hint) or hint
 
 
 def _looks_like(text: str | None, *starts: str) -> bool:
     return text is not None and text.lstrip().startswith(starts)
-
-
-def _said(hint: Any) -> str:
-    return str(getattr(hint, "__name__", hint)).replace("typing.", "") if not typing.get_args(hint) else str(hint)

@@ -45,7 +45,14 @@ def _run(args: list[str]) -> int:
         sys.stdout.write(f"{__version__}\n")
         return 0
     if args[0] == "run" or args[:2] == ["schedule", "create"]:
-        from rethaw.cli.arguments import prepared
+        from rethaw.cli.arguments import asked_about, prepared
+
+        target = asked_about(args[1:]) if args[0] == "run" else None
+        if target is not None:
+            from rethaw.cli.dryrun import explain
+
+            sys.stdout.write(explain(target))
+            return 0
 
         args = prepared(args)
     elif not args[0].startswith("-"):

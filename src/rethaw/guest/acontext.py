@@ -172,7 +172,7 @@ class AsyncContext:
         """Start a child: an agent of the same file or package with its arguments, or a deployed one by its name. It begins
         to run once a snapshot that contains this moment is durable, and is cancelled when this session fails."""
         ok = json.loads(await self._call("spawn", spawn_body(agent, args, kwargs)))
-        return AsyncChild(self, str(ok["child"]))
+        return AsyncChild(self, str(ok["child"]), agent)
 
     def child(self, id: str) -> AsyncChild[Any]:
         """A child that this session spawned earlier, by its id."""

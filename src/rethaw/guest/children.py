@@ -34,8 +34,9 @@ R = TypeVar("R")
 class Handle:
     """A child by its `id`. `end`: how it ended, once that was waited for."""
 
-    def __init__(self, id: str) -> None:
+    def __init__(self, id: str, agent: Any = None) -> None:
         self.id = id
+        self._agent = agent
         self._end: Optional[Dict[str, Any]] = None
         self._value: Any = None
 
@@ -72,11 +73,20 @@ class Handle:
         failed = self.failure()
         if failed is not None:
             raise failed
-        return self._value
+        return self._built()
 
     def outcome(self) -> Any:
         """The result, or the ChildFailed that `result()` raises."""
-        return self.failure() or self._value
+        return self.failure() or self._built()
+
+    def _built(self) -> Any:
+        """The result as the type that its agent is annotated with, where that is known."""
+        function = getattr(self._agent, "function", None)
+        if function is None:
+            return self._value
+        from rethaw.model import annotations, typed
+
+        return typed.build(self._value, annotations.returned(function)[1], f"child {self.id}: the result")
 
     def late(self, timeout: Optional[Duration]) -> WaitTimeout:
         return WaitTimeout(f"child {self.id} did not end within {timeout}")
@@ -85,8 +95,8 @@ class Handle:
 class Child(Handle, Generic[R]):
     """A session that this one started: `ctx.spawn(agent, ...)`."""
 
-    def __init__(self, context: Context, id: str) -> None:
-        super().__init__(id)
+    def __init__(self, context: Context, id: str, agent: Any = None) -> None:
+        super().__init__(id, agent)
         self._context = context
 
     def result(self, timeout: Optional[Duration] = None) -> R:
@@ -111,8 +121,8 @@ class Child(Handle, Generic[R]):
 class AsyncChild(Handle, Generic[R]):
     """`Child` for asyncio."""
 
-    def __init__(self, context: AsyncContext, id: str) -> None:
-        super().__init__(id)
+    def __init__(self, context: AsyncContext, id: str, agent: Any = None) -> None:
+        super().__init__(id, agent)
         self._context = context
 
     async def result(self, timeout: Optional[Duration] = None) -> R:
@@ -146,7 +156,9 @@ def spawn_body(agent: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> byt
         name, function = getattr(agent, "name", None), getattr(agent, "function", None)
         if not isinstance(name, str) or not callable(function):
             raise InvalidInput(f"{agent!r} is no agent", remedy="put @rethaw.agent over its function")
-        given = bound(name, function, args, kwargs)
+        from rethaw.model import typed
+
+        given = typed.wire_arguments(function, bound(name, function, args, kwargs), f"agent {name!r}: ")
     return protocol.payload_body({"agent": name, "args": given})
 
 

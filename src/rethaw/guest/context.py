@@ -202,7 +202,7 @@ class Context:
         """Start a child: an agent of the same file or package with its arguments, or a deployed one by its name. It begins
         to run once a snapshot that contains this moment is durable, and is cancelled when this session fails."""
         ok = json.loads(self._call("spawn", spawn_body(agent, args, kwargs)))
-        return Child(self, str(ok["child"]))
+        return Child(self, str(ok["child"]), agent)
 
     def child(self, id: str) -> Child[Any]:
         """A child that this session spawned earlier, by its id."""

@@ -66,15 +66,20 @@ class Budget(_Ignored):
     pass
 
 
-class Image:
+class _AnyStart(type):
+    """`Image.debian()`, `Image.from_env()` and whatever else an image may begin with."""
+
+    def __getattr__(cls, start: str) -> Callable[..., Any]:
+        if start.startswith("_"):
+            raise AttributeError(start)
+        return lambda *args, **kwargs: cls()
+
+
+class Image(metaclass=_AnyStart):
     """An image recipe, which means nothing inside the image: every step gives the same object back."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
-
-    @classmethod
-    def debian(cls, *args: Any, **kwargs: Any) -> Image:
-        return cls()
 
     def __getattr__(self, step: str) -> Callable[..., Image]:
         if step.startswith("_"):

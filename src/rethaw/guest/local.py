@@ -12,9 +12,10 @@ from datetime import datetime, timezone
 from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, Optional
 
 from rethaw.channel.payload import embed, split
-from rethaw.guest import protocol
+from rethaw.guest import protocol, runner
 from rethaw.guest.acontext import AsyncContext
 from rethaw.guest.context import Context
+from rethaw.model import annotations, typed
 from rethaw.model.errors import NotFound, RethawError, Unavailable
 
 _TIMED_OUT = b'{"timeout":true}'
@@ -270,13 +271,16 @@ class LocalContext(_Local, Context):
     """
 
     def run(self, function: Callable[..., Any], **args: Any) -> Any:
-        """What the agent's `function` returns, called as in a sandbox: also an `async def`, or a generator, whose values go
-        into the outbox. Arguments and result are JSON, as there."""
-        from rethaw.guest import runner
+        """What the agent's `function` returns, called as in a sandbox: also an `async def`, a class, or a generator, whose
+        values go into the outbox. Arguments and result go through JSON, as there."""
+        plain = getattr(function, "function", function)
+        return self.run_wire(plain, typed.wire_arguments(plain, args, ""))
 
-        given = json.loads(protocol.to_json(args, "the arguments"))
-        self.result(runner.call(getattr(function, "function", function), self, self._for_async, given))
-        return self.value
+    def run_wire(self, function: Callable[..., Any], args: Mapping[str, Any]) -> Any:
+        """`run` with the arguments as JSON holds them."""
+        given = json.loads(protocol.to_json(dict(args), "the arguments"))
+        self.result(runner.call(function, self, self._for_async, given))
+        return typed.build(self.value, annotations.returned(function)[1], "the agent's result")
 
     def _for_async(self) -> AsyncLocalContext:
         other = AsyncLocalContext()

@@ -13,12 +13,13 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, cast
+from typing import Any, Callable, Dict, Generator, cast
 
 from rethaw.guest import protocol
 from rethaw.guest.acontext import AsyncContext
 from rethaw.guest.context import Context
 from rethaw.guest.definitions import Agent
+from rethaw.model import annotations, typed
 from rethaw.model.errors import InvalidInput, NoRetry, NotFound, RethawError
 
 
@@ -36,7 +37,10 @@ def load(entry: str, directory: Path) -> Callable[..., Any]:
     sys.modules[path.stem] = module
     for place in {str(directory): None, str(path.parent): None}:
         sys.path.insert(0, place)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise _missing(error, path) from error
     everything = vars(module)
     agents = {key: value for key, value in everything.items() if isinstance(value, Agent)}
     if name:
@@ -49,6 +53,15 @@ def load(entry: str, directory: Path) -> Callable[..., Any]:
     return found.function if isinstance(found, Agent) else cast("Callable[..., Any]", found)
 
 
+def _missing(error: ModuleNotFoundError, path: Path) -> InvalidInput:
+    """A module that is not in the image. `name` of the package may differ from that of the module."""
+    name = (error.name or "").partition(".")[0]
+    return InvalidInput(
+        f"{path.name} imports {error.name}, which is not in the image: {error}",
+        remedy=f'give the agent image=Image.debian().pip_install("{name}"), or Image.from_env()',
+    )
+
+
 def run(function: Callable[..., Any]) -> None:
     """Call it with its Context and the session's arguments, and report what it returns."""
     context = Context()
@@ -59,26 +72,47 @@ def run(function: Callable[..., Any]) -> None:
 def call(
     function: Callable[..., Any], context: Context, for_async: Callable[[], AsyncContext], args: Dict[str, Any]
 ) -> Any:
-    """What `function` returns. What a generator yields goes into the outbox, one message each; its `return` is the
-    result. `for_async`: makes the Context of an `async def`, in the loop that runs it."""
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        return asyncio.run(_call_async(function, for_async, args))
-    if not inspect.isgeneratorfunction(function):
-        return function(context, **args)
-    steps = function(context, **args)
+    """What `function` returns, as JSON holds it; `args` are JSON as well. What a generator yields goes into the outbox, one
+    message each; its `return` is the result. A class is made with the arguments, and its `run` called. `for_async`: makes
+    the Context of an `async def`, in the loop that runs it."""
+    try:
+        given = typed.built_arguments(function, args)
+    except InvalidInput as error:
+        error.details["arguments"] = True  # whoever started the session is at fault: our frames are of no use
+        raise
+    yielded, result = annotations.returned(function)
+    how = cast("Any", function).run if inspect.isclass(function) else function
+    if inspect.iscoroutinefunction(how) or inspect.isasyncgenfunction(how):
+        value = asyncio.run(_call_async(function, how, for_async, given, yielded))
+    else:
+        made = cast("Callable[..., Any]", function)  # a class is one as well
+        value = made(context, **given)
+        if inspect.isclass(function):
+            value = value.run()
+        if inspect.isgeneratorfunction(how):
+            value = _sent(value, context, yielded)
+    return typed.dump(value, result, "the agent's result")
+
+
+def _sent(steps: Generator[Any, Any, Any], context: Context, kind: Any) -> Any:
     while True:
         try:
-            context.send(next(steps))
+            context.send(typed.dump(next(steps), kind, "what the agent yields"))
         except StopIteration as end:
             return end.value
 
 
-async def _call_async(function: Callable[..., Any], for_async: Callable[[], AsyncContext], args: Dict[str, Any]) -> Any:
+async def _call_async(
+    function: Callable[..., Any], how: Any, for_async: Callable[[], AsyncContext], args: Dict[str, Any], kind: Any
+) -> Any:
     context = for_async()
-    if not inspect.isasyncgenfunction(function):
-        return await function(context, **args)
-    async for message in function(context, **args):
-        await context.send(message)
+    value: Any = function(context, **args)
+    if inspect.isclass(function):
+        value = value.run()
+    if not inspect.isasyncgenfunction(how):
+        return await value
+    async for message in value:
+        await context.send(typed.dump(message, kind, "what the agent yields"))
 
 
 def main() -> int:
@@ -95,7 +129,8 @@ def main() -> int:
             return 1
         run(function)
     except RethawError as error:
-        traceback.print_exc()
+        if "arguments" not in error.details:
+            traceback.print_exc()
         print(f"rethaw: {error}", file=sys.stderr)
         if isinstance(error, NoRetry):
             _say_no_retry(error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import io
+import marshal
 import os
 import platform
 import re
@@ -21,14 +23,18 @@ from rethaw.model.errors import ImageError
 
 STEP_TIMEOUT_S = 1800.0
 _LAST_LINES = 12
+_SLOW = "check the mirror, and that no command waits for input"
 _EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/lintian/*")
 _INCLUDED = ("/usr/share/doc/*/copyright", "/usr/share/locale/locale.alias")
 DIST_PACKAGES = "usr/local/lib/python{}/dist-packages"
 _GLIBC_MINOR = {"bookworm": 36}  # newest manylinux tag that the suite's libc takes
 
 
-async def _run(what: str, argv: list[str], progress: Callable[[str], None], env: dict[str, str] | None = None) -> None:
-    """Run a step in its own process group; its lines go to `progress`."""
+async def run(
+    what: str, argv: list[str], progress: Callable[[str], None], env: dict[str, str] | None = None, who: str = ""
+) -> None:
+    """Run a step in its own process group; its lines go to `progress`. `who`: what exits, for the message of a failure.
+    Raises ImageError when it fails or takes longer than STEP_TIMEOUT_S."""
     lines: deque[str] = deque(maxlen=_LAST_LINES)
     try:
         process = await asyncio.create_subprocess_exec(
@@ -61,11 +67,13 @@ async def _run(what: str, argv: list[str], progress: Callable[[str], None], env:
                 await asyncio.wait_for(process.wait(), 10)
             os.killpg(process.pid, signal.SIGKILL)
         if isinstance(error, TimeoutError):
-            raise ImageError(f"{what} took longer than {STEP_TIMEOUT_S:.0f}s", remedy="check the mirror") from None
+            raise ImageError(f"{what} took longer than {STEP_TIMEOUT_S:.0f}s", remedy=_SLOW) from None
         raise
     if code != 0:
         said = "\n  ".join(lines)
-        raise ImageError(f"{what} failed ({argv[0]} exited with {code}):\n  {said}", remedy="correct it and try again")
+        raise ImageError(
+            f"{what} failed ({who or argv[0]} exited with {code}):\n  {said}", remedy="correct it and try again"
+        )
 
 
 async def debian(suite: str, packages: tuple[str, ...], rootfs: Path, progress: Callable[[str], None]) -> None:
@@ -88,9 +96,9 @@ async def debian(suite: str, packages: tuple[str, ...], rootfs: Path, progress: 
     if packages:
         # A misspelt name would be found after half a minute of unpacking.
         trial = rootfs.with_name("trial")
-        await _run(what, [*argv, "--simulate", suite, str(trial), *found.sources], lambda _: None)
+        await run(what, [*argv, "--simulate", suite, str(trial), *found.sources], lambda _: None)
         await asyncio.to_thread(shutil.rmtree, trial, True)
-    await _run(what, [*argv, suite, str(rootfs), *found.sources], told)
+    await run(what, [*argv, suite, str(rootfs), *found.sources], told)
     await asyncio.to_thread(_settle, rootfs)
 
 
@@ -128,10 +136,10 @@ def _replace(path: Path, text: str) -> None:
 
 async def link_copy(source: Path, target: Path) -> None:
     """A tree of hard links to `source`."""
-    await _run(f"copying {source}", ["cp", "-al", "--", str(source), str(target)], lambda _: None)
+    await run(f"copying {source}", ["cp", "-al", "--", str(source), str(target)], lambda _: None)
 
 
-def _installer(suite: str, target: Path) -> list[str]:
+def installer(suite: str, target: Path) -> list[str]:
     """argv of an installer that can install for another Python than its own."""
     version = SUITES[suite]
     machine = platform.machine()
@@ -167,21 +175,23 @@ async def python_packages(
     """Install wheels for the tree's own python3. Nothing of them is executed on the host."""
     target = rootfs / DIST_PACKAGES.format(SUITES[suite])
     target.mkdir(parents=True, exist_ok=True)
-    argv = _installer(suite, target)
+    argv = installer(suite, target)
     progress(f"pip: installing {' '.join(requirements)}")
 
     def told(line: str) -> None:
         if line.startswith(("Downloading", "Installing", "Successfully", "ERROR", "Resolved", "Installed")):
             progress(f"pip: {line}")
 
-    await _run(
-        f"installing {' '.join(requirements)}", [*argv, *requirements], told, {**os.environ, "PYTHONNOUSERSITE": "1"}
-    )
-    await asyncio.to_thread(_scripts, target / "bin", rootfs / "usr/local/bin")
+    await run(f"installing {' '.join(requirements)}", [*argv, *requirements], told, pip_env())
+    await asyncio.to_thread(scripts, target / "bin", rootfs / "usr/local/bin")
     await byte_compile(rootfs, target)
 
 
-def _scripts(source: Path, target: Path) -> None:
+def pip_env() -> dict[str, str]:
+    return {**os.environ, "PYTHONNOUSERSITE": "1"}
+
+
+def scripts(source: Path, target: Path) -> None:
     """Console scripts name the host's interpreter; give them the tree's, and a place on PATH. Blocking."""
     if not source.is_dir():
         return
@@ -205,8 +215,61 @@ async def byte_compile(rootfs: Path, directory: Path) -> None:
     argv = ["chroot", str(rootfs), "/usr/bin/python3", "-I", "-S", "-m", "compileall", "-q", "-j", "1"]
     argv += ["--invalidation-mode", "unchecked-hash", inside]
     try:
-        await _run(f"compiling {inside}", argv, lambda _: None, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+        await run(f"compiling {inside}", argv, lambda _: None, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
     except ImageError:
         # A package may ship a file that is no Python of this version (a template, a test): the rest is compiled.
         if not any(directory.rglob("*.pyc")):
             raise
+
+
+_COMPILE = """
+import importlib._bootstrap_external as b, importlib.util as u, marshal, sys
+for name, data in marshal.load(sys.stdin.buffer):
+    try:
+        code = compile(data, name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        marshal.dump((name, None), sys.stdout.buffer)
+    else:
+        pyc = bytes(b._code_to_hash_pyc(code, u.source_hash(data), False))
+        marshal.dump((name, pyc), sys.stdout.buffer)
+marshal.dump(None, sys.stdout.buffer)
+"""
+
+
+async def compile_apart(python: Path, rootfs: Path, directory: Path) -> None:
+    """`byte_compile` by the python3 of another tree, `python`: one that a step has been at is not executed here."""
+
+    def sources() -> bytes:
+        found = [(f"/{p.relative_to(rootfs).as_posix()}", p.read_bytes()) for p in _python_files(directory)]
+        return marshal.dumps(found, 4)
+
+    def write(answer: bytes) -> None:
+        stream = io.BytesIO(answer)
+        while (one := marshal.load(stream)) is not None:
+            name, data = one
+            if data is not None:
+                path = rootfs / str(name).lstrip("/")
+                cache = path.parent / "__pycache__"
+                cache.mkdir(exist_ok=True)
+                goal = cache / f"{path.stem}.{tag}.pyc"
+                goal.unlink(missing_ok=True)
+                goal.write_bytes(data)
+
+    version = next(v for v in SUITES.values() if (python / f"usr/lib/python{v}").is_dir())
+    tag = f"cpython-{version.replace('.', '')}"
+    argv = ["chroot", str(python), "/usr/bin/python3", "-I", "-S", "-c", _COMPILE]
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+    )
+    out, _ = await process.communicate(await asyncio.to_thread(sources))
+    if process.returncode != 0:
+        raise ImageError(f"compiling {directory} failed (python3 exited with {process.returncode})")
+    await asyncio.to_thread(write, out)
+
+
+def _python_files(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.rglob("*.py") if p.is_file() and not p.is_symlink())

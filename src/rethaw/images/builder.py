@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rethaw.images import archive, build, guest
-from rethaw.images.spec import base_digest, check, spec_digest, tree_digest
+from rethaw.images import archive, build, guest, places, steps
+from rethaw.images.spec import check, layers, spec_digest
 from rethaw.model import faults
 from rethaw.model.errors import ImageError, RethawError
 from rethaw.model.types import ImageSpec
@@ -44,6 +44,7 @@ class BuiltImage:
     rootfs: Path
     env: dict[str, str]
     suite: str = "bookworm"
+    plain: ImageSpec | None = None  # with steps: the image without them, whose python3 may be executed on the host
 
 
 class ImageStore:
@@ -52,6 +53,7 @@ class ImageStore:
     def __init__(self, data_dir: Path) -> None:
         elsewhere = os.environ.get("RETHAW_IMAGES")
         self._home = Path(elsewhere) if elsewhere else data_dir.absolute() / "images"
+        self._blobs = data_dir.absolute() / "code"  # uploads, by digest
         self._guest: tuple[str, dict[str, bytes]] | None = None
         self._code: dict[Path, tuple[tuple[int, int, int], str]] = {}
 
@@ -61,12 +63,31 @@ class ImageStore:
         Raises ImageError with the last lines of the step that failed; nothing is left behind then.
         """
         check(spec)
-        base, tree = base_digest(spec), tree_digest(spec)
-        rootfs = await self.rootfs(tree)
+        digests = layers(spec)
+        rootfs, first = None, len(digests)
+        while rootfs is None and first > 0:  # the highest layer that is there
+            first -= 1
+            rootfs = await self.rootfs(digests[first])
         if rootfs is None:
-            below = await self._base(spec, base, progress)
-            rootfs = below if tree == base else await self._pip(spec, tree, below, progress)
-        return BuiltImage(spec_digest(spec), rootfs, {**BASE_ENV, **spec.env}, spec.suite)
+            rootfs = await self._base(spec, digests[0], progress)
+        for i in range(first + 1, len(digests)):
+            number = i - (2 if spec.pip else 1)
+            if number < 0:
+                rootfs = await self._pip(spec, digests[i], rootfs, progress)
+            else:
+                rootfs = await self._step(spec, number, digests[i], rootfs, progress)
+        plain = spec.model_copy(update={"steps": ()}) if spec.steps else None
+        return BuiltImage(spec_digest(spec), rootfs, {**BASE_ENV, **spec.env}, spec.suite, plain)
+
+    async def _step(self, spec: ImageSpec, number: int, digest: str, below: Path, progress: Progress) -> Path:
+        async def make(rootfs: Path) -> None:
+            trusted = below
+            if spec.steps[number].kind == "pip":
+                trusted = (await self.ensure(spec.model_copy(update={"steps": ()}), progress)).rootfs
+            await steps.perform(spec, number, below, trusted, rootfs, self._blobs, progress)
+
+        about = {"kind": "step", "suite": spec.suite, "step": spec.steps[number].model_dump(mode="json")}
+        return await self._build(digest, about, make, progress)
 
     async def _base(self, spec: ImageSpec, digest: str, progress: Progress) -> Path:
         async def make(rootfs: Path) -> None:
@@ -97,9 +118,16 @@ class ImageStore:
         async def make(rootfs: Path) -> None:
             await build.link_copy(image.rootfs, rootfs)
             await asyncio.to_thread(guest.install, contents, rootfs)
-            await build.byte_compile(rootfs, rootfs / guest.LIB)
+            if image.plain is None:
+                await build.byte_compile(rootfs, rootfs / guest.LIB)
+            else:
+                trusted = await self.ensure(image.plain, log.debug)
+                await build.compile_apart(trusted.rootfs, rootfs, rootfs / guest.LIB)
             if code is not None:
-                await asyncio.to_thread(archive.extract, code, rootfs / "app")
+                fresh = rootfs.with_name("app")
+                await asyncio.to_thread(archive.extract, code, fresh)
+                await asyncio.to_thread(places.merge, fresh, rootfs, "app")
+                await asyncio.to_thread(shutil.rmtree, fresh)
 
         about = {
             "kind": "composed",

@@ -8,13 +8,15 @@ import platform
 import re
 
 from rethaw.model.errors import InvalidInput
-from rethaw.model.types import ImageSpec
+from rethaw.model.types import ImageSpec, ImageStep
 
 FORMAT = 1  # of the root filesystems; a change builds every image anew
 BASE_PACKAGES = ("ca-certificates", "git", "python3", "ripgrep")
 SUITES = {"bookworm": "3.11"}  # suite: version of its python3
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9]+)?(?:=[A-Za-z0-9.+:~-]+)?")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:\[[A-Za-z0-9,._ -]*\])?\s*(?:[<>=!~].*)?(?:;.*)?")
+_HASHES = re.compile(r"(?: --hash=[a-z0-9]+:[0-9a-f]+)+")
+KERNELS = ("proc", "sys", "dev", "tmp", "run", ".rethaw")  # made anew in each sandbox
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -36,6 +38,48 @@ def check(spec: ImageSpec) -> None:
         if not _ENV_NAME.fullmatch(name) or "\0" in value:
             raise InvalidInput(f"{name!r} is not an environment variable", remedy="use letters, digits and _")
 
+    if spec.python is not None and not re.fullmatch(r"/[A-Za-z0-9._/+-]+", spec.python):
+        raise InvalidInput(
+            f"{spec.python!r} is not the path of an interpreter", remedy="write it like /usr/bin/python3"
+        )
+    for step in spec.steps:
+        _check_step(step)
+
+
+def _check_step(step: ImageStep) -> None:
+    if step.kind == "apt":
+        check(ImageSpec(apt=step.words))
+    elif step.kind == "pip":
+        for requirement in step.words:
+            plain, _, hashes = requirement.partition(" --hash=")
+            if hashes and not _HASHES.fullmatch(" --hash=" + hashes):
+                raise InvalidInput(f"{requirement!r} is not a requirement", remedy='write it like "httpx>=0.27"')
+            check(ImageSpec(pip=(plain,)))
+    elif step.kind == "run":
+        check(ImageSpec(env=step.env))
+        if len(step.words) != 1 or not step.words[0].strip() or "\0" in step.words[0]:
+            raise InvalidInput(f"{step.words!r} is not one shell command", remedy='write it like "make install"')
+    else:
+        if not re.fullmatch(r"[0-9a-f]{64}", step.blob or ""):
+            raise InvalidInput(
+                f"{step.blob!r} is not the digest of a blob", remedy="upload the files to /v1/blobs first"
+            )
+        target = step.target or ""
+        if not target.startswith("/") or ".." in target.split("/") or "\0" in target:
+            raise InvalidInput(f"{target!r} is not a place in an image", remedy="write an absolute path like /data")
+        if target.split("/")[1] in KERNELS:
+            raise InvalidInput(f"{target!r} is not of the image: it is made anew in each sandbox", remedy="use another")
+        if step.words and step.words != (platform.machine(),):
+            raise InvalidInput(
+                f"files for {step.words[0]} do not fit this node, which is {platform.machine()}",
+                remedy="build the image from a machine of the same kind",
+            )
+
+
+def blobs(spec: ImageSpec) -> tuple[str, ...]:
+    """Digests of the uploads that it needs."""
+    return tuple(step.blob for step in spec.steps if step.blob is not None)
+
 
 def base_digest(spec: ImageSpec) -> str:
     """sha256 hex of the Debian layer: suite and packages."""
@@ -43,12 +87,27 @@ def base_digest(spec: ImageSpec) -> str:
     return _digest(["base", FORMAT, platform.machine(), spec.suite, packages])
 
 
+def layers(spec: ImageSpec) -> list[str]:
+    """sha256 hex of each tree on the way, the Debian layer first: each is built of the one before, and cached."""
+    found = [base_digest(spec)]
+    if spec.pip:
+        found.append(_digest(["pip", FORMAT, found[0], sorted(spec.pip)]))
+    before: list[str] = list(spec.pip)
+    for step in spec.steps:
+        what: list[object] = [step.kind, list(step.words), sorted(step.env.items()), step.blob, step.target]
+        if step.kind == "pip":  # resolved together with those before it
+            what.append(list(before))
+            before += step.words
+        found.append(_digest(["step", FORMAT, found[-1], what]))
+    return found
+
+
 def tree_digest(spec: ImageSpec) -> str:
     """sha256 hex of the root filesystem without the environment: what is built and cached."""
-    base = base_digest(spec)
-    return _digest(["pip", FORMAT, base, sorted(spec.pip)]) if spec.pip else base
+    return layers(spec)[-1]
 
 
 def spec_digest(spec: ImageSpec) -> str:
-    """sha256 hex that names an image. Order of packages does not matter."""
-    return _digest(["image", tree_digest(spec), sorted(spec.env.items())])
+    """sha256 hex that names an image. Order of packages does not matter, that of steps does."""
+    python = [spec.python] if spec.python else []
+    return _digest(["image", tree_digest(spec), sorted(spec.env.items()), *python])

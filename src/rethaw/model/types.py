@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from rethaw.model.enums import Desired, Durability, EventType, ExchangeState, Reason, State
 
@@ -23,13 +23,41 @@ class Wire(BaseModel):
 # ---------------------------------------------------------------- agents and images
 
 
+class ImageStep(Wire):
+    """One thing done to an image, in its order. `blob` is the digest of an uploaded tar.gz, unpacked at `target`."""
+
+    kind: Literal["apt", "pip", "run", "add"]
+    words: tuple[str, ...] = ()  # packages, requirements, or one shell command; of "add" the machine it is for, if any
+    env: dict[str, str] = Field(default_factory=dict[str, str])  # of "run"
+    blob: str | None = None
+    target: str | None = None
+
+    def said(self) -> str:
+        """For people."""
+        if self.kind == "add":
+            return f"add {(self.blob or '')[:12]} to {self.target}"
+        return f"{self.kind} {' '.join(self.words)}"
+
+
 class ImageSpec(Wire):
-    """What an image is made of. Its digest (images.spec_digest) names it; equal specs are one image."""
+    """What an image is made of: the base with `apt`, then `pip`, then `steps`. Its digest (images.spec_digest) names it;
+    equal specs are one image."""
 
     suite: str = "bookworm"
     apt: tuple[str, ...] = ()  # on top of the base image's packages
     pip: tuple[str, ...] = ()  # requirement specifiers, installed for the image's own python3
     env: dict[str, str] = Field(default_factory=dict[str, str])
+    steps: tuple[ImageStep, ...] = ()
+    python: str | None = None  # the interpreter that runs the agent; None: the image's own python3
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler):  # no return type: the schema stays that of the fields
+        """A spec without steps is written as before there were any: sessions and templates are found by these bytes."""
+        out = handler(self)
+        for name in ("steps", "python"):
+            if not out.get(name):
+                out.pop(name, None)
+        return out
 
 
 EngineName = Literal["gvisor", "qemu"]

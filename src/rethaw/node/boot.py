@@ -15,7 +15,8 @@ CARRY = (
     "/usr/bin/python3", "-I", "-S", "-c",
     "import sys; sys.path.insert(0, '/.rethaw/lib'); from rethaw.guest import carry; carry.main()",
 )  # fmt: skip
-RUNNER = ("/usr/bin/python3", "-m", "rethaw.guest.runner")
+_PYTHON = "/usr/bin/python3"
+RUNNER = ("-m", "rethaw.guest.runner")
 
 
 def guest_env(a: Assignment, providers: Iterable[str]) -> dict[str, str]:
@@ -49,7 +50,7 @@ def _proxies(given: Mapping[str, str]) -> dict[str, str]:
 
 def start_config(a: Assignment, providers: Iterable[str]) -> dict[str, Any]:
     """The `start` control message."""
-    command = [*RUNNER, a.agent.entry] if a.agent.entry else list(a.agent.command)
+    command = [a.agent.image.python or _PYTHON, *RUNNER, a.agent.entry] if a.agent.entry else list(a.agent.command)
     if a.files is not None:
         command = [*CARRY, *command]
     boot = a.boot or Boot(args={}, cursor=0, fresh=False)

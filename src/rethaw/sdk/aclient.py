@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import httpx2
@@ -126,6 +126,10 @@ class AsyncBlobs:
     async def put(self, data: bytes) -> str:
         """Upload; returns the sha256 in hex that names it. Repeating it is harmless."""
         return await self._client.run(calls.put_blob(data))
+
+    async def has(self, digest: str) -> bool:
+        """Whether it is there already."""
+        return await self._client.run(calls.has_blob(digest))
 
 
 class AsyncSessions:
@@ -430,6 +434,7 @@ class AsyncSession(Generic[R_co]):
         self.client = client
         self.id = id
         self.view = view
+        self.built: Callable[[Any], R_co] | None = None  # makes the agent's type of the result's JSON
 
     def __repr__(self) -> str:
         return f"<AsyncSession {self.id} of {self.view.agent.name}: {self.view.state.value}>"
@@ -445,7 +450,8 @@ class AsyncSession(Generic[R_co]):
 
     async def result(self, timeout: Duration | None = None) -> R_co:
         """What the agent returned, once it did. Raises WaitTimeout, and SessionFailed when it ended otherwise."""
-        return cast("R_co", await self.client.sessions.result(self.id, timeout=timeout))
+        result = await self.client.sessions.result(self.id, timeout=timeout)
+        return cast("R_co", result) if self.built is None else self.built(result)
 
     async def send(self, payload: Any, *, idempotency_key: str | None = None) -> Message:
         return await self.client.sessions.send(self.id, payload, idempotency_key=idempotency_key)
@@ -502,9 +508,10 @@ class AsyncSession(Generic[R_co]):
         self, *, at: int | str | None = None, n: int = 1, redeliver: bool = False
     ) -> list[AsyncSession[R_co]]:
         """New sessions from here, or from `at`; see `Sessions.fork`."""
-        return cast(
-            "list[AsyncSession[R_co]]", await self.client.sessions.fork(self.id, at=at, n=n, redeliver=redeliver)
-        )
+        forks = await self.client.sessions.fork(self.id, at=at, n=n, redeliver=redeliver)
+        for fork in forks:
+            fork.built = self.built
+        return cast("list[AsyncSession[R_co]]", forks)
 
     async def rewind(self, *, to: int | str, redeliver: bool = False) -> SessionView:
         """Back to a seq or a snapshot; see `Sessions.rewind`."""

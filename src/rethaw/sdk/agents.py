@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from copy import copy
@@ -12,15 +11,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
+from rethaw.model import annotations, typed
 from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.errors import InvalidInput, NotFound
+from rethaw.sdk.functions import Runs, RunsAsync, RunsAsyncSteps, RunsSteps, check_form, check_types, signature
 from rethaw.sdk.images import Image, checked_env
 from rethaw.sdk.limits import Budget, Retries, checked_budget, retries_of
 from rethaw.sdk.sizes import size_bytes
 from rethaw.sdk.starting import Starting, starting
 
 if TYPE_CHECKING:
-    from rethaw.model.types import AgentSpec
+    from rethaw.model.types import AgentSpec, ImageSpec
     from rethaw.sdk.aclient import AsyncClient, AsyncSession
     from rethaw.sdk.client import Client, Session
     from rethaw.sdk.package import Package
@@ -59,14 +60,21 @@ class Options:
     budget: Budget | None = None
     allow: tuple[str, ...] = ()
 
-    def spec(self, *, entry: str | None = None, code: str | None = None, command: tuple[str, ...] = ()) -> AgentSpec:
+    def spec(
+        self,
+        *,
+        entry: str | None = None,
+        code: str | None = None,
+        command: tuple[str, ...] = (),
+        image: ImageSpec | None = None,
+    ) -> AgentSpec:
         """The wire form, for a Python function (`entry` in `code`) or for a command."""
         from rethaw.model.enums import Durability
         from rethaw.model.types import AgentSpec
 
         return AgentSpec(
             name=self.name,
-            image=self.image.spec,
+            image=image or self.image.spec,
             command=command,
             entry=entry,
             code=code,
@@ -177,7 +185,8 @@ class Agent(Generic[P, R_co]):
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
         self.__wrapped__ = function
-        _check_signature(function)
+        check_form(function)
+        check_types(function, options.image, all_there=False)
 
     def __repr__(self) -> str:
         return f"<Agent {self.name} of {self.function.__module__}.{self.function.__qualname__}>"
@@ -216,15 +225,17 @@ class Agent(Generic[P, R_co]):
 
         return pack(self.file)
 
-    def spec(self, code: str) -> AgentSpec:
-        """The wire form; `code` is the digest of the uploaded package."""
+    def spec(self, code: str, image: ImageSpec | None = None) -> AgentSpec:
+        """The wire form; `code` is the digest of the uploaded package, `image` that of its image where it is known."""
         from rethaw.sdk.beside import specs
 
-        spec, others = self.options.spec(entry=self.entry, code=code), specs(self, code)
+        check_types(self.function, self.options.image, all_there=True)
+        spec, others = self.options.spec(entry=self.entry, code=code, image=image), specs(self, code)
         return spec.model_copy(update={"agents": others}) if others else spec
 
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Arguments by name, checked against the function and for being JSON. Raises InvalidInput."""
+        """Arguments by name as JSON holds them, checked against the function and its types. Raises InvalidInput."""
+        check_types(self.function, self.options.image, all_there=True)
         try:
             bound = signature(self.function).bind(*args, **kwargs)
         except TypeError as e:
@@ -236,15 +247,12 @@ class Agent(Generic[P, R_co]):
                 out |= value
             else:
                 out[name] = value
-        for name, value in out.items():
-            try:
-                json.dumps(value, allow_nan=False)
-            except (TypeError, ValueError) as e:
-                raise InvalidInput(
-                    f"agent {self.name!r}: argument {name} = {value!r} is not JSON ({e})",
-                    remedy="pass text, numbers, booleans, None, lists and dictionaries",
-                ) from e
-        return out
+        return typed.wire_arguments(self.function, out, f"agent {self.name!r}: ")
+
+    def built(self, result: Any) -> R_co:
+        """What a session of it returned, as the type it is annotated with; `result` is the JSON. Raises InvalidInput."""
+        kind = annotations.returned(self.function)[1]
+        return cast("R_co", typed.build(result, kind, f"agent {self.name!r}: the result"))
 
     def with_options(
         self,
@@ -285,16 +293,31 @@ class Agent(Generic[P, R_co]):
         return named(name, version)
 
     def uploaded(self, client: Client) -> AgentSpec:
-        """The wire form, its code on the server of `client`."""
-        package = self.package()
-        client.blobs.put(package.data)
-        return self.spec(package.digest)
+        """The wire form, after everything that it names is on the server of `client`: its code, and what its image and those of
+        the agents that it may spawn add."""
+        spec, blobs = self._everything()
+        for digest, data in blobs:
+            if not client.blobs.has(digest):
+                client.blobs.put(data)
+        return spec
 
     async def uploaded_async(self, client: AsyncClient) -> AgentSpec:
         """`uploaded` with await."""
-        package = self.package()
-        await client.blobs.put(package.data)
-        return self.spec(package.digest)
+        spec, blobs = self._everything()
+        for digest, data in blobs:
+            if not await client.blobs.has(digest):
+                await client.blobs.put(data)
+        return spec
+
+    def _everything(self) -> tuple[AgentSpec, list[tuple[str, bytes]]]:
+        """The wire form, and digest and data of what it names."""
+        from rethaw.sdk.beside import others
+
+        package, added = self.package(), self.options.image.uploads()
+        spec = self.spec(package.digest, self.options.image.spec_of([digest for digest, _ in added]))
+        for other in others(self).values():
+            added += other.options.image.uploads()
+        return spec, [(package.digest, package.data), *added]
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
         """Start a session on the server of RETHAW_URL or the credentials file."""
@@ -303,17 +326,16 @@ class Agent(Generic[P, R_co]):
     def start_on(self, client: Client, *args: P.args, **kwargs: P.kwargs) -> Session[R_co]:
         """Start a session on the server of `client`."""
         given = self.arguments(*args, **kwargs)
-        return cast(
-            "Session[R_co]",
-            client.sessions.start(self.uploaded(client), given, key=self.key, **self.starting.given()),
-        )
+        session = client.sessions.start(self.uploaded(client), given, key=self.key, **self.starting.given())
+        session.built = self.built
+        return cast("Session[R_co]", session)
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run it in this process, without a server and without durability, for a debugger. Nothing comes into its inbox; to
         give it messages and signals and to see what it sends, call it with a `rethaw.LocalContext`."""
         import rethaw
 
-        return cast("R_co", rethaw.LocalContext().run(self.function, **self.arguments(*args, **kwargs)))
+        return cast("R_co", rethaw.LocalContext().run_wire(self.function, self.arguments(*args, **kwargs)))
 
     @property
     def aio(self) -> AsyncAgent[P, R_co]:
@@ -338,12 +360,19 @@ class AsyncAgent(Generic[P, R_co]):
         agent = self._agent
         given = agent.arguments(*args, **kwargs)
         spec = await agent.uploaded_async(client)
-        return cast(
-            "AsyncSession[R_co]",
-            await client.sessions.start(spec, given, key=agent.key, **agent.starting.given()),
-        )
+        session = await client.sessions.start(spec, given, key=agent.key, **agent.starting.given())
+        session.built = agent.built
+        return cast("AsyncSession[R_co]", session)
 
 
+@overload
+def agent(function: Callable[Concatenate[Any, P], RunsAsync[R]], /) -> Agent[P, R]: ...
+@overload
+def agent(function: Callable[Concatenate[Any, P], RunsSteps[R]], /) -> Agent[P, R]: ...
+@overload
+def agent(function: Callable[Concatenate[Any, P], RunsAsyncSteps], /) -> Agent[P, None]: ...
+@overload
+def agent(function: Callable[Concatenate[Any, P], Runs[R]], /) -> Agent[P, R]: ...
 @overload
 def agent(function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /) -> Agent[P, R]: ...
 @overload
@@ -405,6 +434,14 @@ class _Decorator:
     """The type of `agent(...)`: keeps parameters and result of what it is put on. Never made."""
 
     @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], RunsAsync[R]], /) -> Agent[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], RunsSteps[R]], /) -> Agent[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], RunsAsyncSteps], /) -> Agent[P, None]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], Runs[R]], /) -> Agent[P, R]: ...
+    @overload
     def __call__(self, function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /) -> Agent[P, R]: ...
     @overload
     def __call__(self, function: Callable[Concatenate[Any, P], Generator[Any, Any, R]], /) -> Agent[P, R]: ...
@@ -414,28 +451,6 @@ class _Decorator:
     def __call__(self, function: Callable[Concatenate[Any, P], R], /) -> Agent[P, R]: ...
     def __call__(self, function: Any, /) -> Any:
         raise NotImplementedError
-
-
-def signature(function: Callable[..., Any]) -> inspect.Signature:
-    """The function's signature without its Context."""
-    full = inspect.signature(function)
-    return full.replace(parameters=list(full.parameters.values())[1:], return_annotation=inspect.Signature.empty)
-
-
-def _check_signature(function: Callable[..., Any]) -> None:
-    parameters = list(inspect.signature(function).parameters.values())
-    name = getattr(function, "__name__", repr(function))
-    if not parameters or parameters[0].kind not in (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    ):
-        raise InvalidInput(f"agent {name!r} has no parameter for its Context", remedy=f"write def {name}(ctx, ...)")
-    for parameter in parameters[1:]:
-        if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
-            raise InvalidInput(
-                f"agent {name!r}: parameter {parameter.name!r} cannot be given by name",
-                remedy="arguments travel by name; make it an ordinary parameter",
-            )
 
 
 _shared: list[Client] = []

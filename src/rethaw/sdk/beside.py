@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 
 
 def specs(agent: Agent[..., Any], code: str) -> dict[str, AgentSpec]:
+    """The wire forms of `others`, which are in the same package (`code`)."""
+    root = agent.file.parent
+    return {name: one.options.spec(entry=_entry(one, root), code=code) for name, one in others(agent).items()}
+
+
+def others(agent: Agent[..., Any]) -> dict[str, Agent[..., Any]]:
     """By name, without `agent` itself: every agent of its module, of the local modules that it imported, and of those in
-    turn. They are in the same package (`code`). Raises InvalidInput when two have one name."""
+    turn. Raises InvalidInput when two have one name."""
     root = agent.file.parent
     found: dict[str, Agent[..., Any]] = {agent.name: agent}
     todo, seen = [_namespace(agent)], set[str]()
@@ -39,7 +45,7 @@ def specs(agent: Agent[..., Any], code: str) -> dict[str, AgentSpec]:
                     )
                 todo.append(_namespace(one))
     del found[agent.name]
-    return {name: found[name].options.spec(entry=_entry(found[name], root), code=code) for name in sorted(found)}
+    return {name: found[name] for name in sorted(found)}
 
 
 def _namespace(agent: Agent[..., Any]) -> dict[str, Any]:

@@ -199,6 +199,10 @@ def put_blob(data: bytes) -> Call[str]:
     )  # fmt: skip
 
 
+def has_blob(digest: str) -> Call[bool]:
+    return Call("GET", path("blobs", digest), lambda b: bool(_object(b)["there"]))
+
+
 def start(agent: AgentSpec, args: dict[str, Any], key: str | None, how: Starting | None = None) -> Call[SessionView]:
     body = b'{"agent":%b,"args":%b' % (agent.model_dump_json().encode(), to_json(args, "args"))
     if how is not None and (given := how.wire()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import httpx2
@@ -125,6 +125,10 @@ class Blobs:
     def put(self, data: bytes) -> str:
         """Upload; returns the sha256 in hex that names it. Repeating it is harmless."""
         return self._client.run(calls.put_blob(data))
+
+    def has(self, digest: str) -> bool:
+        """Whether it is there already."""
+        return self._client.run(calls.has_blob(digest))
 
 
 class Sessions:
@@ -426,6 +430,7 @@ class Session(Generic[R_co]):
         self.client = client
         self.id = id
         self.view = view
+        self.built: Callable[[Any], R_co] | None = None  # makes the agent's type of the result's JSON
 
     def __repr__(self) -> str:
         return f"<Session {self.id} of {self.view.agent.name}: {self.view.state.value}>"
@@ -441,7 +446,8 @@ class Session(Generic[R_co]):
 
     def result(self, timeout: Duration | None = None) -> R_co:
         """What the agent returned, once it did. Raises WaitTimeout, and SessionFailed when it ended otherwise."""
-        return cast("R_co", self.client.sessions.result(self.id, timeout=timeout))
+        result = self.client.sessions.result(self.id, timeout=timeout)
+        return cast("R_co", result) if self.built is None else self.built(result)
 
     def send(self, payload: Any, *, idempotency_key: str | None = None) -> Message:
         return self.client.sessions.send(self.id, payload, idempotency_key=idempotency_key)
@@ -497,7 +503,10 @@ class Session(Generic[R_co]):
 
     def fork(self, *, at: int | str | None = None, n: int = 1, redeliver: bool = False) -> list[Session[R_co]]:
         """New sessions from here, or from `at`; see `Sessions.fork`."""
-        return cast("list[Session[R_co]]", self.client.sessions.fork(self.id, at=at, n=n, redeliver=redeliver))
+        forks = self.client.sessions.fork(self.id, at=at, n=n, redeliver=redeliver)
+        for fork in forks:
+            fork.built = self.built
+        return cast("list[Session[R_co]]", forks)
 
     def rewind(self, *, to: int | str, redeliver: bool = False) -> SessionView:
         """Back to a seq or a snapshot; see `Sessions.rewind`."""

@@ -22,12 +22,14 @@ LIMIT = 64 << 20  # bytes of source in one package; more means that something el
 
 @dataclass(frozen=True)
 class Package:
-    """`data` is the tar.gz, `digest` its sha256 in hex, `main` the file's name in it, `files` all names, sorted."""
+    """`data` is the tar.gz, `digest` its sha256 in hex, `main` the file's name in it, `files` all names, sorted, `sizes` in
+    bytes of each."""
 
     data: bytes
     digest: str
     main: str
     files: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
 
 
 def pack(file: Path | str) -> Package:
@@ -49,7 +51,9 @@ def pack(file: Path | str) -> Package:
     with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as out:
         out.write(raw.getvalue())
     data = packed.getvalue()
-    return Package(data, hashlib.sha256(data).hexdigest(), path.name, tuple(contents))
+    return Package(
+        data, hashlib.sha256(data).hexdigest(), path.name, tuple(contents), tuple(len(c) for c in contents.values())
+    )
 
 
 def collect(path: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from rethaw.cli.connect import client
 
 if TYPE_CHECKING:
     from rethaw.model.types import AgentSpec
-    from rethaw.sdk.agents import Options
+    from rethaw.sdk.agents import Agent, Options
     from rethaw.sdk.client import Client, Session
     from rethaw.sdk.limits import Budget
     from rethaw.sdk.starting import Starting
@@ -31,6 +31,7 @@ def run(
     image: str | None = None,
     agent: str | None = None,
     detach: Annotated[bool, Flag, Parameter(name=("--detach", "-d"))] = False,
+    dry_run: Annotated[bool, Flag] = False,
     key: str | None = None,
     name: str | None = None,
     env: Annotated[list[str] | None, Parameter(name=("--env", "-e"), negative="")] = None,
@@ -60,7 +61,8 @@ def run(
 
     Of FILE.py it takes the function with @rethaw.agent over it (NAME if there
     are several). Options that are not listed here are that function's
-    arguments, by name, typed as it says; after "--" all are. With --image, what
+    arguments, by name, typed as it says (rethaw run FILE.py --help lists them);
+    after "--" all are. With --image, what
     follows "--" is any command. The result is printed at the end, and the exit
     code is the session's.
 
@@ -79,6 +81,8 @@ def run(
         NAME[@VERSION] of a deployed agent, in place of FILE.py.
     detach:
         Print the session's id and return at once.
+    dry_run:
+        Show what would travel to the server, and start nothing.
     key:
         Starting again with this key gives the same session.
     name:
@@ -146,13 +150,17 @@ def run(
         "allow": allow,
     }
     given = {option: value for option, value in given.items() if value is not None}
+    if dry_run:
+        from rethaw.cli.dryrun import show
+
+        return show(target, list(rest), image, given, json)
     with client(patient=not detach) as connection:
         if agent is not None:
             tokens = [*([target] if target is not None else []), *rest]
             session = _of_name(connection, agent, tokens, image, given, key, how)
         elif image is not None:
             command = [*([target] if target is not None else []), *rest]
-            session = connection.sessions.start(_of_command(image, command, given), key=key, **how.given())
+            session = connection.sessions.start(of_command(image, command, given), key=key, **how.given())
         else:
             session = _of_file(connection, target, list(rest), given, key, how)
         if detach:
@@ -169,21 +177,29 @@ def agent_of(
 ) -> AgentSpec:
     """What is to be run, from FILE.py[::NAME] (whose code is uploaded) or from an image and a command."""
     from rethaw.model.errors import InvalidInput
-    from rethaw.sdk.agents import Agent, find
 
     if image is not None:
-        return _of_command(image, [*([target] if target is not None else []), *command], given)
+        return of_command(image, [*([target] if target is not None else []), *command], given)
     if target is None or command:
         raise InvalidInput("what to run is not named", remedy="write FILE.py, or --image base -- COMMAND ARG ...")
+    return changed_agent(target, given).uploaded(connection)
+
+
+def changed_agent(
+    target: str | None, given: dict[str, Any], key: str | None = None, how: Starting | None = None
+) -> Agent[..., Any]:
+    """The agent of FILE.py[::NAME] with the options of the command line."""
+    from rethaw.model.errors import InvalidInput
+    from rethaw.sdk.agents import Agent, find
+
+    if target is None:
+        raise InvalidInput("nothing to run is named", remedy="write rethaw run FILE.py, or --image base -- COMMAND")
     file, _, chosen = target.partition("::")
     found = find(file, chosen or None)
-    changed = Agent[..., Any](found.function, _overridden(found.options, given))
-    package = changed.package()
-    connection.blobs.put(package.data)
-    return changed.spec(package.digest)
+    return Agent[..., Any](found.function, _overridden(found.options, given), key=key, how=how)
 
 
-def _of_command(image: str, command: list[str], given: dict[str, Any]) -> AgentSpec:
+def of_command(image: str, command: list[str], given: dict[str, Any]) -> AgentSpec:
     from rethaw.model.errors import InvalidInput, NotFound
     from rethaw.sdk.agents import options
 
@@ -204,18 +220,10 @@ def _of_file(
     how: Starting,
 ) -> Session[Any]:
     from rethaw.cli.arguments import parse
-    from rethaw.model.errors import InvalidInput
-    from rethaw.sdk.agents import Agent, find
 
-    if target is None:
-        raise InvalidInput("nothing to run is named", remedy="write rethaw run FILE.py, or --image base -- COMMAND")
-    file, _, chosen = target.partition("::")
-    found = find(file, chosen or None)
-    args = parse(found.function, tokens)
-    changed = Agent[..., Any](found.function, _overridden(found.options, given), key=key, how=how)
-    package = changed.package()
-    connection.blobs.put(package.data)
-    return connection.sessions.start(changed.spec(package.digest), args, key=key, **changed.starting.given())
+    changed = changed_agent(target, given, key, how)
+    args = parse(changed.function, tokens)
+    return connection.sessions.start(changed.uploaded(connection), args, key=key, **changed.starting.given())
 
 
 def _of_name(

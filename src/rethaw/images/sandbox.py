@@ -1,0 +1,109 @@
+"""Runs a step of an image in a gVisor sandbox of its own: root inside, no network card, HTTP through `images.proxy`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from rethaw.images import build, driver, proxy
+from rethaw.model.errors import ImageError
+
+_CAPABILITIES = [
+    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_SETFCAP",
+    "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
+]  # fmt: skip
+_PROXY = f"http://127.0.0.1:{driver.PORT}"
+ENV = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "DEBIAN_FRONTEND": "noninteractive",
+    **{name: _PROXY for one in ("http_proxy", "https_proxy") for name in (one, one.upper())},
+    "no_proxy": "127.0.0.1,localhost",
+    "NO_PROXY": "127.0.0.1,localhost",
+}
+
+
+async def run(
+    what: str,
+    command: str,
+    env: dict[str, str],
+    below: Path,
+    work: Path,
+    progress: Callable[[str], None],
+    allowed: Iterable[str] = (),
+) -> Path:
+    """Run the shell `command` on the tree `below`, which stays as it is. Returns the directory that says what it changed,
+    under `work` (made). Raises ImageError with its last lines; no process or mount is left either way."""
+    runsc = os.environ.get("RETHAW_RUNSC") or shutil.which("runsc")
+    if runsc is None:
+        raise ImageError(f"{what} needs gVisor to run in, and runsc is not on PATH", remedy="see `rethaw doctor`")
+    share, bundle = work / "share", work / "bundle"
+    for directory in (share, bundle, work / "overlay", work / "runsc"):
+        await asyncio.to_thread(directory.mkdir, parents=True)
+    job = {"command": command, "env": {**ENV, **env}}
+    await asyncio.to_thread((share / "job.json").write_text, json.dumps(job))
+    source = await asyncio.to_thread(Path(driver.__file__).read_text)
+    await asyncio.to_thread((share / "driver.py").write_text, source)
+    await asyncio.to_thread((bundle / "config.json").write_text, json.dumps(_config(below, share)))
+    ident = f"build-{uuid.uuid4().hex[:12]}"
+    common = [runsc, f"--root={work}/runsc", "--platform=systrap", "--network=none", "--ignore-cgroups"]
+    argv = [*common, f"--overlay2=root:dir={work}/overlay", "--host-uds=open", "run", "--bundle", str(bundle), ident]
+    # A Unix socket's path is short; the directory's need not be.
+    handle = os.open(share, os.O_PATH | os.O_DIRECTORY)
+    try:
+        hosts = [*allowed, *filter(None, os.environ.get("RETHAW_BUILD_ALLOW", "").split(","))]
+        async with proxy.serving(Path(f"/proc/self/fd/{handle}/net.sock"), hosts):
+            await build.run(what, argv, progress, {"PATH": ENV["PATH"]}, who="its command")
+    finally:
+        os.close(handle)
+        await asyncio.shield(_delete([*common, "delete", "--force", ident]))
+    return share / "out"
+
+
+async def _delete(argv: list[str]) -> None:
+    """A sandbox that ended is gone already; one that was given up is killed here."""
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    await process.wait()
+
+
+def _config(rootfs: Path, share: Path) -> dict[str, Any]:
+    def tmpfs(where: str, mode: str) -> dict[str, Any]:
+        options = ["nosuid", "nodev", f"mode={mode}"]
+        return {"destination": where, "type": "tmpfs", "source": "tmpfs", "options": options}
+
+    capabilities = dict.fromkeys(("bounding", "effective", "permitted", "inheritable"), _CAPABILITIES)
+    return {
+        "ociVersion": "1.0.2",
+        "process": {
+            "terminal": False,
+            "user": {"uid": 0, "gid": 0},
+            "args": ["/usr/bin/python3", "-I", f"{driver.SHARE}/driver.py"],
+            "env": [f"PATH={ENV['PATH']}", "LANG=C.UTF-8"],
+            "cwd": "/",
+            "capabilities": capabilities,
+        },
+        "root": {"path": str(rootfs), "readonly": False},  # writes go to an overlay beside the tree
+        "hostname": "build",
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
+            tmpfs("/dev/shm", "1777"),
+            tmpfs("/run", "755"),
+            tmpfs("/tmp", "1777"),
+            {"destination": driver.SHARE, "type": "bind", "source": str(share), "options": ["bind", "rw"]},
+        ],
+        "linux": {"namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")]},
+    }
