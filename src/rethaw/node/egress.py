@@ -127,9 +127,8 @@ class Egress:
             if stream.head_received or stream.base or stream.received:
                 await stream.reset("it belongs to a former life of the session")
                 return
-            if (
-                len(self._tunnels) > 4 * MOST
-            ):  # the next hello would do that; should the guest ask for one, it is reset again
+            if len(self._tunnels) > 4 * MOST:
+                # As the next hello would; should the guest still have one of them, it is reset again.
                 self._tunnels = {s: t for s, t in self._tunnels.items() if t.over is None}
             tunnel = Tunnel(stream.meta)
             crowded = sum(t.live for t in self._tunnels.values()) >= MOST
