@@ -108,31 +108,23 @@ def test_quickstart(reader: Reader) -> None:
 
 def test_readme(reader: Reader) -> None:
     reader.files("README.md")
-    use, walk = (block for block in reader.blocks("README.md") if "approve.py" in block or "rethaw fork" in block)
+    use, around, walk = (b for b in reader.blocks("README.md") if "approve.py" in b or "rethaw fork" in b)
     start, following = use.split("\n", 1)
     reader.type(start)
     reader.until("waiting")  # a reader is slower than a script
     said = reader.type(following)
     assert "waits for signal 'approval'" in said and "1 crash" in said
     reader.until("completed")
-    reader.type("rethaw run -d approve.py --topic again")
+    start, following = around.split("rethaw deploy", 1)
+    reader.type(start)
+    reader.until("waiting")
+    assert "writer@1" in reader.type("rethaw deploy" + following)
+    assert "def test_" in (reader.place / "my-agent/test_agent.py").read_text()
     reader.until("waiting")
     reader.type("rethaw fork SESSION > .fork")
     walk = walk.replace(" FORK ", ' "$(cat .fork)" ').replace("rethaw shell SESSION", "rethaw shell SESSION -- true")
     assert len(set(re.findall(r"^s_\w+$", reader.type(walk), re.MULTILINE))) >= 4
     assert (reader.place / "agent.snap").stat().st_size > 1 << 20
-
-
-def test_branching(reader: Reader) -> None:
-    reader.files("docs/branching.md")
-    reader.type("rethaw run -d trip.py --city Rome")
-    reader.until("suspended")
-    fork, choices, rewind, *rest = reader.blocks("docs/branching.md")
-    assert len(re.findall(r"^s_\w+$", reader.type(fork), re.MULTILINE)) == 6
-    reader.type(choices)
-    assert "superseded" in reader.type(rewind)
-    for block in rest:
-        reader.type(block)
 
 
 def test_templates(reader: Reader) -> None:

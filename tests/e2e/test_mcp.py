@@ -238,3 +238,19 @@ async def test_the_server_may_go_and_come(env: dict[str, str], server: AgentServ
             await call("session_list")
         await asyncio.to_thread(server.server.restart)
         assert (await call("session_list"))["sessions"]
+
+
+async def test_a_deployed_agent_is_started_by_its_name(
+    env: dict[str, str], server: AgentServer, tmp_path: Path
+) -> None:
+    (tmp_path / "echo.py").write_text(AGENT)
+    server.client.agents.deploy(tmp_path / "echo.py")
+    async with stdio(env) as call:
+        assert {"name": "echo", "version": 1} in (await call("deployed_list"))["agents"]
+        started = await call("session_start_deployed", agent="echo", arguments={"greeting": "yo"}, key="deployed")
+        await call("session_send", session=started["id"], payload="x")
+        answer = await call("session_outbox", session=started["id"], wait_s=50)
+        assert answer["messages"][0]["payload"] == ["yo", "x"]
+        with pytest.raises(AssertionError, match="'nobody'"):
+            await call("session_start_deployed", agent="nobody")
+        await call("session_cancel", session=started["id"], now=True)

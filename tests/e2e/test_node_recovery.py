@@ -316,6 +316,8 @@ def test_every_point_of_the_code_is_killed_at_here_or_named_elsewhere() -> None:
         "gateway.tail.adopt": "above",
         "store.unlinked": "tests/unit/test_snapshots_collect.py",
         **dict.fromkeys(FAMILY, "test_context_family.py"),
+        **dict.fromkeys(("carry.made", "control.upgrade.before", "control.upgrade.after"), "test_versions.py"),
+        **dict.fromkeys(("control.schedule.before_commit", "control.schedule.after_commit"), "test_queues.py"),
         **dict.fromkeys(UPLOADS, "tests/unit/test_snapshots_upload_kills.py, test_snapshots_uploads.py"),
     }
     source = Path(__file__).parents[2] / "src" / "rethaw"

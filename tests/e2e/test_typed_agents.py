@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from rethaw import Image
 from rethaw.cli.main import main
-from rethaw.model.errors import InvalidInput, SessionFailed
+from rethaw.model.errors import ImageError, InvalidInput, NotFound, SessionFailed
 from rethaw.sdk import Client
 from rethaw.sdk.agents import find
 from rethaw.testing.server import RunningServer
@@ -188,3 +189,22 @@ def test_a_dry_run_tells_what_travels(file: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     assert "typed_agents.py" in said and "added" in said and "         6  words" in said
     assert ".env" not in said and "wc -l" in said and 'arguments  {"steps": [{"name": "a"}]}' in said
+
+
+def test_images_are_built_before_they_are_needed(server: RunningServer, client: Client, tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("one two three")
+    image = (
+        Image.debian()
+        .add_local_file(tmp_path / "words", "/srv/words")
+        .run(f"wc -w < /srv/words > /etc/{tmp_path.name}")
+    )
+    first, again = client.images.build(image), client.images.build(image)
+    assert first.built and not again.built and first.digest == again.digest
+    found = client.images.list()
+    assert {"base", "step"} <= {one.kind for one in found}
+    assert any(f"/etc/{tmp_path.name}" in one.made_of and one.own_bytes < 1 << 20 for one in found)
+    with pytest.raises(ImageError, match="no such thing"):
+        client.images.build(Image.debian().run("echo no such thing >&2; exit 3"))
+    step = {"kind": "add", "words": ["x"], "blob": "0" * 64, "target": "/x"}
+    with pytest.raises(NotFound, match="upload them"):
+        server.request("POST", "/v1/images", {"image": {"steps": [step]}})

@@ -34,8 +34,8 @@ def answering(g: Guest, op: str, *answers: dict[str, Any]) -> None:
 
 
 @rethaw.agent
-def worker(ctx: Context, topic: str, depth: int = 1) -> str:
-    return topic * depth
+def worker(ctx: Context, topic: str, depth: int = 1) -> dict[str, int]:
+    return {topic: depth}
 
 
 async def test_each_kind_of_thing_comes_back_as_itself(g: Guest) -> None:

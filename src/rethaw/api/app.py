@@ -16,6 +16,7 @@ from rethaw.api import (
     agents,
     blobs,
     errors,
+    images,
     models,
     queues,
     rawjson,
@@ -33,7 +34,7 @@ from rethaw.control.control import Control
 from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
 from rethaw.model.looking import Looking
-from rethaw.model.ports import Carrier
+from rethaw.model.ports import Carrier, Images
 
 
 def create_app(
@@ -51,9 +52,12 @@ def create_app(
     carrier: Carrier | None = None,
     node: str = "",
     cpu: Callable[[str], float | None] | None = None,
+    trees: Images | None = None,
 ) -> FastAPI:
     """The application. Everything but /healthz, /openapi.json and /v1/callbacks wants `Authorization: Bearer TOKEN`."""
-    rooms = Rooms(control, log, catalog, crash_hook, doctor_hook, blobs_dir, heartbeat_s, looking, carrier, node, cpu)
+    rooms = Rooms(
+        control, log, catalog, crash_hook, doctor_hook, blobs_dir, heartbeat_s, looking, carrier, trees, node, cpu
+    )
     app = FastAPI(
         title="Rethaw",
         version=__version__,
@@ -72,6 +76,7 @@ def create_app(
     app.include_router(queues.router(rooms))
     app.include_router(schedules.router(rooms, app.state.warming))
     app.include_router(agents.router(rooms))
+    app.include_router(images.router(rooms))
     _other_routes(app, rooms)
     _describe_token(app)
     return app

@@ -13,8 +13,8 @@ from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
 from rethaw.model.errors import NotFound
 from rethaw.model.looking import Looking
-from rethaw.model.ports import Carrier
-from rethaw.model.types import AgentSpec
+from rethaw.model.ports import Carrier, Images
+from rethaw.model.types import AgentSpec, ImageSpec
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -32,6 +32,7 @@ class Rooms:
     heartbeat_s: float
     looking: Looking | None = None  # None: no node in this process
     carrier: Carrier | None = None
+    images: Images | None = None
     node: str = ""
     cpu: Callable[[str], float | None] | None = None  # CPU seconds that a session's sandbox has used here
 
@@ -42,6 +43,10 @@ class Rooms:
         """Raises NotFound for an upload that `agent` names and that is not here."""
         if agent.code is not None and not self.has_blob(agent.code):
             raise NotFound(f"there is no code {agent.code}", remedy="upload it to /v1/blobs first")
-        for step in agent.image.steps:
+        self.must_have_image(agent.image)
+
+    def must_have_image(self, image: ImageSpec) -> None:
+        """Raises NotFound for an upload that `image` names and that is not here."""
+        for step in image.steps:
             if step.blob is not None and not self.has_blob(step.blob):
                 raise NotFound(f"there are no files {step.blob} for the image", remedy="upload them to /v1/blobs first")

@@ -57,6 +57,11 @@ class ImageStore:
         self._guest: tuple[str, dict[str, bytes]] | None = None
         self._code: dict[Path, tuple[tuple[int, int, int], str]] = {}
 
+    @property
+    def home(self) -> Path:
+        """Where the trees are."""
+        return self._home
+
     async def ensure(self, spec: ImageSpec, progress: Progress) -> BuiltImage:
         """The image of `spec`, built when it is not there: about 20 s, once, whoever else asks meanwhile.
 

@@ -227,6 +227,15 @@ class AgentsHere(BaseModel):
     agents: list[AgentHere]
 
 
+class DeployedAgent(BaseModel):
+    name: str
+    version: int
+
+
+class Deployed(BaseModel):
+    agents: list[DeployedAgent]
+
+
 def readable(body: bytes) -> str:
     """Text of a payload for a reader: odd bytes replaced, the rest of a long one counted."""
     text = body[: BODY_CHARS * 4].decode(errors="replace")

@@ -55,7 +55,8 @@ class Tools:
 
     def register(self, server: MCPServer[Any]) -> None:
         """Give all of them to `server`, which says errors as `failed` does."""
-        self._give(server, _ADDS, self.session_start_command, self.session_fork)
+        self._give(server, _ADDS, self.session_start_command, self.session_start_deployed, self.session_fork)
+        self._give(server, _READS, self.deployed_list)
         self._give(server, _READS, self.session_list, self.session_show, self.session_why, self.session_watch)
         self._give(server, _READS, self.session_output, self.session_outbox, self.session_result)
         self._give(server, _ADDS, self.session_send, self.session_signal, self.session_snapshot)
@@ -112,10 +113,33 @@ class Tools:
     ) -> shapes.SessionInfo:
         """Start a Python agent as a durable session. Returns at once."""
         found = await asyncio.to_thread(self._dir.find, file, agent)
-        given, package = found.arguments(**arguments), await asyncio.to_thread(found.package)
+        given = found.arguments(**arguments)
         async with self._connection.client() as client:
-            await client.blobs.put(package.data)
-        return await self._start(found.spec(package.digest), given, key)
+            spec = await found.uploaded_async(client)
+        return await self._start(spec, given, key)
+
+    async def deployed_list(self) -> shapes.Deployed:
+        """The agents that session_start_deployed can start, each with the version that a start takes."""
+        async with self._connection.client() as client:
+            found = await client.agents.list()
+        return shapes.Deployed(agents=[shapes.DeployedAgent(name=one.agent, version=one.version) for one in found])
+
+    async def session_start_deployed(
+        self,
+        agent: Annotated[str, Field(description="its name, as deployed_list says")],
+        arguments: Annotated[dict[str, Any], Field(description="its arguments by name")] = {},  # noqa: B006
+        version: Annotated[int | None, Field(ge=1, description="else the one that is current")] = None,
+        key: Key = None,
+    ) -> shapes.SessionInfo:
+        """Start an agent that was deployed on the server (`rethaw deploy`) as a durable session. Returns at once."""
+        from rethaw.sdk.versions import named
+
+        found = named(agent, version)
+        given = found.arguments(**arguments)
+        async with self._connection.client() as client:
+            spec = await found.uploaded_async(client)
+            how = found.starting.given()
+            return shapes.SessionInfo.of((await client.sessions.start(spec, given, key=key, **how)).view)
 
     async def _start(self, spec: AgentSpec, args: dict[str, Any], key: str | None) -> shapes.SessionInfo:
         async with self._connection.client() as client:

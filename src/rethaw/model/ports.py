@@ -21,6 +21,9 @@ from rethaw.model.types import (
     Event,
     Exchange,
     Fence,
+    ImageBuilt,
+    ImageInfo,
+    ImageSpec,
     Lease,
     NewEvent,
     NodeInfo,
@@ -240,6 +243,18 @@ class ControlPlane(Protocol):
 
     async def set_degraded(self, fence: Fence, degraded: bool, detail: str, durability: Durability) -> None:
         """Saving keeps failing, or works again: row flag and event."""
+        ...
+
+
+class Images(Protocol):
+    """The images of a node."""
+
+    async def build(self, spec: ImageSpec) -> ImageBuilt:
+        """Build what is missing of it. Raises InvalidInput, ImageError with the last lines of the step that failed."""
+        ...
+
+    async def list(self) -> list[ImageInfo]:
+        """What is there, the last used first."""
         ...
 
 

@@ -60,6 +60,27 @@ class ImageSpec(Wire):
         return out
 
 
+class ImageInfo(Wire):
+    """A tree of files that this node has. `kind`: "base" (a Debian), "pip" or "step" (a layer on another tree), "composed"
+    (what a sandbox boots: an image, Rethaw's own modules and an agent's code). `own_bytes`: that no other tree shares."""
+
+    digest: str
+    kind: str
+    made_of: str  # in words
+    own_bytes: int
+    built_s: float
+    used_at: datetime
+
+
+class ImageBuilt(Wire):
+    """An image that is there. `built`: it was not before."""
+
+    digest: str  # of its spec
+    built: bool
+    seconds: float
+    lines: tuple[str, ...] = ()  # what the builder said
+
+
 EngineName = Literal["gvisor", "qemu"]
 
 

@@ -24,6 +24,7 @@ from rethaw.sdk.sse import Parser
 from rethaw.sdk.starting import starting
 from rethaw.sdk.templates import AsyncTemplates
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, TIMEOUT_S, OnGap, Patience, Target, failure
+from rethaw.sdk.trees import AsyncImages
 from rethaw.sdk.types import Detail, Message, Outcome, Why
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class AsyncClient:
         self.blobs = AsyncBlobs(self)
         self.snapshots = AsyncSnapshots(self)
         self.templates = AsyncTemplates(self)
+        self.images = AsyncImages(self)
         self.queues = AsyncQueues(self)
         self.schedules = AsyncSchedules(self)
         self.agents = versions.AsyncAgents(self)

@@ -23,6 +23,7 @@ from rethaw.sdk.sse import Parser
 from rethaw.sdk.starting import starting
 from rethaw.sdk.templates import Templates
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, TIMEOUT_S, OnGap, Patience, Target, failure
+from rethaw.sdk.trees import Images
 from rethaw.sdk.types import Detail, Message, Outcome, Why
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Client:
         self.blobs = Blobs(self)
         self.snapshots = Snapshots(self)
         self.templates = Templates(self)
+        self.images = Images(self)
         self.queues = Queues(self)
         self.schedules = Schedules(self)
         self.agents = versions.Agents(self)

@@ -35,6 +35,7 @@ from rethaw.db.notify import NotifyHub
 from rethaw.db.pool import Database
 from rethaw.gateway.gateway import Gateway
 from rethaw.images.builder import ImageStore
+from rethaw.images.shelf import Shelf
 from rethaw.log.store import Log
 from rethaw.model.errors import Conflict, InvalidInput, RethawError
 from rethaw.model.ids import new_generation
@@ -219,6 +220,7 @@ async def _run(
             carrier=Transfers(parts),
             node=parts.node,
             cpu=node.cpu_s,
+            trees=Shelf(parts.images),
         )
         server = uvicorn.Server(
             uvicorn.Config(
