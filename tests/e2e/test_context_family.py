@@ -380,6 +380,7 @@ def main(ctx):
 """)
 
 
+@pytest.mark.long
 def test_a_server_that_is_killed_at_each_step_makes_one_child_and_one_fork(home: House) -> None:
     session = family(home, ALL, style="blocking")
     session.until_output("begun")

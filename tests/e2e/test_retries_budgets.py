@@ -136,6 +136,7 @@ def test_a_budget_stops_a_tool_loop_and_a_larger_one_lets_it_go_on(home: House) 
     gapless(session.events(all_lines=True))
 
 
+@pytest.mark.long
 def test_a_token_budget_over_a_crash(home: House) -> None:
     home.provider.answer = lambda r: Reply(f"re {r.last_text}", first_byte_s=0.3)
     session = home.agent(LOOP, {"tag": "crashed"}, budget={"tokens": 1, "model_calls": 50})

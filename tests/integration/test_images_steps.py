@@ -153,6 +153,7 @@ def _processes(home: Path) -> list[str]:
     return found
 
 
+@pytest.mark.long
 async def test_a_cancelled_step_leaves_nothing(store: ImageStore, home: Path) -> None:
     before = left(home)
     running = asyncio.Event()
