@@ -178,6 +178,12 @@ def test_clients_are_told_of_the_proxy_unless_the_agent_has_its_own() -> None:
     assert "HTTPS_PROXY" not in env and "no_proxy" not in env and env["HTTP_PROXY"] == "http://127.0.0.1:8484"
 
 
+def test_a_function_that_may_go_nowhere_stored_twice_as_much_per_turn_for_a_proxy_that_it_had() -> None:
+    function: dict[str, object] = {"command": [], "entry": "a.py::a", "code": "0" * 64}
+    assert not {name for name in environment(**function) if name.upper().endswith("_PROXY")}
+    assert environment(**function, allow=["a.example"])["HTTPS_PROXY"] == "http://127.0.0.1:8484"
+
+
 def test_the_node_has_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 

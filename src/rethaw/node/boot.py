@@ -37,12 +37,14 @@ def guest_env(a: Assignment, providers: Iterable[str]) -> dict[str, str]:
     for name in providers:
         env[f"RETHAW_{name.upper().replace('-', '_')}_URL"] = f"{GATEWAY}/{name}"
     given = {**a.agent.image.env, **a.agent.env}
-    return {**env, **_proxies(given), **given}
+    return {**env, **(_proxies(given) if a.agent.allow or a.agent.entry is None else {}), **given}
 
 
 def _proxies(given: Mapping[str, str]) -> dict[str, str]:
-    """The way out. It is there for an agent that may go nowhere as well: a refusal says more than a missing network. A
-    setting that the image or the agent makes itself, in capitals or not, stays alone."""
+    """The way out. It is there for a command that may go nowhere as well: a refusal says more than a missing network. Not
+    for a Python function without `allow`: with it each HTTP client has two more transports and contexts for TLS, 0.6 MiB
+    more in a first snapshot and twice as much per turn (0.6 to 1.2 MiB, examples/coder/demo.py). A setting that the image or
+    the agent makes itself, in capitals or not, stays alone."""
     ours = {"HTTP_PROXY": GATEWAY, "HTTPS_PROXY": GATEWAY, "NO_PROXY": _DIRECT}
     theirs = {name.upper() for name in given}
     return {form: value for name, value in ours.items() if name not in theirs for form in (name, name.lower())}
