@@ -104,7 +104,12 @@ def main(ctx):
         ("main = 1", "agent.py::main", 1, "has no agent 'main'"),
         ("import nothing_like_it", "agent.py::main", 1, "No module named 'nothing_like_it'"),
         ("def main(ctx): import sys; sys.exit(5)", "agent.py::main", 5, ""),
-        ("def main(ctx, missing): pass", "agent.py::main", 1, "missing 1 required positional argument"),
+        (
+            "def main(ctx, missing): pass",
+            "agent.py::main",
+            1,
+            "missing a required argument: 'missing'; it takes (missing)",
+        ),
         ("import rethaw\ndef main(ctx): rethaw.Client()", "agent.py::main", 1, "rethaw.Client is not available inside"),
     ],
 )

@@ -208,6 +208,8 @@ def why_lines(session: str, why: Why) -> list[str]:
             lines.append(plain(f"  woken by: {wait.wakes_it}"))
         elif wait.kind == "signal":
             lines.append(plain(f"  woken by: rethaw signal {session} {wait.name} PAYLOAD"))
+    if why.state == "failed":
+        lines.append(f"what it wrote: rethaw logs {session}; how it ended: rethaw show {session}")
     lines.append(f"last snapshot: {_place(why.last_snapshot) or 'none yet'}")
     if why.would_resume_at is not None:
         lines.append(f"would resume at: {_place(why.would_resume_at)}")
@@ -253,10 +255,12 @@ def happening(event: Event, session: str) -> str | None:
         if data.get("kind") == "signal":
             return plain(f"waits for signal {data.get('name')!r}: rethaw signal {session} {data.get('name')} PAYLOAD")
         if data.get("kind") in ("any", "all"):
-            return plain(f"waits for {_named(data.get('parts'))}: rethaw why {session}")
+            return plain(
+                f"waits for {_named(data.get('parts'), 'and' if data['kind'] == 'all' else 'or')}: rethaw why {session}"
+            )
         return plain(f"waits for a message: rethaw send {session} TEXT") if data.get("kind") == "inbox" else None
     if kind == "child.spawned":
-        return plain(f"spawned {data.get('agent')}: rethaw attach {data.get('child')}")
+        return plain(f"spawned {data.get('agent')}: rethaw logs -f {data.get('child')}")
     if kind == "exchange.held":
         return plain(f"the provider said {data.get('status')}; held until it answers")
     if kind == "durability.degraded":
@@ -274,12 +278,12 @@ def happening(event: Event, session: str) -> str | None:
     return None
 
 
-def _named(parts: Any) -> str:
+def _named(parts: Any, word: str) -> str:
     """What a wait for several things is for, in a few words."""
     words = {"inbox": "a message", "timer": "time"}
     found = [cast("dict[str, Any]", part) for part in cast("list[Any]", parts or []) if isinstance(part, dict)]
     shown = [words.get(str(p.get("kind"))) or f"{p.get('kind')} {p.get('name')}" for p in found[:4]]
-    return " or ".join(shown) + (f" or {len(found) - 4} more" if len(found) > 4 else "")
+    return f" {word} ".join(shown) + (f" {word} {len(found) - 4} more" if len(found) > 4 else "")
 
 
 def _state_news(data: dict[str, Any]) -> str | None:

@@ -53,7 +53,8 @@ class Calendar:
         """Raises InvalidInput naming the value and the remedy."""
         zone(self.tz)
         if (self.cron is None) == (self.every_s is None):
-            raise InvalidInput("when it is due is not said", remedy="give either cron or every, not both")
+            said = "when it is due is not said" if self.cron is None else "it is said twice when it is due"
+            raise InvalidInput(said, remedy='give either cron or every, not both (--cron "0 9 * * 1-5", --every 15m)')
         if self.every_s is not None and not LEAST_S <= self.every_s <= MOST_S:
             raise InvalidInput(f"every {self.every_s:g} s does not fit", remedy="use 1s to 366d")
         self.next_after(datetime.now(UTC))

@@ -117,7 +117,9 @@ async def create(conn: Conn, name: str, spec: ScheduleSpec, replace: bool, polic
         made = await _load(conn, name, lock=True)
         if (former := _spec(made)) != spec:
             if not replace:
-                raise Conflict(f"schedule {name} exists and differs", remedy="replace it, or choose another name")
+                raise Conflict(
+                    f"schedule {name} exists and differs", remedy="replace it (--replace), or choose another name"
+                )
             # Another agent or other arguments leave the times alone.
             same = all(getattr(former, field) == getattr(spec, field) for field in ("cron", "tz", "every_s"))
             times = {"anchor": made["anchor"], "next_at": made["next_at"]} if same else times

@@ -187,7 +187,9 @@ async def no_room(conn: Conn, row: Row) -> str:
     if not live:
         return "no node is alive"
     if all(node["memory_bytes"] < row.memory_bytes for node in live):
-        return f"no node has the {row.memory_bytes} bytes of memory it asks for"
+        most = max(node["memory_bytes"] for node in live) // MIB
+        wanted = f"no node has the {row.memory_bytes / MIB:g} MiB of memory it asks for"
+        return f"{wanted}, the largest has {most}: cancel it, and give it less"
     return "no node has room"
 
 

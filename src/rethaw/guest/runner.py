@@ -76,6 +76,12 @@ def call(
     message each; its `return` is the result. A class is made with the arguments, and its `run` called. `for_async`: makes
     the Context of an `async def`, in the loop that runs it."""
     try:
+        takes = inspect.signature(function)
+        try:
+            takes.bind(context, **args)
+        except TypeError as error:
+            own = takes.replace(parameters=list(takes.parameters.values())[1:])
+            raise InvalidInput(f"the agent's arguments do not fit: {error}", remedy=f"it takes {own}") from None
         given = typed.built_arguments(function, args)
     except InvalidInput as error:
         error.details["arguments"] = True  # whoever started the session is at fault: our frames are of no use
@@ -132,7 +138,7 @@ def main() -> int:
         if "arguments" not in error.details:
             traceback.print_exc()
         print(f"rethaw: {error}", file=sys.stderr)
-        if isinstance(error, NoRetry):
+        if isinstance(error, NoRetry) or "arguments" in error.details:  # the next attempt would have the same
             _say_no_retry(error)
         return 1
     except Exception:
@@ -141,7 +147,7 @@ def main() -> int:
     return 0
 
 
-def _say_no_retry(error: NoRetry) -> None:
+def _say_no_retry(error: RethawError) -> None:
     try:
         Context().emit(protocol.NO_RETRY, error=str(error)[:1000])
     except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import inspect
 import sys
@@ -295,7 +296,7 @@ class Agent(Generic[P, R_co]):
     def uploaded(self, client: Client) -> AgentSpec:
         """The wire form, after everything that it names is on the server of `client`: its code, and what its image and those of
         the agents that it may spawn add."""
-        spec, blobs = self._everything()
+        spec, blobs = self.everything()
         for digest, data in blobs:
             if not client.blobs.has(digest):
                 client.blobs.put(data)
@@ -303,13 +304,13 @@ class Agent(Generic[P, R_co]):
 
     async def uploaded_async(self, client: AsyncClient) -> AgentSpec:
         """`uploaded` with await."""
-        spec, blobs = self._everything()
+        spec, blobs = self.everything()
         for digest, data in blobs:
             if not await client.blobs.has(digest):
                 await client.blobs.put(data)
         return spec
 
-    def _everything(self) -> tuple[AgentSpec, list[tuple[str, bytes]]]:
+    def everything(self) -> tuple[AgentSpec, list[tuple[str, bytes]]]:
         """The wire form, and digest and data of what it names."""
         from rethaw.sdk.beside import others
 
@@ -423,6 +424,15 @@ def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = N
     `retries`: new attempts after one that failed, a number or `Retries(...)`. `budget`: what a session may spend.
     `allow`: hosts that it may connect to ("api.github.com", "*.pypi.org:443", "10.0.0.5:8080"); else none.
     """
+
+    known = list(inspect.signature(options).parameters)
+    for option in given:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, 1)
+            raise InvalidInput(
+                f"@rethaw.agent has no option {option!r}",
+                remedy=f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}",
+            )
 
     def make(f: Callable[..., Any]) -> Agent[..., Any]:
         return Agent(f, options(name or f.__name__, **given))

@@ -61,11 +61,12 @@ class _Plan:
     ) -> None:
         check_name("schedule", name)
         if (cron is None) == (every is None):
-            raise InvalidInput("when it is due is not said", remedy="give either cron or every, not both")
-        self.code: bytes | None = None
+            said = "when it is due is not said" if cron is None else "it is said twice when it is due"
+            raise InvalidInput(said, remedy='give either cron or every, not both (--cron "0 9 * * 1-5", --every 15m)')
+        self.blobs: list[tuple[str, bytes]] = []
         if isinstance(agent, Agent):
-            args, package = agent.arguments(**args), agent.package()
-            agent, how, self.code = agent.spec(package.digest), how.over(agent.starting), package.data
+            args, how = agent.arguments(**args), how.over(agent.starting)
+            agent, self.blobs = agent.everything()
         when: dict[str, Any] = {"cron": cron, "every_s": optional_seconds(every), **more}
         head = to_json({"name": name, "options": how.wire(), **when})[:-1]
         content = head + b',"agent":%b,"args":%b}' % (agent.model_dump_json().encode(), to_json(args, "args"))
@@ -112,8 +113,9 @@ class Schedules:
                 queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags
             ),
         )  # fmt: skip
-        if plan.code is not None:
-            self._client.blobs.put(plan.code)
+        for digest, data in plan.blobs:
+            if not self._client.blobs.has(digest):
+                self._client.blobs.put(data)
         return self._client.run(plan.call)
 
     def list(self) -> list[Schedule]:
@@ -176,8 +178,9 @@ class AsyncSchedules:
                 queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags
             ),
         )  # fmt: skip
-        if plan.code is not None:
-            await self._client.blobs.put(plan.code)
+        for digest, data in plan.blobs:
+            if not await self._client.blobs.has(digest):
+                await self._client.blobs.put(data)
         return await self._client.run(plan.call)
 
     async def list(self) -> list[Schedule]:
