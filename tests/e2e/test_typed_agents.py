@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,16 +194,13 @@ def test_a_dry_run_tells_what_travels(file: Path, capsys: pytest.CaptureFixture[
 
 def test_images_are_built_before_they_are_needed(server: RunningServer, client: Client, tmp_path: Path) -> None:
     (tmp_path / "words").write_text("one two three")
-    image = (
-        Image.debian()
-        .add_local_file(tmp_path / "words", "/srv/words")
-        .run(f"wc -w < /srv/words > /etc/{tmp_path.name}")
-    )
+    name = uuid.uuid4().hex  # of an image that nobody has built
+    image = Image.debian().add_local_file(tmp_path / "words", "/srv/words").run(f"wc -w < /srv/words > /etc/{name}")
     first, again = client.images.build(image), client.images.build(image)
     assert first.built and not again.built and first.digest == again.digest
     found = client.images.list()
     assert {"base", "step"} <= {one.kind for one in found}
-    assert any(f"/etc/{tmp_path.name}" in one.made_of and one.own_bytes < 1 << 20 for one in found)
+    assert any(f"/etc/{name}" in one.made_of and one.own_bytes < 1 << 20 for one in found)
     with pytest.raises(ImageError, match="no such thing"):
         client.images.build(Image.debian().run("echo no such thing >&2; exit 3"))
     step = {"kind": "add", "words": ["x"], "blob": "0" * 64, "target": "/x"}

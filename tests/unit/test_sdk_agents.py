@@ -287,4 +287,4 @@ def test_what_an_agent_may_spawn_travels_with_it(tmp_path: Path) -> None:
 
 def test_an_unknown_option_of_agent_is_named() -> None:
     with pytest.raises(InvalidInput, match=r"@rethaw.agent has no option 'memroy'; did you mean memory\?"):
-        rethaw.agent(memroy="1GiB")  # pyright: ignore[reportCallIssue]
+        agent(memroy="1GiB")  # pyright: ignore[reportCallIssue]
