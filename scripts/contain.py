@@ -43,6 +43,14 @@ def _reap() -> None:
             pass
 
 
+def _wait(pid: int) -> int:
+    """The exit status of `pid`. Orphans of others are reaped meanwhile: who waits for one to be gone would wait for ever."""
+    while True:
+        found, status = os.waitpid(-1, 0)
+        if found == pid:
+            return os.waitstatus_to_exitcode(status)
+
+
 def _gone_within(seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while True:
@@ -61,7 +69,7 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda n, _frame: [child.send_signal(n) for child in started])
     started.append(subprocess.Popen(argv))
-    status = started[0].wait()
+    status = _wait(started[0].pid)
     if not _gone_within(_GRACE_S):
         for pid, command in descendants().items():
             sys.stderr.write(f"left behind, ending it: {pid} {command}\n")

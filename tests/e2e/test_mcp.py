@@ -232,12 +232,13 @@ async def test_the_same_over_http_behind_its_token(
 
 async def test_the_server_may_go_and_come(env: dict[str, str], server: AgentServer) -> None:
     async with stdio(env) as call:
-        assert isinstance((await call("session_list"))["sessions"], list)
+        session = (await call("session_start_command", command=["sleep", "600"]))["id"]
         server.server.kill9()
         with pytest.raises(AssertionError, match=r"no Rethaw server answers at .*; start it with `sudo rethaw up`"):
             await call("session_list")
         await asyncio.to_thread(server.server.restart)
-        assert (await call("session_list"))["sessions"]
+        assert session in [one["id"] for one in (await call("session_list"))["sessions"]]
+        await call("session_cancel", session=session, now=True)
 
 
 async def test_a_deployed_agent_is_started_by_its_name(

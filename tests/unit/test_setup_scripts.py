@@ -97,6 +97,28 @@ def test_contain_passes_the_exit_status_and_leaves_nothing(tmp_path: Path) -> No
     assert not Path(f"/proc/{pid_file.read_text().strip()}").exists()
 
 
+def test_who_waited_for_an_orphan_to_be_gone_waited_for_ever() -> None:
+    """`runsc delete` does: its sandbox, begun in the background, was left a zombie."""
+    code = """
+import os, sys, time
+read, write = os.pipe()
+if os.fork() == 0:
+    orphan = os.fork()
+    if orphan:
+        os.write(write, str(orphan).encode())
+    else:
+        time.sleep(0.2)
+    os._exit(0)
+os.wait()
+orphan, end = os.read(read, 20).decode(), time.monotonic() + 20
+while os.path.exists("/proc/" + orphan) and time.monotonic() < end:
+    time.sleep(0.02)
+sys.exit(3 if not os.path.exists("/proc/" + orphan) else 1)
+"""
+    command = [sys.executable, ROOT / "scripts/contain.py", sys.executable, "-c", code]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 3
+
+
 def test_contain_undoes_an_ignored_interrupt() -> None:
     """A shell starts what it puts into the background with SIGINT ignored, and children inherit that."""
     asked = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"

@@ -188,7 +188,7 @@ async def no_room(conn: Conn, row: Row) -> str:
         return "no node is alive"
     if all(node["memory_bytes"] < row.memory_bytes for node in live):
         most = max(node["memory_bytes"] for node in live) // MIB
-        wanted = f"no node has the {row.memory_bytes / MIB:g} MiB of memory it asks for"
+        wanted = f"no node has the {row.memory_bytes // MIB} MiB of memory it asks for"
         return f"{wanted}, the largest has {most}: cancel it, and give it less"
     return "no node has room"
 

@@ -28,6 +28,7 @@ ENV = {
     "no_proxy": "127.0.0.1,localhost",
     "NO_PROXY": "127.0.0.1,localhost",
 }
+_DELETE_S = 30.0
 
 
 async def run(
@@ -75,7 +76,11 @@ async def _delete(argv: list[str]) -> None:
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    await process.wait()
+    try:
+        await asyncio.wait_for(process.wait(), _DELETE_S)
+    except TimeoutError:  # it waits for its sandbox to be gone, whose remains nobody may have reaped
+        process.kill()
+        await process.wait()
 
 
 def _config(rootfs: Path, share: Path) -> dict[str, Any]:
