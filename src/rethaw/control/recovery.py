@@ -21,7 +21,7 @@ async def resume(conn: Conn, row: Row, policy: Policy) -> Row:
     """A suspended session goes on: same line, new generation, from its newest usable snapshot."""
     snapshots = await placement.usable(conn, row)
     if not snapshots:
-        row = await _boot_anew(conn, row, "no snapshot is usable")
+        row = await boot_anew(conn, row, "no snapshot is usable")
     restored = snapshots[0].id if snapshots else None
     row = await rows.move(
         conn,
@@ -91,7 +91,7 @@ async def crashed(conn: Conn, row: Row, reason: Reason, detail: str, policy: Pol
         why = "crash" if step == Step.SAME else "crash_loop"
         row = await lineage.open_line(conn, row, target.line, target.seq, why=why, snapshot=target.id)
     elif step == Step.FRESH:
-        row = await _boot_anew(conn, row, "crash_loop")
+        row = await boot_anew(conn, row, "crash_loop")
     else:  # this attempt has no snapshot yet: from its start
         row = await lineage.open_line(conn, row, row.attempt_line, row.attempt_seq, why="crash", snapshot=None)
     return await _recover(conn, row, target, reason, detail, policy, crash)
@@ -115,7 +115,7 @@ async def unusable(conn: Conn, row: Row, snapshot: str, detail: str, policy: Pol
             conn, row, target.line, target.seq, why=Reason.SNAPSHOT_UNUSABLE.value, snapshot=target.id
         )
     else:
-        row = await _boot_anew(conn, row, Reason.SNAPSHOT_UNUSABLE.value)
+        row = await boot_anew(conn, row, Reason.SNAPSHOT_UNUSABLE.value)
     # The mark was made on the line that is left now; the reader of the new one wants to know as well.
     event = NewEvent(type=EventType.SNAPSHOT_UNUSABLE, data={"snapshot": snapshot, "detail": detail})
     return await _recover(
@@ -171,7 +171,7 @@ async def _newest_again(conn: Conn, row: Row, lost: str) -> None:
         await rows.update(conn, row.id, snapshot=left[0].id if left else None)
 
 
-async def _boot_anew(conn: Conn, row: Row, why: str) -> Row:
+async def boot_anew(conn: Conn, row: Row, why: str) -> Row:
     """A new attempt whose context is the log up to the newest durable position: what came after it was not visible
     outside yet, and the new attempt may do it again."""
     line, seq = row.loop_line, row.loop_seq
@@ -229,6 +229,3 @@ def _give_up(row: Row, reason: Reason, detail: str, newest: SnapshotInfo | None)
     if reason == Reason.BOOT_FAILED:
         return reason, detail
     return Reason.CRASH_LOOP, f"it died again and again {since}, last of {reason.value}: {detail}"
-
-
-boot_anew = _boot_anew

@@ -121,7 +121,8 @@ class AsyncContext:
             yield message
 
     async def send(self, payload: Any) -> None:
-        """Put a message into the outbox. It is seen outside once a snapshot that contains this moment is durable."""
+        """Put a message into the outbox. It is seen outside once a snapshot that contains this moment is durable; at once with
+        `durability="relaxed"`."""
         await self._call("send", protocol.payload_body(payload))
 
     async def signal(self, name: str) -> Signal:

@@ -154,7 +154,8 @@ class Context:
             yield message
 
     def send(self, payload: Any) -> None:
-        """Put a message into the outbox. It is seen outside once a snapshot that contains this moment is durable."""
+        """Put a message into the outbox. It is seen outside once a snapshot that contains this moment is durable; at once with
+        `durability="relaxed"`."""
         self._call("send", protocol.payload_body(payload))
 
     def signal(self, name: str) -> Signal:

@@ -24,8 +24,8 @@ from rethaw.node.peek import Throwaways
 CHUNK = 384 << 10  # of one answer
 REMOVED = ".rethaw-removed"  # the first member of a pack: NUL-ended paths that the image has and the snapshot has not
 _TAKEN = ("file", "directory", "link")  # of a pipe, a socket or a device nothing can be kept
-# Written by the engine or by guestd at each boot.
 _APP = "/app/"
+# Written by the engine or by guestd at each boot.
 _NOT = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/rethaw")
 
 
