@@ -28,6 +28,7 @@ from control_fixtures import (  # noqa: F401 - fixtures
 
 from rethaw.api.app import create_app
 from rethaw.model.enums import EventType, Reason, State
+from rethaw.model.ids import new_id
 from rethaw.model.types import (
     MESSAGE_LIMIT,
     AgentSpec,
@@ -253,6 +254,11 @@ async def test_unknown_and_ambiguous(api: Api) -> None:
     common = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
     found = error_of(await api.http.get(f"/v1/sessions/{a[:common]}"), 409, "ambiguous_id")
     assert a in found["message"] and b in found["message"]
+    nobody = new_id("s")  # has the form of an id, which is not looked up first everywhere
+    for path in ("messages", "signals/go"):
+        found = await api.http.post(f"/v1/sessions/{nobody}/{path}", json={"payload": 1})
+        assert nobody in error_of(found, 404, "not_found")["message"]
+    assert nobody in error_of(await api.http.get(f"/v1/sessions/{nobody}/outbox"), 404, "not_found")["message"]
     error_of(await api.http.get("/v1/exchanges/x_nope/request"), 404, "not_found")
     error_of(await api.http.get("/v1/nothing"), 404, "not_found")
     assert (await api.http.put("/v1/sessions")).status_code == 405

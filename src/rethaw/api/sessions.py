@@ -145,7 +145,7 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
     @api.post("/{session}/messages", openapi_extra=models.PAYLOAD_BODY)
     async def send(request: Request, session: str) -> Message:
         payload, key = await _payload(request)
-        return await control.send(await control.resolve(session), payload, key)
+        return await control.send(await control.named(session), payload, key)
 
     @api.get("/{session}/messages")
     async def inbox(session: str, after: After = 0, limit: Limit = _MAX_PAGE) -> models.Messages:
@@ -154,13 +154,13 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
     @api.get("/{session}/outbox")
     async def outbox(session: str, after: After = 0, wait_s: WaitS = 0.0, limit: Limit = _MAX_PAGE) -> models.Messages:
         """Published messages only."""
-        ident = await control.resolve(session)
+        ident = await control.named(session)
         return models.Messages(messages=await control.outbox(ident, after, wait_s, limit))
 
     @api.post("/{session}/signals/{name:path}", openapi_extra=models.PAYLOAD_BODY)
     async def signal(request: Request, session: str, name: str) -> models.SignalGiven:
         payload, key = await _payload(request)
-        return models.SignalGiven(signal=await control.signal(await control.resolve(session), name, payload, key))
+        return models.SignalGiven(signal=await control.signal(await control.named(session), name, payload, key))
 
     # ------------------------------------------------------------ what people want
 

@@ -47,7 +47,7 @@ from rethaw.log.store import Log
 from rethaw.model import faults
 from rethaw.model.enums import Durability, EventType, Reason, State
 from rethaw.model.errors import Conflict, Fenced, InvalidInput, NotFound, WaitTimeout
-from rethaw.model.ids import new_generation, new_id
+from rethaw.model.ids import is_whole, new_generation, new_id
 from rethaw.model.types import (
     AgentFork,
     AgentSpec,
@@ -174,18 +174,15 @@ class Control:
     async def poll_wait(self, fence: Fence, attempt: int, wait: str, timeout_s: float) -> WaitState:
         """The wait's state once done, or after `timeout_s`. Raises Conflict when it was cancelled."""
 
+        async def fn(conn: Conn) -> WaitState:
+            return await waits.look(conn, fence, attempt, wait, self._addresses)
+
         async def look() -> WaitState | None:
             # Everything that happens to the session comes by here, and next to nothing of it is what is waited for.
-            if await self._run(lambda conn: waits.still_open(conn, fence, attempt, wait)):
-                return None
-            state = await self._run(fn)
+            state = await self.transactions.once(fn)
             return state if state.done else None
 
-        async def fn(conn: Conn) -> WaitState:
-            row = await rows.fenced(conn, fence, lock=False)
-            return await waits.look(conn, row, attempt, wait, self._addresses)
-
-        return await self._until(SESSION_CHANNEL, fence.session, look, timeout_s) or await self._run(fn)
+        return await self._until(SESSION_CHANNEL, fence.session, look, timeout_s) or await self.transactions.once(fn)
 
     async def cancel_wait(self, fence: Fence, attempt: int, wait: str) -> None:
         await self._fenced(fence, lambda conn, row: waits.cancel(conn, row, attempt, wait))
@@ -221,7 +218,8 @@ class Control:
         return made
 
     async def consume(self, fence: Fence, attempt: int, number: int) -> None:
-        await self._fenced(fence, lambda conn, row: inbox.consume(conn, row, attempt, number))
+        await self.transactions.once(lambda conn: inbox.consume(conn, fence, attempt, number))
+        self.hub.publish(SESSION_CHANNEL, fence.session)
 
     async def admit(self, fence: Fence, call: CallAsked) -> str | None:
         row, refused = await self._run(lambda conn: budgets.admit(conn, fence, call, self.prices))
@@ -254,6 +252,10 @@ class Control:
     async def resolve(self, text: str) -> str:
         """The session that `text` (an id or a unique prefix) means. Raises NotFound, AmbiguousId."""
         return await self._run(lambda conn: sessions.resolve(conn, text))
+
+    async def named(self, text: str) -> str:
+        """As `resolve`, but what has the form of an id is not looked up: for what raises NotFound by itself."""
+        return text if is_whole(text, "s") else await self.resolve(text)
 
     async def resolve_snapshot(self, text: str) -> str:
         return await self._run(lambda conn: sessions.resolve(conn, text, table="snapshots", prefix="snap_"))
@@ -495,11 +497,7 @@ class Control:
         """Published messages after number `after`; waits up to `wait_s` for the first, unless none will come."""
 
         async def look() -> list[Message] | None:
-            return await self._run(fn)
-
-        async def fn(conn: Conn) -> list[Message] | None:
-            over = (await rows.load(conn, session)).state.final
-            found = await outbox.read(conn, session, after, limit)
+            over, found = await self.transactions.once(lambda conn: outbox.look(conn, session, after, limit))
             return found if found or over else None
 
         return await self._until(SESSION_CHANNEL, session, look, wait_s) or []

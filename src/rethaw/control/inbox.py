@@ -6,9 +6,10 @@ from rethaw.control import rows, waits
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.control.waits import Addresses
+from rethaw.log.writer import append_for
 from rethaw.model.enums import EventType
 from rethaw.model.errors import Conflict, InvalidInput, KeyReused, NotFound, TooLarge
-from rethaw.model.types import MESSAGE_LIMIT, Message, NewEvent
+from rethaw.model.types import MESSAGE_LIMIT, Fence, Message, NewEvent
 
 
 def check_size(payload: bytes) -> None:
@@ -37,17 +38,13 @@ async def send(conn: Conn, session: str, message: str, payload: bytes, key: str 
     """Put a message into the inbox under the next number. `key` makes it idempotent."""
     check_size(payload)
     row = await rows.load(conn, session, lock=True)
-    former = await rows.one(
-        conn,
-        "SELECT * FROM inbox WHERE session = %s AND (id = %s OR idempotency_key = %s)",
-        (session, message, key),
-    )
-    if former is not None:
-        if bytes(former["payload"]) != payload:
+    sent, new = await _take(conn, row, message, payload, key)
+    if not new:
+        if sent.payload != payload:
             raise KeyReused(f"key {key!r} was used for another message of session {session}", remedy="use a new key")
-        return Message(id=former["id"], number=former["number"], payload=payload, at=former["at"])
-    check_open(row)
-    sent = await put(conn, row, message, payload, key)
+        return sent
+    check_open(row)  # else it was not taken: the transaction ends here
+    await _received(conn, row, sent)
     await waits.settle(conn, row, policy)
     return sent
 
@@ -56,19 +53,46 @@ async def put(
     conn: Conn, row: Row, message: str, payload: bytes, key: str | None, *, repeats: str | None = None
 ) -> Message:
     """The next message of the locked row. `repeats`: one that it delivers again."""
-    session = row.id
-    taken = await rows.one(
-        conn,
-        """INSERT INTO inbox (session, number, id, payload, idempotency_key)
-           SELECT %s, coalesce(max(number), %s) + 1, %s, %s, %s FROM inbox WHERE session = %s RETURNING number, at""",
-        (session, row.inbox_base, message, payload, key, session),
-    )
+    sent, _ = await _take(conn, row, message, payload, key)
+    await _received(conn, row, sent, repeats)
+    return sent
+
+
+_TAKE = """
+WITH former AS (
+    SELECT number, id, payload, at FROM inbox
+    WHERE session = %(session)s AND (id = %(message)s OR idempotency_key = %(key)s) LIMIT 1
+), made AS (
+    INSERT INTO inbox (session, number, id, payload, idempotency_key, seq)
+    SELECT %(session)s, coalesce(max(number), %(base)s) + 1, %(message)s, %(payload)s, %(key)s, %(seq)s
+    FROM inbox WHERE session = %(session)s HAVING NOT EXISTS (SELECT 1 FROM former)
+    RETURNING number, id, payload, at
+)
+SELECT *, false AS new FROM former UNION ALL SELECT *, true FROM made"""
+
+
+async def _take(conn: Conn, row: Row, message: str, payload: bytes, key: str | None) -> tuple[Message, bool]:
+    """The message of this id or key, and whether it is new: then it has the next number, and its event is to be next."""
+    values = {
+        "session": row.id,
+        "message": message,
+        "base": row.inbox_base,
+        "payload": payload,
+        "key": key,
+        "seq": row.last_seq + 1,
+    }
+    taken = await rows.one(conn, _TAKE, values)
     assert taken is not None
-    data = {"message": message, "number": taken["number"], **({"repeats": repeats} if repeats else {})}
-    event = NewEvent(type=EventType.MESSAGE_RECEIVED, data=data, body=payload)
-    (received,) = await rows.append(conn, session, event)
-    await conn.execute("UPDATE inbox SET seq = %s WHERE id = %s", (received.seq, message))
-    return Message(id=message, number=taken["number"], payload=payload, at=taken["at"])
+    found = Message(id=taken["id"], number=taken["number"], payload=bytes(taken["payload"]), at=taken["at"])
+    return found, bool(taken["new"])
+
+
+async def _received(conn: Conn, row: Row, sent: Message, repeats: str | None = None) -> None:
+    data = {"message": sent.id, "number": sent.number, **({"repeats": repeats} if repeats else {})}
+    event = NewEvent(type=EventType.MESSAGE_RECEIVED, data=data, body=sent.payload)
+    (received,) = await rows.append(conn, row.id, event)
+    if received.seq != row.last_seq + 1:  # not in a transaction of its own: other events came before
+        await conn.execute("UPDATE inbox SET seq = %s WHERE id = %s", (received.seq, sent.id))
 
 
 async def read(conn: Conn, session: str, after: int, limit: int) -> list[Message]:
@@ -83,15 +107,16 @@ async def read(conn: Conn, session: str, after: int, limit: int) -> list[Message
     return [Message(id=r["id"], number=r["number"], payload=bytes(r["payload"]), at=r["at"]) for r in found]
 
 
-async def consume(conn: Conn, row: Row, attempt: int, number: int) -> None:
-    """The guest's cursor moved to `number`."""
+_MOVE = """INSERT INTO inbox_moves (session, line, seq, number) SELECT %s, o_line, o_seq, %s
+    FROM {appended} ON CONFLICT DO NOTHING"""
+
+
+async def consume(conn: Conn, fence: Fence, attempt: int, number: int) -> None:
+    """The guest's cursor moved to `number`. One statement: what the agent says next waits for the row's lock. Raises Fenced,
+    NotFound."""
     data = {"number": number}
     event = NewEvent(type=EventType.MESSAGE_CONSUMED, data=data, key=f"consumed:{attempt}:{number}")
-    done = (await rows.append(conn, row.id, event))[0]
-    await conn.execute(
-        "INSERT INTO inbox_moves (session, line, seq, number) VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING",
-        (row.id, done.line, done.seq, number),
-    )
+    await append_for(conn, fence, event, _MOVE, (fence.session, number))
 
 
 async def signal(

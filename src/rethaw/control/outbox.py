@@ -5,7 +5,7 @@ from __future__ import annotations
 from rethaw.control import lineage, rows, spawned
 from rethaw.control.rows import Conn, Row
 from rethaw.log.writer import event_of
-from rethaw.model.enums import EventType
+from rethaw.model.enums import EventType, State
 from rethaw.model.errors import RethawError
 from rethaw.model.ids import new_id
 from rethaw.model.types import Event, Message, NewEvent
@@ -15,6 +15,23 @@ _SENT = """SELECT e.seq, e.line, e.attempt, e.at, e.type, e.key, e.data, e.size,
     WHERE e.session = ANY(%s) AND e.type = ANY(%s) AND e.seq > %s AND e.seq <= %s ORDER BY e.seq"""
 
 
+# A message that is published already is placed on the new line; any other gets the next number.
+_PUBLISH = """
+WITH again AS (
+    SELECT id FROM outbox
+    WHERE session = %(session)s AND (id = %(message)s OR (source = %(source)s AND payload = %(payload)s)) LIMIT 1
+), moved AS (
+    UPDATE outbox SET line = %(line)s, seq = %(seq)s WHERE id = (SELECT id FROM again) RETURNING id, number, false AS new
+), made AS (
+    INSERT INTO outbox (session, number, id, payload, line, seq, source)
+    SELECT %(session)s, coalesce(max(number), %(base)s) + 1, %(message)s, %(payload)s, %(line)s, %(seq)s, %(source)s
+    FROM outbox WHERE session = %(session)s HAVING NOT EXISTS (SELECT 1 FROM again)
+    RETURNING id, number, true AS new
+), it AS (SELECT * FROM moved UNION ALL SELECT * FROM made), placed AS (
+    INSERT INTO outbox_places (session, message, number, line, seq)
+    SELECT %(session)s, id, number, %(line)s, %(seq)s FROM it ON CONFLICT DO NOTHING
+)
+SELECT number, new FROM it"""
 _TYPES = [EventType.MESSAGE_SENT.value, *(kind.value for kind in spawned.TYPES)]
 
 
@@ -40,35 +57,22 @@ async def publish(conn: Conn, row: Row, upto: int | None) -> None:
 async def _publish_one(conn: Conn, row: Row, sent: Event) -> None:
     payload = sent.body if sent.body is not None else b"null"
     message = str(sent.data.get("message") or new_id("m"))
-    again = await rows.one(
-        conn,
-        "SELECT id, number FROM outbox WHERE session = %s AND (id = %s OR (source = %s AND payload = %s)) LIMIT 1",
-        (row.id, message, sent.key, payload),
-    )
-    if again is not None:
-        await conn.execute("UPDATE outbox SET line = %s, seq = %s WHERE id = %s", (sent.line, sent.seq, again["id"]))
-        await _place(conn, row, sent, again["id"], again["number"])
-        return
-    taken = await rows.one(
-        conn,
-        """INSERT INTO outbox (session, number, id, payload, line, seq, source)
-           SELECT %s, coalesce(max(number), %s) + 1, %s, %s, %s, %s, %s FROM outbox WHERE session = %s
-           RETURNING number""",
-        (row.id, row.outbox_base, message, payload, sent.line, sent.seq, sent.key, row.id),
-    )
+    values = {
+        "session": row.id,
+        "message": message,
+        "base": row.outbox_base,
+        "payload": payload,
+        "line": sent.line,
+        "seq": sent.seq,
+        "source": sent.key,
+    }
+    taken = await rows.one(conn, _PUBLISH, values)
     if taken is None:
         raise RethawError(f"message {message} of session {row.id} got no number")
-    await _place(conn, row, sent, message, taken["number"])
-    data = {"message": message, "number": taken["number"]}
-    await rows.append(conn, row.id, NewEvent(type=EventType.MESSAGE_PUBLISHED, data=data, key=f"published:{message}"))
-
-
-async def _place(conn: Conn, row: Row, sent: Event, message: str, number: int) -> None:
-    await conn.execute(
-        """INSERT INTO outbox_places (session, message, number, line, seq) VALUES (%s, %s, %s, %s, %s)
-           ON CONFLICT DO NOTHING""",
-        (row.id, message, number, sent.line, sent.seq),
-    )
+    if taken["new"]:
+        data = {"message": message, "number": taken["number"]}
+        event = NewEvent(type=EventType.MESSAGE_PUBLISHED, data=data, key=f"published:{message}")
+        await rows.append(conn, row.id, event)
 
 
 # What an ancestor had published of the line that the fork left it on: that line's snapshot, restored or not, has it.
@@ -83,16 +87,25 @@ async def shared_until(conn: Conn, fork: str) -> int:
     return int(found["n"]) if found else 0
 
 
-async def read(conn: Conn, session: str, after: int, limit: int) -> list[Message]:
-    """Published messages with a number > `after`, in order; of a fork with those that its ancestors had published."""
-    own = "SELECT id, number, payload, at FROM outbox WHERE session = %s AND number > %s ORDER BY number LIMIT %s"
-    found = await rows.many(conn, own, (session, after, limit))
-    base = await rows.one(conn, "SELECT outbox_base AS n FROM sessions WHERE id = %s", (session,))
-    if base is not None and base["n"] > after:
+_OWN = """SELECT s.state, s.outbox_base, o.* FROM sessions s
+    LEFT JOIN LATERAL (SELECT id, number, payload, at FROM outbox WHERE session = s.id AND number > %s
+                       ORDER BY number LIMIT %s) o ON true
+    WHERE s.id = %s ORDER BY o.number"""
+
+
+async def look(conn: Conn, session: str, after: int, limit: int) -> tuple[bool, list[Message]]:
+    """Whether the session has ended, and its published messages with a number > `after`, in order; of a fork with those
+    that its ancestors had published. Raises NotFound."""
+    own = await rows.many(conn, _OWN, (after, limit, session))
+    if not own:
+        raise rows.unknown(session)
+    base, over = own[0]["outbox_base"], State(own[0]["state"]).final
+    found = [one for one in own if one["id"] is not None]
+    if base > after:
         shared = await rows.many(
             conn,
             f"SELECT DISTINCT o.id, o.number, o.payload, o.at {_SHARED} AND o.number > %s ORDER BY o.number LIMIT %s",
             (session, after, limit),
         )
         found = [*shared, *found][:limit]
-    return [Message(id=r["id"], number=r["number"], payload=bytes(r["payload"]), at=r["at"]) for r in found]
+    return over, [Message(id=r["id"], number=r["number"], payload=bytes(r["payload"]), at=r["at"]) for r in found]

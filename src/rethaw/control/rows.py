@@ -170,13 +170,17 @@ async def fenced(conn: Conn, fence: Fence, *, lock: bool = True) -> Row:
     """The row of the fence's session, locked. Raises Fenced when another life owns it by now."""
     row = await load(conn, fence.session, lock=lock)
     if row.generation != fence.generation:
-        raise Fenced(
-            f"generation {fence.generation} of session {fence.session} is over",
-            remedy="another life owns the session: stop this one",
-            session=fence.session,
-            generation=fence.generation,
-        )
+        raise outlived(fence)
     return row
+
+
+def outlived(fence: Fence) -> Fenced:
+    return Fenced(
+        f"generation {fence.generation} of session {fence.session} is over",
+        remedy="another life owns the session: stop this one",
+        session=fence.session,
+        generation=fence.generation,
+    )
 
 
 async def update(conn: Conn, session: str, **columns: Any) -> None:

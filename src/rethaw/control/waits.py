@@ -54,12 +54,10 @@ async def open_wait(conn: Conn, row: Row, attempt: int, spec: WaitSpec, addresse
     found = await _find(conn, row, attempt, spec.id)
     if found is not None and found["state"] == "done" and _same(found, spec):
         await _given(conn, row, found)
-        return await _state(conn, row, found, addresses)
+        return _state(row.id, found, addresses)
     if found is not None and not _same(found, spec):
         if found["state"] == "open":
-            await _close(
-                conn, row, found, "cancelled", EventType.WAIT_CANCELLED, {"why": "opened with other arguments"}
-            )
+            await _cancel(conn, row, found, "opened with other arguments")
         new: dict[str, Any] = {"state": "stale", "deadline": None, "opened_at": None, "parts": None, "part": None}
         found = {**found, **new, "item": _kept_item(found, spec)}
     if found is None or found["state"] in ("stale", "cancelled"):
@@ -75,37 +73,40 @@ async def open_wait(conn: Conn, row: Row, attempt: int, spec: WaitSpec, addresse
         found = await find(conn, row.id, attempt, spec.id)
         assert found is not None
         await _given(conn, row, found)
-    return await _state(conn, row, found, addresses)
+    return _state(row.id, found, addresses)
 
 
-async def still_open(conn: Conn, fence: Fence, attempt: int, wait: str) -> bool:
-    """Whether there is nothing new about a wait of the fence's life."""
-    found = await rows.one(
-        conn,
-        """SELECT 1 AS ok FROM waits w JOIN sessions s ON s.id = w.session
-           WHERE w.session = %s AND w.attempt = %s AND w.id = %s AND w.state = 'open' AND s.generation = %s""",
-        (fence.session, attempt, wait, fence.generation),
-    )
-    return found is not None
+_LOOK = """
+WITH given AS (
+    UPDATE waits w SET given_at = clock_timestamp() FROM sessions s
+    WHERE w.session = %(session)s AND w.attempt = %(attempt)s AND w.id = %(wait)s AND w.state = 'done'
+      AND w.given_at IS NULL AND s.id = w.session AND s.generation = %(generation)s
+)
+SELECT s.generation AS life, w.* FROM sessions s
+LEFT JOIN waits w ON w.session = s.id AND w.attempt = %(attempt)s AND w.id = %(wait)s WHERE s.id = %(session)s"""
 
 
-async def look(conn: Conn, row: Row, attempt: int, wait: str, addresses: Addresses) -> WaitState:
-    """The wait as it stands. Raises NotFound, and Conflict when it was cancelled."""
-    found = await find(conn, row.id, attempt, wait)
+async def look(conn: Conn, fence: Fence, attempt: int, wait: str, addresses: Addresses) -> WaitState:
+    """The wait as it stands, by one statement; one that is done is given to its guest by this. Raises Fenced, NotFound, and
+    Conflict when it was cancelled."""
+    values = {"session": fence.session, "generation": fence.generation, "attempt": attempt, "wait": wait}
+    found = await rows.one(conn, _LOOK, values)
     if found is None:
-        raise NotFound(f"session {row.id} has no wait {attempt}/{wait}", remedy="open it first")
+        raise rows.unknown(fence.session)
+    if found["life"] != fence.generation:
+        raise rows.outlived(fence)
+    if found["id"] is None:
+        raise NotFound(f"session {fence.session} has no wait {attempt}/{wait}", remedy="open it first")
     if found["state"] in ("cancelled", "stale"):
-        raise Conflict(f"wait {wait} of session {row.id} is {found['state']}", remedy="open it again")
-    if found["state"] == "done":
-        await _given(conn, row, found)
-    return await _state(conn, row, found, addresses)
+        raise Conflict(f"wait {wait} of session {fence.session} is {found['state']}", remedy="open it again")
+    return _state(fence.session, found, addresses)
 
 
 async def cancel(conn: Conn, row: Row, attempt: int, wait: str) -> None:
     """The guest does not want it any more. What is done stays done."""
     found = await find(conn, row.id, attempt, wait)
     if found is not None and found["state"] == "open":
-        await _close(conn, row, found, "cancelled", EventType.WAIT_CANCELLED, {"why": "by the agent"})
+        await _cancel(conn, row, found, "by the agent")
     elif found is not None and found["state"] == "done":
         await _given(conn, row, found)
 
@@ -140,7 +141,7 @@ async def inherit(conn: Conn, forks: list[str], attempt: int, wait: str | None =
     return (await conn.execute(_INHERIT, values)).rowcount > 0
 
 
-async def settle(conn: Conn, row: Row, policy: Policy) -> Row:
+async def settle(conn: Conn, row: Row, policy: Policy) -> None:
     """Complete every open wait of the locked row that can be; wake the session if policy suspended it."""
     done = False
     waiting = await rows.many(
@@ -158,14 +159,11 @@ async def settle(conn: Conn, row: Row, policy: Policy) -> Row:
                 continue
         done = await _try(conn, row, found) or done
     if not done:
-        return row
-    row = await rows.load(conn, row.id)
-    if row.policy_suspended:
-        return await resume(conn, row, policy)
-    if row.state == State.SUSPENDING:
+        return
+    if row.policy_suspended:  # as it was locked: nothing here moves a session
+        await resume(conn, await rows.load(conn, row.id), policy)
+    elif row.state == State.SUSPENDING:
         await rows.update(conn, row.id, wake=True)
-        return await rows.load(conn, row.id)
-    return row
 
 
 async def unheard(conn: Conn, row: Row, seq: int, open_calls: tuple[str, ...] | None) -> str | None:
@@ -414,11 +412,15 @@ async def _done(
         more |= {"part": of.index, "of": of.kind, "name": of.name}
         outcome = of.outcome
     data |= {k: v for k, v in more.items() if v is not None}
-    seq = await _close(conn, row, found, "done", EventType.WAIT_COMPLETED, data)
+    event = NewEvent(type=EventType.WAIT_COMPLETED, data={"wait": found["id"], **data})
+    (done,) = await rows.append(conn, row.id, event)
     await conn.execute(
-        """UPDATE waits SET timed_out = %s, number = %s, item = coalesce(%s, item), payload = %s, part = %s, outcome = %s
+        """UPDATE waits SET state = 'done', done_line = %s, done_seq = %s, given_at = NULL, timed_out = %s, number = %s,
+               item = coalesce(%s, item), payload = %s, part = %s, outcome = %s
            WHERE session = %s AND attempt = %s AND id = %s""",
         (
+            done.line,
+            done.seq,
             timed_out,
             number,
             item,
@@ -430,26 +432,24 @@ async def _done(
             found["id"],
         ),
     )
-    return seq
-
-
-async def _close(
-    conn: Conn, row: Row, found: dict[str, Any], state: str, event: EventType, data: dict[str, Any]
-) -> int:
-    done = (await rows.append(conn, row.id, NewEvent(type=event, data={"wait": found["id"], **data})))[0]
-    await conn.execute(
-        """UPDATE waits SET state = %s, done_line = %s, done_seq = %s, given_at = NULL
-           WHERE session = %s AND attempt = %s AND id = %s""",
-        (state, done.line, done.seq, row.id, found["attempt"], found["id"]),
-    )
     return done.seq
 
 
-async def _state(conn: Conn, row: Row, found: dict[str, Any], addresses: Addresses) -> WaitState:
+async def _cancel(conn: Conn, row: Row, found: dict[str, Any], why: str) -> None:
+    event = NewEvent(type=EventType.WAIT_CANCELLED, data={"wait": found["id"], "why": why})
+    (done,) = await rows.append(conn, row.id, event)
+    await conn.execute(
+        """UPDATE waits SET state = 'cancelled', done_line = %s, done_seq = %s, given_at = NULL
+           WHERE session = %s AND attempt = %s AND id = %s""",
+        (done.line, done.seq, row.id, found["attempt"], found["id"]),
+    )
+
+
+def _state(session: str, found: dict[str, Any], addresses: Addresses) -> WaitState:
     done = found["state"] == "done"
     url = None
     if found["kind"] == "signal":
-        url = addresses.url(addresses.token(row.id, found["attempt"], found["id"]))
+        url = addresses.url(addresses.token(session, found["attempt"], found["id"]))
     return WaitState(
         id=found["id"],
         done=done,

@@ -47,6 +47,15 @@ class Transactions:
                 self.hub.publish(channel, key)
         return result
 
+    async def once(self, fn: Callable[[Connection], Awaitable[T]]) -> T:
+        """`fn`, which makes one statement, or none that needs another: each is a transaction of its own."""
+
+        async def alone() -> T:
+            async with self.db.connection() as conn:
+                return await fn(conn)
+
+        return await self.db.retrying(alone)
+
 
 __all__ = [
     "ANY",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg.rows import tuple_row
@@ -13,7 +13,7 @@ from rethaw.log import encoding
 from rethaw.log.lineage import FORMAT
 from rethaw.model.enums import EventType
 from rethaw.model.errors import Conflict, InvalidInput, NotFound
-from rethaw.model.types import Event, NewEvent
+from rethaw.model.types import Event, Fence, NewEvent
 
 CHANNEL = "rethaw_log"  # NOTIFY channel; the payload is the session's id
 
@@ -86,6 +86,25 @@ async def append_rows(
         else:
             out.append(event_of(session, (*row[:4], *row[5:])))
     return out
+
+
+async def append_for(
+    conn: Connection, fence: Fence, event: NewEvent, use: LiteralString, params: Sequence[Any]
+) -> None:
+    """Append `event`, under its fence, within one statement: `use`, which selects o_seq and o_line from {appended}, with
+    `params` for what stands before that. Raises Fenced, NotFound."""
+    rows = await encoding.rows([event])
+    columns = (rows.types, rows.datas, rows.keys, rows.sizes, rows.codecs, rows.bodies)
+    query = use.replace("{appended}", _APPEND_ONE.removeprefix("SELECT * FROM "))
+    try:
+        async with conn.cursor(binary=True) as cursor:
+            given = (*params, fence.session, fence.generation, *(column[0] for column in columns), False)
+            await cursor.execute(query, given)
+    except psycopg.Error as e:
+        own = translated(e)
+        if own is None:
+            raise
+        raise own from e
 
 
 def event_of(session: str, row: Sequence[Any], *, superseded: bool = False) -> Event:

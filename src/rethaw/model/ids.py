@@ -29,6 +29,12 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{''.join(reversed(out))}"
 
 
+def is_whole(text: str, prefix: str) -> bool:
+    """Whether `text` has the form of an id, with nothing cut off."""
+    body = text.removeprefix(prefix + "_")
+    return len(body) == 20 and len(text) > 20 and not body.strip(_ALPHABET)
+
+
 def new_generation() -> str:
     """A fresh generation: the fence of one boot or restore."""
     return str(uuid.uuid4())

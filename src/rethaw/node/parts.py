@@ -25,6 +25,7 @@ class Timing:
     ping_timeout: float = 30.0
     hold_freeze: float = 4.0  # a held provider freezes the agent after this long (promise: within 5 s)
     wait_report: float = 0.2  # a wait shorter than this is not reported as `waiting`
+    run_report: float = 0.05  # and so much of what comes between two waits not as `running`
     save_attempts: int = 3  # failed saves in a row before answers are released and durability is degraded
     degraded_every: float = 10.0  # a save is tried again at least so often while durability is degraded
     poll: float = 20.0

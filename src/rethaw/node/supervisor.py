@@ -376,6 +376,7 @@ class Supervisor:
         """Reports waiting and running as they alternate, and asks for a freeze when a wait lasts."""
         timing = self._parts.timing
         pause: float | None = None
+        busy: float | None = None  # since when it is, after it was told that it waits
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), pause)
@@ -402,6 +403,11 @@ class Supervisor:
                         pause = 5.0
                 elif state is State.WAITING:
                     pause = None if freeze is None else max(0.01, since + freeze - now)
+            if state is not State.RUNNING or self._reported is not State.WAITING:
+                busy = None
+            elif now - (busy := busy or now) < timing.run_report:  # what it says first must not wait for this
+                pause = busy + timing.run_report - now
+                continue
             if state is not self._reported:
                 await self._report_quietly(life, state)
 
