@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from rethaw import Image
 from rethaw.images import build, steps
 from rethaw.images.builder import ImageStore
 from rethaw.images.spec import base_digest, layers
@@ -119,6 +120,16 @@ async def test_commands_change_their_own_layer_only(store: ImageStore, home: Pat
     assert performed == []
     other = await store.ensure(ImageSpec(steps=(first, run("true"))), quiet)
     assert performed == [1] and (other.rootfs / "etc/hosts").read_text() == hosts + "added\n"
+
+
+async def test_commands_run_in_the_images_directory_which_is_made(store: ImageStore) -> None:
+    image = Image.debian().run("pwd > /opt/first").workdir("/srv/deep").run("pwd > here").workdir("/srv/other")
+    built = await store.ensure(image.spec, quiet)
+    assert (built.rootfs / "opt/first").read_text() == "/\n"
+    assert (built.rootfs / "srv/deep/here").read_text() == "/srv/deep\n"
+    assert not (built.rootfs / "srv/other").exists()
+    _, composed = await store.compose(built)
+    assert (composed / "srv/other").is_dir()
 
 
 async def test_a_step_that_fails_or_hangs_leaves_nothing(

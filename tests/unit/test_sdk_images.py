@@ -84,6 +84,28 @@ def names(data: bytes) -> list[str]:
         return tar.getnames()
 
 
+def test_npm_packages_bring_debians_node_and_directories_are_part_of_the_name() -> None:
+    image = Image.debian().apt_install("npm").npm_install("@scope/tool@1.2.3", "typescript@>=5 <6")
+    assert image.spec.apt == ("npm", "nodejs") and image.spec.steps[0].words == (
+        "@scope/tool@1.2.3",
+        "typescript@>=5 <6",
+    )
+    check(image.spec)
+    later = Image.debian().run("true").npm_install("typescript")
+    assert later.spec.apt == () and [step.kind for step in later.spec.steps] == ["run", "npm"]
+    there = Image.debian().run("true").workdir("/srv").run("true").spec
+    assert [step.workdir for step in there.steps] == [None, "/srv"] and there.workdir == "/srv"
+    assert "workdir" not in Image.debian().run("true").spec.model_dump_json()
+    assert len({spec_digest(Image.debian().workdir(path).spec) for path in ("/", "/a", "/b")}) == 3
+    for bad in ("-g", "", "../x", "https://example.com/x.tgz", "a b", "./here", "git+ssh://x", "x@npm:y"):
+        with pytest.raises(InvalidInput, match="is not an npm package"):
+            Image.debian().npm_install(bad)
+        with pytest.raises(InvalidInput, match="is not an npm package"):
+            check(ImageSpec(steps=(ImageStep(kind="npm", words=(bad,)),)))
+    with pytest.raises(InvalidInput, match="'srv' is not a directory"):
+        Image.debian().workdir("srv")
+
+
 def test_directories_travel_without_what_is_ignored(tmp_path: Path) -> None:
     tree(
         tmp_path / "d", "a.txt", "b.log", "keep.log", "sub/c.log", "sub/build/x", "build/x", "build/y", ".git/config",

@@ -44,6 +44,7 @@ class BuiltImage:
     rootfs: Path
     env: dict[str, str]
     suite: str = "bookworm"
+    workdir: str | None = None  # made where it is missing
     plain: ImageSpec | None = None  # with steps: the image without them, whose python3 may be executed on the host
 
 
@@ -82,7 +83,7 @@ class ImageStore:
             else:
                 rootfs = await self._step(spec, number, digests[i], rootfs, progress)
         plain = spec.model_copy(update={"steps": ()}) if spec.steps else None
-        return BuiltImage(spec_digest(spec), rootfs, {**BASE_ENV, **spec.env}, spec.suite, plain)
+        return BuiltImage(spec_digest(spec), rootfs, {**BASE_ENV, **spec.env}, spec.suite, spec.workdir, plain)
 
     async def _step(self, spec: ImageSpec, number: int, digest: str, below: Path, progress: Progress) -> Path:
         async def make(rootfs: Path) -> None:
@@ -128,6 +129,8 @@ class ImageStore:
             else:
                 trusted = await self.ensure(image.plain, log.debug)
                 await build.compile_apart(trusted.rootfs, rootfs, rootfs / guest.LIB)
+            if image.workdir is not None:
+                await asyncio.to_thread(places.inside, rootfs, image.workdir)
             if code is not None:
                 fresh = rootfs.with_name("app")
                 await asyncio.to_thread(archive.extract, code, fresh)

@@ -1,7 +1,7 @@
 """PID 1 of a build sandbox, run by the image's own python3 (standard library only, 3.9 or newer): carries the proxy's
 socket to a port, runs the command, and writes down what it changed. Read as text by `rethaw.images.sandbox`."""
 
-# ruff: noqa: PTH103, PTH123
+# ruff: noqa: PTH103, PTH110, PTH123
 from __future__ import annotations
 
 import contextlib
@@ -100,8 +100,16 @@ def main() -> int:
     listener = socket.create_server(("127.0.0.1", PORT), backlog=64)
     threading.Thread(target=accept, args=(listener,), daemon=True).start()
     begun = time.time() - 0.05
+    os.makedirs(job["workdir"], exist_ok=True)
+    if not os.path.exists("/bin/sh"):
+        print("the image has no /bin/sh, which commands are run by")
+        return 127
     shell = subprocess.Popen(
-        ["/bin/sh", "-ec", job["command"]], env=job["env"], cwd="/", stdin=subprocess.DEVNULL, start_new_session=True
+        ["/bin/sh", "-ec", job["command"]],
+        env=job["env"],
+        cwd=job["workdir"],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
     )
     code = shell.wait()
     with contextlib.suppress(OSError):

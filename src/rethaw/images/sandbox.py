@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,36 @@ ENV = {
 _DELETE_S = 30.0
 
 
+@dataclass(frozen=True)
+class Job:
+    """A shell command. `allowed`: hosts that it reaches even where their addresses are not public; `files`: name to text,
+    at driver.SHARE, which is no part of the image; `workdir`: made when it is missing."""
+
+    command: str
+    env: Mapping[str, str] = field(default_factory=dict[str, str])
+    allowed: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
+    workdir: str = "/"
+
+
 async def run(
     what: str,
-    command: str,
-    env: dict[str, str],
+    job: Job,
     below: Path,
     work: Path,
     progress: Callable[[str], None],
-    allowed: Iterable[str] = (),
 ) -> Path:
-    """Run the shell `command` on the tree `below`, which stays as it is. Returns the directory that says what it changed,
-    under `work` (made). Raises ImageError with its last lines; no process or mount is left either way."""
+    """Do `job` on the tree `below`, which stays as it is. Returns the directory that says what it changed, under `work`
+    (made). Raises ImageError with its last lines; no process or mount is left either way."""
     runsc = os.environ.get("RETHAW_RUNSC") or shutil.which("runsc")
     if runsc is None:
         raise ImageError(f"{what} needs gVisor to run in, and runsc is not on PATH", remedy="see `rethaw doctor`")
     share, bundle = work / "share", work / "bundle"
     for directory in (share, bundle, work / "overlay", work / "runsc"):
         await asyncio.to_thread(directory.mkdir, parents=True)
-    job = {"command": command, "env": {**ENV, **env}}
-    await asyncio.to_thread((share / "job.json").write_text, json.dumps(job))
+    told = {"command": job.command, "env": {**ENV, **job.env}, "workdir": job.workdir}
+    for name, text in {"job.json": json.dumps(told), **job.files}.items():
+        await asyncio.to_thread(_private, share / name, text)
     source = await asyncio.to_thread(Path(driver.__file__).read_text)
     await asyncio.to_thread((share / "driver.py").write_text, source)
     await asyncio.to_thread((bundle / "config.json").write_text, json.dumps(_config(below, share)))
@@ -59,13 +71,18 @@ async def run(
     # A Unix socket's path is short; the directory's need not be.
     handle = os.open(share, os.O_PATH | os.O_DIRECTORY)
     try:
-        hosts = [*allowed, *filter(None, os.environ.get("RETHAW_BUILD_ALLOW", "").split(","))]
+        hosts = [*job.allowed, *filter(None, os.environ.get("RETHAW_BUILD_ALLOW", "").split(","))]
         async with proxy.serving(Path(f"/proc/self/fd/{handle}/net.sock"), hosts):
             await build.run(what, argv, progress, {"PATH": ENV["PATH"]}, who="its command")
     finally:
         os.close(handle)
         await asyncio.shield(_delete([*common, "delete", "--force", ident]))
     return share / "out"
+
+
+def _private(path: Path, text: str) -> None:
+    path.touch(0o600)
+    path.write_text(text)
 
 
 async def _delete(argv: list[str]) -> None:

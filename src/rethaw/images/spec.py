@@ -16,6 +16,7 @@ SUITES = {"bookworm": "3.11"}  # suite: version of its python3
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9]+)?(?:=[A-Za-z0-9.+:~-]+)?")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:\[[A-Za-z0-9,._ -]*\])?\s*(?:[<>=!~].*)?(?:;.*)?")
 _HASHES = re.compile(r"(?: --hash=[a-z0-9]+:[0-9a-f]+)+")
+NPM = re.compile(r"(?:@[a-z0-9~][a-z0-9._~-]*/)?[A-Za-z0-9~][A-Za-z0-9._~-]*(?:@[A-Za-z0-9.^~<>=|*x +_-]+)?")
 KERNELS = ("proc", "sys", "dev", "tmp", "run", ".rethaw")  # made anew in each sandbox
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -42,8 +43,15 @@ def check(spec: ImageSpec) -> None:
         raise InvalidInput(
             f"{spec.python!r} is not the path of an interpreter", remedy="write it like /usr/bin/python3"
         )
+    if spec.workdir is not None:
+        _check_place(spec.workdir)
     for step in spec.steps:
         _check_step(step)
+
+
+def _check_place(place: str) -> None:
+    if not place.startswith("/") or ".." in place.split("/") or "\0" in place:
+        raise InvalidInput(f"{place!r} is not a place in an image", remedy="write an absolute path like /data")
 
 
 def _check_step(step: ImageStep) -> None:
@@ -55,8 +63,12 @@ def _check_step(step: ImageStep) -> None:
             if hashes and not _HASHES.fullmatch(" --hash=" + hashes):
                 raise InvalidInput(f"{requirement!r} is not a requirement", remedy='write it like "httpx>=0.27"')
             check(ImageSpec(pip=(plain,)))
+    elif step.kind == "npm":
+        for package in step.words:
+            if not NPM.fullmatch(package):
+                raise InvalidInput(f"{package!r} is not an npm package", remedy='write it like "typescript@5.4.5"')
     elif step.kind == "run":
-        check(ImageSpec(env=step.env))
+        check(ImageSpec(env=step.env, workdir=step.workdir))
         if len(step.words) != 1 or not step.words[0].strip() or "\0" in step.words[0]:
             raise InvalidInput(f"{step.words!r} is not one shell command", remedy='write it like "make install"')
     else:
@@ -65,8 +77,7 @@ def _check_step(step: ImageStep) -> None:
                 f"{step.blob!r} is not the digest of a blob", remedy="upload the files to /v1/blobs first"
             )
         target = step.target or ""
-        if not target.startswith("/") or ".." in target.split("/") or "\0" in target:
-            raise InvalidInput(f"{target!r} is not a place in an image", remedy="write an absolute path like /data")
+        _check_place(target)
         if target.split("/")[1] in KERNELS:
             raise InvalidInput(f"{target!r} is not of the image: it is made anew in each sandbox", remedy="use another")
         if step.words and step.words != (platform.machine(),):
@@ -95,6 +106,8 @@ def layers(spec: ImageSpec) -> list[str]:
     before: list[str] = list(spec.pip)
     for step in spec.steps:
         what: list[object] = [step.kind, list(step.words), sorted(step.env.items()), step.blob, step.target]
+        if step.workdir is not None:
+            what.append(step.workdir)
         if step.kind == "pip":  # resolved together with those before it
             what.append(list(before))
             before += step.words
@@ -110,4 +123,5 @@ def tree_digest(spec: ImageSpec) -> str:
 def spec_digest(spec: ImageSpec) -> str:
     """sha256 hex that names an image. Order of packages does not matter, that of steps does."""
     python = [spec.python] if spec.python else []
-    return _digest(["image", tree_digest(spec), sorted(spec.env.items()), *python])
+    workdir = [{"workdir": spec.workdir}] if spec.workdir else []
+    return _digest(["image", tree_digest(spec), sorted(spec.env.items()), *python, *workdir])

@@ -9,11 +9,11 @@ import asyncio
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rethaw.images import archive, build, changes, mirrors, places, sandbox
+from rethaw.images import archive, build, changes, mirrors, npm, places, sandbox
 from rethaw.images.spec import KERNELS, SUITES
 from rethaw.model.errors import ImageError
 from rethaw.model.types import ImageSpec, ImageStep
@@ -36,11 +36,17 @@ async def perform(
     what = f"step {number + 1} of the image, {_short(step)},"
     progress(f"step {number + 1} of {len(spec.steps)}: {_short(step)}")
     if step.kind == "run":
-        await _sandboxed(what, step.words[0], dict(step.env), below, rootfs, progress)
+        job = sandbox.Job(step.words[0], dict(step.env), workdir=step.workdir or "/")
+        await _sandboxed(what, job, below, rootfs, progress)
     elif step.kind == "apt":
-        command = _APT.format(packages=" ".join(shlex.quote(package) for package in step.words))
+        command = _APT.format(packages=_quoted(step.words))
         hosts = await asyncio.to_thread(_mirror_hosts, spec.suite)
-        await _sandboxed(what, command, {}, below, rootfs, progress, hosts)
+        await _sandboxed(what, sandbox.Job(command, allowed=hosts), below, rootfs, progress)
+    elif step.kind == "npm":
+        found = await asyncio.to_thread(npm.find)
+        hosts = (*found.hosts, *await asyncio.to_thread(_mirror_hosts, spec.suite))
+        job = sandbox.Job(npm.command(step.words), found.env(), hosts, found.files())
+        await _sandboxed(what, job, below, rootfs, progress)
     elif step.kind == "pip":
         await build.link_copy(below, rootfs)
         await _pip(what, spec, number, trusted, rootfs, progress)
@@ -54,18 +60,14 @@ def _short(step: ImageStep) -> str:
     return f"`{said if len(said) <= 80 else said[:77] + '...'}`"
 
 
-async def _sandboxed(
-    what: str,
-    command: str,
-    env: dict[str, str],
-    below: Path,
-    rootfs: Path,
-    progress: Progress,
-    hosts: tuple[str, ...] = (),
-) -> None:
+def _quoted(words: Iterable[str]) -> str:
+    return " ".join(shlex.quote(word) for word in words)
+
+
+async def _sandboxed(what: str, job: sandbox.Job, below: Path, rootfs: Path, progress: Progress) -> None:
     work = rootfs.with_name("work")
     try:
-        out = await sandbox.run(what, command, env, below, work, lambda line: progress(f"  {line}"), hosts)
+        out = await sandbox.run(what, job, below, work, lambda line: progress(f"  {line}"))
         await build.link_copy(below, rootfs)
         try:
             await asyncio.to_thread(changes.apply, out, rootfs)

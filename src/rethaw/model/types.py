@@ -26,11 +26,20 @@ class Wire(BaseModel):
 class ImageStep(Wire):
     """One thing done to an image, in its order. `blob` is the digest of an uploaded tar.gz, unpacked at `target`."""
 
-    kind: Literal["apt", "pip", "run", "add"]
+    kind: Literal["apt", "pip", "npm", "run", "add"]
     words: tuple[str, ...] = ()  # packages, requirements, or one shell command; of "add" the machine it is for, if any
     env: dict[str, str] = Field(default_factory=dict[str, str])  # of "run"
     blob: str | None = None
     target: str | None = None
+    workdir: str | None = None  # of "run"; None: /
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler):  # no return type: the schema stays that of the fields
+        """Without a directory as before there were any: sessions are found by these bytes."""
+        out = handler(self)
+        if out.get("workdir") is None:
+            out.pop("workdir", None)
+        return out
 
     def said(self) -> str:
         """For people."""
@@ -49,12 +58,13 @@ class ImageSpec(Wire):
     env: dict[str, str] = Field(default_factory=dict[str, str])
     steps: tuple[ImageStep, ...] = ()
     python: str | None = None  # the interpreter that runs the agent; None: the image's own python3
+    workdir: str | None = None  # that agents start in unless they say otherwise
 
     @model_serializer(mode="wrap")
     def _as_ever(self, handler: SerializerFunctionWrapHandler):  # no return type: the schema stays that of the fields
         """A spec without steps is written as before there were any: sessions and templates are found by these bytes."""
         out = handler(self)
-        for name in ("steps", "python"):
+        for name in ("steps", "python", "workdir"):
             if not out.get(name):
                 out.pop(name, None)
         return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rethaw.model.types import Assignment, Boot
+from rethaw.model.types import AgentSpec, Assignment, Boot
 
 _DIRECT = "localhost,127.0.0.1,::1"  # the sandbox's own, the gateway among it
 GATEWAY = "http://127.0.0.1:8484"
@@ -50,6 +50,13 @@ def _proxies(given: Mapping[str, str]) -> dict[str, str]:
     return {form: value for name, value in ours.items() if name not in theirs for form in (name, name.lower())}
 
 
+def _workdir(agent: AgentSpec) -> str:
+    """The agent's own, else its image's, else where its code is."""
+    if agent.workdir != "/":
+        return agent.workdir
+    return agent.image.workdir or ("/app" if agent.entry else "/")
+
+
 def start_config(a: Assignment, providers: Iterable[str]) -> dict[str, Any]:
     """The `start` control message."""
     command = [a.agent.image.python or _PYTHON, *RUNNER, a.agent.entry] if a.agent.entry else list(a.agent.command)
@@ -59,7 +66,7 @@ def start_config(a: Assignment, providers: Iterable[str]) -> dict[str, Any]:
     return {
         "command": command,
         "env": guest_env(a, providers),
-        "workdir": "/app" if a.agent.entry and a.agent.workdir == "/" else a.agent.workdir,
+        "workdir": _workdir(a.agent),
         "session": a.session,
         "attempt": a.attempt,
         "generation": a.generation,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SUITES = {"bookworm": "3.11"}  # suite: version of its python3
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.:=~_-]*", re.IGNORECASE)
+_NPM = re.compile(r"(?:@[a-z0-9~][a-z0-9._~-]*/)?[A-Za-z0-9~][A-Za-z0-9._~-]*(?:@[A-Za-z0-9.^~<>=|*x +_-]+)?")
+NODE = ("nodejs", "npm")  # Debian's packages of them
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -40,6 +42,7 @@ class Step:
     words: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     source: Source | None = None
+    place: str = "/"  # of "run": the directory
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Image:
     environment: tuple[tuple[str, str], ...] = ()
     steps: tuple[Step, ...] = ()
     python: str | None = None  # the interpreter that runs the agent; None: the image's own python3
+    directory: str | None = None  # that agents and commands start in
 
     @classmethod
     def debian(cls, suite: str = "bookworm", *, python: str | None = None) -> Image:
@@ -113,12 +117,31 @@ class Image:
             return self._then(Step("pip", tuple(wanted)))
         return replace(self, pip=(*self.pip, *wanted))
 
+    def npm_install(self, *packages: str) -> Image:
+        """npm packages for everybody in it, like "typescript" or "typescript@5.4.5", from the registry that npm on the
+        server's machine uses. Debian's node and npm come along where the image has no npm."""
+        for text in packages:
+            if not isinstance(text, str) or not _NPM.fullmatch(text):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InvalidInput(
+                    f"{text!r} is not an npm package", remedy='write it like "typescript" or "typescript@5.4.5"'
+                )
+        if not packages:
+            return self
+        with_npm = self if self.steps else self.apt_install(*(name for name in NODE if name not in self.apt))
+        return with_npm._then(Step("npm", packages))
+
+    def workdir(self, path: str) -> Image:
+        """The directory that agents on it start in unless they say otherwise, and `run` after this. Made if missing."""
+        if not isinstance(path, str) or not path.startswith("/") or ".." in path.split("/") or "\0" in path:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidInput(f"{path!r} is not a directory of an image", remedy="write an absolute path like /srv")
+        return replace(self, directory=f"/{path.strip('/')}" if path.strip("/") else None)
+
     def run(self, command: str) -> Image:
-        """A shell command, run as root in a sandbox of its own. It sees the environment variables set before it, reaches
-        the network through an HTTP proxy only, and has half an hour."""
+        """A shell command, run as root in a sandbox of its own. It sees the environment variables and the directory set
+        before it, reaches the network through an HTTP proxy only, and has half an hour."""
         if not isinstance(command, str) or not command.strip() or "\0" in command:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidInput(f"{command!r} is not a shell command", remedy='write one text like "make install"')
-        return self._then(Step("run", (command,), self.environment))
+        return self._then(Step("run", (command,), self.environment, place=self.directory or "/"))
 
     def add_local_dir(self, path: str | Path, target: str, *, ignore: tuple[str, ...] | list[str] = ()) -> Image:
         """The files of a directory at `target`. Left out is what `ignore`, a .rethawignore (else .gitignore) at its top, or
@@ -181,7 +204,7 @@ class Image:
         steps = tuple(
             ImageStep(kind="add", words=step.source.words, blob=next(digests), target=step.source.place)
             if step.source is not None
-            else ImageStep.model_validate({"kind": step.kind, "words": step.words, "env": dict(step.environment)})
+            else ImageStep.model_validate(_written(step))
             for step in self.steps
         )
         return ImageSpec(
@@ -191,7 +214,13 @@ class Image:
             env=dict(self.environment),
             steps=steps,
             python=self.python,
+            workdir=self.directory,
         )
+
+
+def _written(step: Step) -> dict[str, Any]:
+    out: dict[str, Any] = {"kind": step.kind, "words": step.words, "env": dict(step.environment)}
+    return out if step.place == "/" else {**out, "workdir": step.place}
 
 
 def _in_sandbox() -> bool:
