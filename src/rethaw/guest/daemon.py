@@ -1,6 +1,6 @@
 """guestd: puts the parts together and obeys the node.
 
-Control messages of the node: start, signal, kill, ping, quiesce, go, crash. Messages to the node: hello, quiet, pong, left.
+Control messages of the node: start, signal, kill, ping, dial, quiesce, go, crash. Messages to the node: hello, quiet, pong, left.
 
 Environment, for tests: RETHAW_RUN_DIR (default /run/rethaw) holds the socket and the generation file, RETHAW_PORT
 (default 8484; 0 takes a free one, written to RETHAW_RUN_DIR/port).
@@ -18,6 +18,7 @@ import time
 from rethaw.channel.lean import cast
 from rethaw.guest import hostname
 from rethaw.guest.calls import Calls
+from rethaw.guest.dial import Dials
 from rethaw.guest.loop import READ, Loop, child_signals
 from rethaw.guest.process import Agent
 from rethaw.guest.web import Server
@@ -42,6 +43,8 @@ class Guest:
         self._calls = Calls(self._loop, self._wire, os.path.join(self._run_dir, "context.sock"))
         self._web = Server(self._loop, self._wire, int(os.environ.get("RETHAW_PORT", "8484")), self._calls.new_id)
         self._agent = Agent(self._loop, lambda body: self._calls.tell("exit", body))
+        self._dials = Dials(self._loop, self._wire)
+        self._agent.on_other = self._dials.reaped
         self._started = False
         self._generation = ""
         self._signals = child_signals()
@@ -67,6 +70,8 @@ class Guest:
         kind = message["type"]
         if kind == "ping":
             self._wire.control({"type": "pong", "n": message.get("n")})
+        elif kind == "dial" and self._started:
+            self._dials.take(message)
         elif kind == "start" and not self._started:
             self._start(message)
         elif kind == "signal":
@@ -109,7 +114,8 @@ class Guest:
         self._write("generation", self._generation)
         hostname.change(str(config.get("session")), self._run_dir)
         workdir = str(config.get("workdir") or "/")
-        outputs = self._agent.start(command, self._environment(given), workdir)
+        self._dials.env, self._dials.workdir = self._environment(given), workdir
+        outputs = self._agent.start(command, self._dials.env, workdir)
         self._wire.hello(self._generation, {**self._about(), "left": self._web.recently_left()})
         for output in outputs:
             self._wire.open(output)
@@ -135,7 +141,7 @@ class Guest:
     # ---- freezing and thawing
 
     def _about(self) -> Dict[str, Any]:
-        return {"pid": self._agent.pid, "exited": self._agent.exit is not None}
+        return {"pid": self._agent.pid, "exited": self._agent.exit is not None, "dials": True}
 
     def _quiet(self) -> Dict[str, Any]:
         """What the node may want to know of the state that is captured next."""
@@ -167,6 +173,7 @@ class Guest:
             self._write("generation", generation)
             self._calls.restored(generation)
             self._web.proxy.restored()
+            self._dials.restored()
         self._agent.reap()
         return {**self._about(), "left": self._web.recently_left()}
 

@@ -11,10 +11,11 @@ from rethaw.guest.wire import Stream, note
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, List, Optional
+    from typing import Any, Callable, Dict, List, Optional, Tuple
 
 KEEP = 1 << 20  # unacknowledged output bytes after which the agent's pipe is not read any more
 READ_SIZE = 65536
+TIOCSCTTY = 0x540E
 
 
 class Output(Stream):
@@ -95,6 +96,9 @@ class Agent:
         self.exit: Optional[Dict[str, Any]] = None
         self._told = False
         self.outputs: List[Output] = []
+        self.on_other: Callable[[int, int], None] = lambda pid, status: (
+            None
+        )  # a child that is not the main process ended
 
     def start(self, command: List[str], env: Dict[str, str], workdir: str) -> List[Output]:
         """Run `command` in its own session. A command that cannot be run is an exit with 127 or 126, `error` and
@@ -108,7 +112,8 @@ class Agent:
         ]
         pid = os.fork()
         if pid == 0:
-            _become(command, env, workdir, out_write, err_write, why_write)
+            null = os.open("/dev/null", os.O_RDONLY)
+            become(command, env, workdir, (null, out_write, err_write), why_write)
         for fd in (out_write, err_write, why_write):
             os.close(fd)
         self.pid = pid
@@ -141,6 +146,8 @@ class Agent:
                     "signal": os.WTERMSIG(status) if signalled else None,
                 }
                 self._ended()
+            else:
+                self.on_other(pid, status)
 
     def _ended(self) -> None:
         for output in self.outputs:
@@ -186,13 +193,23 @@ def _not_run(command: List[str], workdir: str, why: bytes) -> Dict[str, Any]:
     return {"code": 127 if missing else 126, "signal": None, "error": message, "reason": kind}
 
 
-def _become(command: List[str], env: Dict[str, str], workdir: str, out: int, err: int, why: int) -> None:
-    """In the forked child: never returns."""
+def become(
+    command: List[str],
+    env: Dict[str, str],
+    workdir: str,
+    streams: Tuple[int, int, int],
+    why: int,
+    terminal: bool = False,
+) -> None:
+    """In the forked child, with these as its standard streams: never returns."""
     step = "setup"
     try:
         os.setsid()
-        null = os.open("/dev/null", os.O_RDONLY)
-        for fd, target in ((null, 0), (out, 1), (err, 2)):
+        if terminal:
+            import fcntl
+
+            fcntl.ioctl(streams[0], TIOCSCTTY, 0)
+        for target, fd in enumerate(streams):
             os.dup2(fd, target)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -9,15 +9,13 @@ connections reset, since the other end is not part of any snapshot.
 
 from __future__ import annotations
 
-import struct
-
 from rethaw.channel import frames
 from rethaw.channel.lean import socket
-from rethaw.channel.mux import WINDOW, Receiver
 from rethaw.guest import http1
 from rethaw.guest import loop as loops
 from rethaw.guest.http1 import BadRequest, Body, Request
-from rethaw.guest.wire import Stream, Wire
+from rethaw.guest.relay import Relay
+from rethaw.guest.wire import Wire
 from rethaw.model.errors import ChannelBroken
 
 TYPE_CHECKING = False
@@ -25,9 +23,7 @@ if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Optional, Set, Tuple
 
 TUNNELS = 256
-AHEAD = 128 << 10  # bytes read from the agent before the node has taken them
 BODY_LIMIT = 1 << 50
-READ_SIZE = 65536
 REASON_LIMIT = 500
 _OWN = ("127.0.0.1", "localhost", "::1")
 
@@ -158,31 +154,21 @@ class Proxy:
             tunnel.lost()
 
 
-class Tunnel(Stream):
+class Tunnel(Relay):
     """One connection of the agent to the outside."""
 
     kind = "tunnel"
 
     def __init__(self, proxy: Proxy, meta: Dict[str, Any], origin: Optional[Origin], expect: bool) -> None:
-        super().__init__()
-        self.meta = meta
+        super().__init__(proxy.loop, meta)
         self._proxy = proxy
         self._origin = origin
         self._expect = expect
-        self._socket: Optional[socket.socket] = None
-        self._fd = -1
-        self._out = bytearray()
         self._connected = False
-        self._eof = False  # the agent ended its direction
-        self._eof_taken = False  # and the node knows
-        self._ended = False  # the other side ended its direction
-        self._shut = False  # and so the agent was told
-        self._draining = False  # refused: what still comes is discarded until the agent closes
 
     def begin(self, sock: socket.socket, early: bytes) -> None:
         """Serve the agent's connection, which is ours from now on. `early`: what came after the request's head."""
-        self._socket = sock
-        self._fd = sock.fileno()
+        self._take(sock)
         self._proxy.tunnels.add(self)
         if self._origin is not None:
             self.out.write(self._origin.head)
@@ -194,18 +180,7 @@ class Tunnel(Stream):
     # ---- the channel's side
 
     def describe(self) -> Dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "meta": self.meta,
-            "head_received": self._connected,
-            "received": self.inp.offset,
-            "held": self.inp.held,
-            "base": self.out.base,
-        }
-
-    def resync(self) -> None:
-        self.out.rewind()
-        self.inp = Receiver(self.id, self.inp.offset, self.inp.held)
+        return {**super().describe(), "head_received": self._connected}
 
     def on_head(self, head: Dict[str, Any]) -> None:
         if self._connected:
@@ -228,77 +203,14 @@ class Tunnel(Stream):
     def on_end(self) -> None:
         if not self._connected:
             raise ChannelBroken(f"stream {self.id}: end before the head")
-        if self._ended:  # the node says it again after a thaw
-            return
-        if self._origin is not None and self._origin.silent:
-            self._refuse(502, f"{self.meta['host']}:{self.meta['port']} closed the connection without an answer")
-            return
-        self._ended = True
-        if self._origin is not None:
+        if self._origin is not None and not self._ended:
+            if self._origin.silent:
+                self._refuse(502, f"{self.meta['host']}:{self.meta['port']} closed the connection without an answer")
+                return
             self._out += self._origin.rest()
-        self._flush()
-        self._watch()
-
-    def on_ack(self, offset: int) -> None:
-        self._watch()
-
-    def on_accept(self, exchange: str) -> None:
-        self._eof_taken = True
-        self._done_if()
-
-    def on_reset(self, why: str) -> None:
-        self._close(reset=True)
-
-    def lost(self) -> None:
-        """A new life: the connection is reset, so that its client begins anew."""
-        if not self._draining:
-            self.wire.forget(self)
-            self._close(reset=True)
+        super().on_end()
 
     # ---- the agent's side
-
-    def _watch(self) -> None:
-        if self._socket is None:
-            return
-        mask = loops.WRITE if self._out else 0
-        if self._reading():
-            mask |= loops.READ
-        self._proxy.loop.watch(self._fd, mask, self._event)
-
-    def _reading(self) -> bool:
-        return not self._eof and (self._draining or len(self.out.buffer) <= AHEAD)
-
-    def _event(self, events: int) -> None:
-        if events & loops.WRITE:
-            self._flush()
-        if self._socket is not None and events & (loops.READ | loops.GONE):
-            if self._reading():
-                self._receive()
-            elif self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self._hang_up()
-            elif events & loops.GONE:  # closed, and what it said is not all taken yet
-                self._proxy.loop.mute(self._fd)
-                return
-        self._watch()
-
-    def _receive(self) -> None:
-        assert self._socket is not None
-        try:
-            data = self._socket.recv(READ_SIZE)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._hang_up()
-            return
-        if self._draining:
-            if not data:
-                self._close()
-        elif data:
-            self._upward(data)
-        else:
-            self._eof = True
-            self.finish()
-            self._done_if()
 
     def _upward(self, data: bytes) -> None:
         if self._origin is not None:
@@ -309,48 +221,6 @@ class Tunnel(Stream):
                 return
         if data:
             self.say(data)
-
-    def _send(self, data: bytes) -> None:
-        self._out += data
-        self._flush()
-        self._watch()
-
-    def _flush(self) -> None:
-        while self._socket is not None and self._out:
-            try:
-                done = self._socket.send(self._out)
-            except BlockingIOError:
-                break
-            except OSError:
-                self._hang_up()
-                return
-            del self._out[:done]
-        if self._draining:
-            self._shut_down()
-            return
-        if len(self._out) <= WINDOW // 2:
-            size = self.inp.held - len(self._out)
-            if size > 0:
-                self.took(size)
-        self._done_if()
-
-    def _shut_down(self) -> None:
-        """Nothing more comes for the agent: say so once it has everything."""
-        if self._socket is not None and not self._out and not self._shut:
-            self._shut = True
-            try:
-                self._socket.shutdown(socket.SHUT_WR)
-            except OSError:
-                self._hang_up()
-
-    def _done_if(self) -> None:
-        if self._ended:
-            self._shut_down()
-        if self._shut and self._eof:
-            self._close_socket()
-            if self._eof_taken:
-                self.wire.reset(self, "done")
-                self._close()
 
     def _refuse(self, status: int, why: str) -> None:
         """Answer in the other side's place, unless something was answered already. Clients of CONNECT show the status
@@ -374,22 +244,5 @@ class Tunnel(Stream):
         self._flush()
         self._watch()
 
-    def _hang_up(self) -> None:
-        """The agent is gone."""
-        if not self._draining:
-            self.wire.reset(self, "the agent hung up")
-        self._close(reset=True)
-
-    def _close_socket(self) -> None:
-        if self._socket is not None:
-            self._proxy.loop.mute(self._fd)
-            self._socket.close()
-            self._socket = None
-
-    def _close(self, reset: bool = False) -> None:
+    def _over(self) -> None:
         self._proxy.tunnels.discard(self)
-        try:
-            if self._socket is not None and reset:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        finally:
-            self._close_socket()

@@ -55,6 +55,18 @@ class Conflict(RethawError):
     code, status, exit_code = "conflict", 409, 5
 
 
+class SessionEnded(Conflict):
+    """The session has ended: nothing reaches it any more."""
+
+    code, status = "session_ended", 410
+
+
+class PortClosed(RethawError):
+    """Nothing listens on that port of the sandbox."""
+
+    code, status, exit_code = "port_closed", 502, 6
+
+
 class KeyReused(Conflict):
     """An idempotency key came back with other arguments."""
 

@@ -20,13 +20,13 @@ from rethaw.model.errors import ChannelBroken, Fenced, RethawError
 from rethaw.model.ports import GuestStream, LogSink
 from rethaw.model.types import Fence, NewEvent
 from rethaw.node.egress_reach import Refused, Resolve, Unreachable, reach
+from rethaw.node.joint import Joint, pump
 
 log = logging.getLogger("rethaw.node")
 
 MOST = 256  # open at once in one session
 IDLE_S = 600.0  # without a byte in either direction
 HALF_S = 120.0  # the same once one end has said all it will
-PIECE = 32768
 REPEATS_S = 60.0  # the same refusal is one event in that time
 NEWS_MOST = 60  # and all refusals and failures together are so many
 _ACTIVE_S = 0.05
@@ -41,10 +41,11 @@ class Owner(Protocol):
     def spawn(self, work: Coroutine[Any, Any, None]) -> None: ...
 
 
-class Tunnel:
+class Tunnel(Joint):
     """One connection. `ready` once it is open (`writer`), refused (`answer`: status and text) or over (`over`: why)."""
 
     def __init__(self, meta: dict[str, object]) -> None:
+        super().__init__()
         host, port = meta.get("host"), meta.get("port")
         fits = isinstance(host, str) and type(port) is int and 0 < port < 65536
         self.fits = fits
@@ -57,27 +58,11 @@ class Tunnel:
         self.noted = False  # egress.opened is in the log
         self.reader: asyncio.StreamReader
         self.writer: asyncio.StreamWriter | None = None
-        self.began = self.moved = time.monotonic()
-        self.taken = 0  # bytes of the guest that went on
-        self.base = 0  # offset of the first byte of `kept`
-        self.kept = bytearray()  # bytes for the guest that it may not have
-        self.ended = False  # the other side has said all it will
-        self.guest_ended = False
         self.whole = False  # both directions came to their end
 
     @property
     def live(self) -> bool:
         return self.over is None and self.answer is None and not self.whole
-
-    @property
-    def received(self) -> int:
-        return self.base + len(self.kept)
-
-    def forget(self, offset: int) -> None:
-        """The guest has everything before `offset`."""
-        if offset > self.base:
-            del self.kept[: offset - self.base]
-            self.base = offset
 
     def shut(self) -> None:
         """What was written still goes out, for a while."""
@@ -213,76 +198,28 @@ class Egress:
             if not stream.head_received:
                 await stream.head(status, text, ())
             return
-        if tunnel.over is None and not tunnel.base <= stream.received <= tunnel.received:
-            self._over(tunnel, f"the guest has {stream.received} bytes, which it was not sent")
-        if tunnel.over is None and stream.base > tunnel.taken:
-            self._over(tunnel, f"the guest kept nothing before {stream.base}, which was not taken")
+        if tunnel.over is None and (misfit := tunnel.misfit(stream)) is not None:
+            self._over(tunnel, misfit)
         if tunnel.over is None:
             if not stream.head_received:
                 await stream.head(200, "", ())
-            tunnel.forget(stream.received)
             try:
-                await self._pump(tunnel, stream)
+                await pump(
+                    tunnel,
+                    stream,
+                    tunnel.reader,
+                    lambda: tunnel.writer,
+                    lambda: self._moved(tunnel),
+                    name=tunnel.name,
+                    idle_s=IDLE_S,
+                    half_s=HALF_S,
+                )
             except OSError as error:
                 self._over(tunnel, error.strerror or str(error) or type(error).__name__)
             else:
                 self._whole(tunnel)
         if tunnel.over is not None:
             await stream.reset(tunnel.over)
-
-    async def _pump(self, tunnel: Tunnel, stream: GuestStream) -> None:
-        """Both directions until both have ended. Raises OSError when the other side broke the connection, or nothing moves."""
-        up = asyncio.create_task(self._up(tunnel, stream))
-        down = asyncio.create_task(self._down(tunnel, stream))
-        try:
-            while going := {task for task in (up, down) if not task.done()}:
-                limit = IDLE_S if len(going) == 2 else HALF_S
-                left = tunnel.moved + limit - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError(f"nothing moved for {limit:.0f} s")
-                await asyncio.wait(going, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                for task in going:
-                    if task.done():
-                        task.result()
-        finally:
-            up.cancel()
-            down.cancel()
-            await asyncio.gather(up, down, return_exceptions=True)
-
-    async def _up(self, tunnel: Tunnel, stream: GuestStream) -> None:
-        position = stream.base
-        while (data := await stream.read()) is not None:
-            fresh = data[max(0, tunnel.taken - position) :]
-            position += len(data)
-            if fresh and tunnel.writer is not None:
-                # No await between here and there: what was taken is with the transport, whenever this is cancelled.
-                tunnel.writer.write(fresh)
-                tunnel.taken += len(fresh)
-                self._moved(tunnel)
-                # The other direction tells of a connection that broke; what it still has comes first.
-                with contextlib.suppress(OSError):
-                    await tunnel.writer.drain()
-            await stream.ack(tunnel.taken)
-        if not tunnel.guest_ended:
-            tunnel.guest_ended = True
-            if tunnel.writer is not None:
-                with contextlib.suppress(OSError, RuntimeError):
-                    tunnel.writer.write_eof()
-        await stream.accept(tunnel.name)
-
-    async def _down(self, tunnel: Tunnel, stream: GuestStream) -> None:
-        while True:
-            if stream.received < tunnel.received:
-                await stream.write(bytes(tunnel.kept[stream.received - tunnel.base :]))
-            tunnel.forget(stream.confirmed)
-            if tunnel.ended:
-                await stream.end()
-                return
-            # No await between here and there: what was read is kept, whenever this is cancelled.
-            data = await tunnel.reader.read(PIECE)
-            tunnel.kept += data
-            tunnel.ended = not data
-            self._moved(tunnel)
 
     def _moved(self, tunnel: Tunnel) -> None:
         tunnel.moved = now = time.monotonic()

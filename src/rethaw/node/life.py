@@ -16,6 +16,7 @@ from rethaw.model.ports import GuestStream
 from rethaw.model.types import MIB, AgentSpec, Assignment, Boot, Fence, NewEvent
 from rethaw.node.calls import Calls
 from rethaw.node.carry import Carried
+from rethaw.node.dials import Dials
 from rethaw.node.egress import Egress
 from rethaw.node.link import Hello, Link
 from rethaw.node.outputs import Outputs
@@ -67,6 +68,7 @@ class Life:
             on_hello=self._on_hello,
             on_left=gateway.left,
         )
+        self.dials = Dials(self.link.dial, self)
         self.saver = Saver(
             parts,
             self.agent,
@@ -120,6 +122,7 @@ class Life:
         await self.link.close()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.egress.close()
+        self.dials.close(f"the sandbox is gone: {end[1]}" if (end := self.ended.result()) else "the sandbox is gone")
         await self.gateway.detach()
         if self.calls.carried is not None:
             await self.calls.carried.close()
@@ -132,6 +135,7 @@ class Life:
         self.gateway.hello(hello.exchanges, hello.left)
         self.calls.still_open(hello.calls)
         self.egress.hello(hello.tunnels)
+        self.dials.hello(hello.dials, hello.can_dial)
         restored, self._restored = self._restored, None
         if restored is not None:
             self.calls.saved_in(restored, hello.calls)
@@ -146,6 +150,8 @@ class Life:
                 await self.calls.handle(stream)
             elif stream.kind == "tunnel":
                 await self.egress.handle(stream)
+            elif stream.kind == "dial":
+                await self.dials.handle(stream)
             else:
                 await self.outputs.handle(stream)
         except Fenced as error:
@@ -200,10 +206,13 @@ class Life:
     # ------------------------------------------------------------ idleness
 
     def idle_since(self) -> float | None:
-        """Since when (monotonic) the agent only waits on what Rethaw can see; None while it does anything else."""
-        if not self.calls.waiting or self.gateway.open():
+        """Since when (monotonic, may lie ahead) the agent only waits on what Rethaw can see; None while it does anything else."""
+        serves = (
+            self.agent.entry is None and self.dials.served
+        )  # a program that was connected to waits for the next one
+        if self.gateway.open() or not (self.calls.waiting or serves):
             return None
-        return max(self.last_active, *self.calls.waiting.values())
+        return self.dials.idle_since(max(self.last_active, *self.calls.waiting.values()))
 
     # ------------------------------------------------------------ watching
 

@@ -5,7 +5,7 @@
 Every thaw is a resync: handlers are cancelled at quiesce, and after `go` guestd's hello names its open streams, each of
 which is handed over anew with what the guest holds of it. Nothing about streams is remembered here in between.
 
-Control messages to the guest: start{...}, signal{sig}, kill, ping{n}, quiesce{marker}, go{generation, wall_ns, session?}, crash.
+Control messages to the guest: start{...}, signal{sig}, kill, ping{n}, dial{id, kind, ...}, quiesce{marker}, go{generation, wall_ns, session?}, crash.
 From it: hello{generation, streams, pid, exited}, quiet{marker, exchanges, cursor, pid, exited}, pong{n},
 left{exchange, taken}.
 """
@@ -26,7 +26,7 @@ from rethaw.channel.mux import Mux
 from rethaw.model.errors import ChannelBroken, Conflict, QuiesceTimeout, RethawError, Unavailable
 from rethaw.model.ports import GuestStream
 from rethaw.node.link_said import MAX_STREAMS, Hello, QuietState, left_of, left_one, quiet_state, streams_of
-from rethaw.node.link_stream import Stream
+from rethaw.node.link_stream import RELAYS, Stream
 
 log = logging.getLogger("rethaw.node")
 
@@ -124,7 +124,7 @@ class Link:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._cancel_handlers()
-                self._drop_tunnels()
+                self._drop_relays()
                 await self._flushed()
                 self._still_open()
                 self._forget_streams("the guest is being frozen")
@@ -180,6 +180,11 @@ class Link:
         """SIGKILL to every process in the sandbox but guestd; an `exit` call follows."""
         await self._until_running()
         self._control({"type": "kill"})
+
+    async def dial(self, message: dict[str, Any]) -> None:
+        """Ask for what `rethaw.guest.dial` gives, by a stream; waits while the guest is quiet."""
+        await self._until_running()
+        self._control({**message, "type": "dial"})
 
     async def crash(self) -> None:
         """Tests: guestd dies at once, and the sandbox with it."""
@@ -242,10 +247,10 @@ class Link:
         while self._tasks:
             await asyncio.wait(list(self._tasks))
 
-    def _drop_tunnels(self) -> None:
-        """What goes through tunnels is kept on this side until the guest has it: a freeze does not wait for that."""
+    def _drop_relays(self) -> None:
+        """What goes through them is kept on this side until the guest has it: a freeze does not wait for that."""
         for stream in self._streams.values():
-            if stream.kind == "tunnel":
+            if stream.kind in RELAYS:
                 stream.kill("the guest is being frozen")
 
     def _forget_streams(self, why: str) -> None:
@@ -382,6 +387,8 @@ class Link:
             calls=tuple(str(s.meta.get("id")) for s in streams if s.kind == "call"),
             streams=len(streams),
             tunnels=tuple(s.id for s in streams if s.kind == "tunnel"),
+            dials=tuple(s.id for s in streams if s.kind == "dial"),
+            can_dial=message.get("dials") is True,
             pid=message["pid"] if isinstance(message.get("pid"), int) else 0,
             exited=message.get("exited") is True,
         )
@@ -413,7 +420,7 @@ class Link:
         except Exception as error:
             log.exception("%r: its handler failed", stream)
             why = f"internal error: {type(error).__name__}"
-        if not stream.over and stream.kind in ("exchange", "call", "tunnel"):
+        if not stream.over and stream.kind in ("exchange", "call", *RELAYS):
             await stream.reset(why)
 
     def _handled(self, task: asyncio.Task[None]) -> None:

@@ -38,6 +38,8 @@ class Hello:
     pid: int
     exited: bool
     tunnels: tuple[int, ...] = ()  # streams
+    dials: tuple[int, ...] = ()  # streams
+    can_dial: bool = False  # False: a guestd that was frozen before there was that
 
 
 def quiet_state(message: dict[str, Any], marker: bytes, took_s: float) -> QuietState:

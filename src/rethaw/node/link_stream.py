@@ -12,7 +12,8 @@ from rethaw.channel.mux import WINDOW, Mux, Receiver, Sender
 from rethaw.model.errors import ChannelBroken, Conflict, TooLarge
 
 OUTPUTS = ("stdout", "stderr")
-KINDS = ("exchange", "call", "tunnel", *OUTPUTS)
+RELAYS = ("tunnel", "dial")  # bytes both ways, kept on both sides until the other has them
+KINDS = ("exchange", "call", *RELAYS, *OUTPUTS)
 
 
 class Stream:
@@ -147,13 +148,13 @@ class Stream:
         self._ack()
 
     def _ack(self) -> None:
-        tunnel = self.kind == "tunnel"
-        if not tunnel and (self.kind not in OUTPUTS or self.over):
+        relay = self.kind in RELAYS
+        if not relay and (self.kind not in OUTPUTS or self.over):
             return
         offset = min(self._ack_wanted, self._in.offset - sum(len(d) for d in self._data))
-        if not tunnel:
+        if not relay:
             self.over = self._in.ended and offset == self._in.offset
-        if offset > self._acked or (self.over and not tunnel):
+        if offset > self._acked or (self.over and not relay):
             self._acked = offset
             self._send(frames.encode(frames.ACK, self.id, offset))
 

@@ -12,6 +12,7 @@ from rethaw.model.enums import Reason, State
 from rethaw.model.errors import Conflict, Fenced, RethawError, SnapshotUnusable
 from rethaw.model.ids import new_id
 from rethaw.model.types import NodeInfo, StateChange
+from rethaw.node.life import Life
 from rethaw.node.parts import Parts
 from rethaw.node.supervisor import Supervisor
 
@@ -92,6 +93,11 @@ class Node:
         except (RethawError, OSError) as error:
             log.warning("session %s: not suspended: %s; it comes back as after a crash", supervisor.session, error)
         await supervisor.close()
+
+    def life(self, session: str) -> Life | None:
+        """The running life of `session`, if it is here."""
+        supervisor = self._supervisors.get(session)
+        return None if supervisor is None else supervisor.life
 
     def cpu_s(self, session: str) -> float | None:
         """CPU seconds that the sandbox of `session` has used; None when it has none here."""

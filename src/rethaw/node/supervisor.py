@@ -350,6 +350,7 @@ class Supervisor:
             return
         self._frozen_for = wish.reason
         faults.point("supervisor.released")
+        life.dials.close("the session was suspended")
         await self._drop(life)
         if wish.reason is Reason.PROVIDER_HOLD and not life.gateway.held():
             await control.wake(life.fence, Reason.PROVIDER_HOLD)
@@ -386,7 +387,7 @@ class Supervisor:
                 pause = 0.5 if life is not None else None
                 continue
             since, now = life.idle_since(), time.monotonic()
-            life.saver.idle = since is not None
+            life.saver.idle = since is not None and since <= now
             state = State.RUNNING
             if since is not None:
                 state = State.WAITING if now - since >= timing.wait_report else self._reported
@@ -467,6 +468,7 @@ class Supervisor:
             life.sandbox.kill()
             return
         await life.egress.close("the program ended")
+        life.dials.close("the session's program ended")
         await life.gateway.flush()
         await life.gateway.attempt_ended()
         faults.point("supervisor.exited")
