@@ -355,6 +355,25 @@ async def test_provider_slow_and_silent() -> None:
         assert seen[-1] - seen[0] >= 0.58
 
 
+@pytest.mark.parametrize("text", ["in several pieces of text", "one piece"])
+async def test_provider_holds_a_stream_after_its_first_piece(text: str) -> None:
+    """A test that holds it decides when it goes on."""
+    gate = asyncio.Event()
+    async with ScriptedProvider(lambda _: Reply(text, hold=gate.is_set)) as p, chat(p) as client:
+        stream = aiter(await client.chat.completions.create(model="m", messages=ASK, stream=True))
+        first = await anext(stream)
+        assert first.choices[0].delta.role == "assistant"
+        more = asyncio.create_task(_said(stream))
+        await asyncio.sleep(0.3)  # long enough for a whole answer
+        assert not more.done() and not p.calls[0].completed
+        gate.set()
+        assert await more == text
+
+
+async def _said(stream: Any) -> str:
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
+
+
 async def test_provider_refuses_connections_for_a_while() -> None:
     async with ScriptedProvider(echo) as p, chat(p) as client:
         await p.refuse(0.4)

@@ -43,6 +43,7 @@ __all__ += ["by_turn", "echo", "in_order", "load_script", "matching"]
 
 _log = logging.getLogger("rethaw.testing")
 _BODY_LIMIT = 256 << 20
+_HOLD_S = 0.02  # between two looks at whether an answer may go on
 
 
 @dataclass
@@ -370,7 +371,11 @@ async def _paced(
     reply: Reply, events: Iterator[tuple[bool, bytes]], stream_error: Callable[[str], bytes]
 ) -> AsyncIterator[bytes | None]:
     """The bytes to write, at their times; None where the connection is to be cut."""
-    for written, (pause, data) in enumerate(events):
+    parts = list(events)
+    held = next((n for n, (pause, _) in enumerate(parts) if pause), len(parts) - 1)
+    for written, (pause, data) in enumerate(parts):
+        while written == held and reply.hold is not None and not reply.hold():  # noqa: ASYNC110 - of another thread
+            await asyncio.sleep(_HOLD_S)
         if pause and reply.chunk_s:
             await asyncio.sleep(reply.chunk_s)
         if reply.cut and written == reply.cut_after:

@@ -56,6 +56,7 @@ class Reply:
     malformed_after: int | None = None
     error_after: int | None = None  # an error event in the middle of the stream
     hang: bool = False  # never answer (until the client goes away)
+    hold: Callable[[], bool] | None = None  # a streamed answer stops after its first piece until this says True
     raw: bytes | None = None  # the whole body, for other endpoints
     content_type: str = "application/json"
 
@@ -79,7 +80,7 @@ class Reply:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Reply:
         """A reply from JSON, field by field; `usage` as {input, output, cached}, `raw` as text."""
-        known = set(cls.__dataclass_fields__)
+        known = set(cls.__dataclass_fields__) - {"hold"}  # a function is not JSON
         if unknown := set(data) - known:
             raise InvalidInput(
                 f"a reply has no field {sorted(unknown)[0]!r}", remedy=f"fields: {', '.join(sorted(known))}"
