@@ -13,7 +13,7 @@ import pytest
 from rethaw import __version__
 from rethaw.cli.app import build
 from rethaw.cli.main import main
-from rethaw.cli.table import COMMANDS, root_help
+from rethaw.cli.table import COMMANDS, GROUP_HELP, group_help, root_help
 
 NOBODY = "http://127.0.0.1:1"  # nothing listens on port 1
 
@@ -30,6 +30,32 @@ def test_root_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> No
         assert capsys.readouterr().out == root_help()
     for command in COMMANDS:
         assert f"  {command.name} " in root_help()
+
+
+@pytest.mark.parametrize("group", GROUP_HELP)
+def test_the_help_of_a_group_names_its_commands(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for args in ([group], [group, "--help"], ["help", group]):
+        assert main(args) == 0
+        assert capsys.readouterr().out == group_help(group)
+    for command in COMMANDS:
+        if command.name.startswith(f"{group} "):
+            assert f"  {command.name} " in group_help(group)
+
+
+def test_help_of_a_command_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "queue", "set"]) == 0
+    assert "rethaw queue set NAME" in capsys.readouterr().out
+
+
+OPEN = ("run", "schedule create")  # what they do not know is the agent's
+
+
+@pytest.mark.parametrize("name", [command.name for command in COMMANDS if command.name not in OPEN])
+def test_every_command_tells_what_an_option_that_is_nearly_right_should_be(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*name.split(), "--jsno"]) == 2
+    assert "there is no option '--jsno'; did you mean `--json`?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
@@ -59,8 +85,16 @@ def test_every_parameter_is_described() -> None:
     ("args", "code", "said"),
     [
         (["nope"], 2, "no command 'nope'"),
-        (["evnts"], 2, "did you mean `rethaw events`?"),
-        (["ls", "--zzzz"], 2, "--zzzz; see `rethaw ls --help`"),
+        (["evnts"], 2, "there is no command 'evnts'; did you mean `rethaw events`?"),
+        (["help", "nope"], 2, "no command 'nope'; see `rethaw --help`"),
+        (["queue", "shwo"], 2, "there is no command 'queue shwo'; did you mean `rethaw queue show`?"),
+        (["queue", "--jsn"], 2, "there is no option '--jsn'; see `rethaw queue --help`"),
+        (["--verion"], 2, "there is no option '--verion'; did you mean `--version`?"),
+        (["ls", "--zzzz"], 2, "there is no option '--zzzz'; see `rethaw ls --help`"),
+        (["ls", "--stat", "running"], 2, "there is no option '--stat'; did you mean `--state`?"),
+        (["ls", "surplus"], 2, "'surplus' is one argument too many; see `rethaw ls --help`"),
+        (["ls", "--limit"], 2, "--limit has no value; see `rethaw ls --help`"),
+        (["rewind", "s_1"], 2, "--to is missing; see `rethaw rewind --help`"),
         (["ls", "--limit", "x"], 2, "--limit"),
         (["ls", "--limit", "0"], 2, "limit 0"),
         (["ls", "--state", "tired"], 2, "'tired' is not a state"),

@@ -93,6 +93,14 @@ class OpenWait(BaseModel):
     deadline: str | None = None
 
 
+class LastWords(BaseModel):
+    """The end of what a failed session's program wrote: at most 10 lines of 2 KiB together. `cut`: there was more."""
+
+    stream: str
+    lines: list[str]
+    cut: bool
+
+
 class Why(BaseModel):
     """Waiting for what, since when, what wakes it, the last snapshot, where it would resume."""
 
@@ -104,6 +112,7 @@ class Why(BaseModel):
     waiting_for: list[OpenWait]
     last_snapshot: dict[str, Any] | None
     would_resume_at: str | None
+    last_words: LastWords | None = None
 
 
 class Messages(BaseModel):

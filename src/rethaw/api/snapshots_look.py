@@ -115,17 +115,21 @@ async def find(rooms: Rooms, text: str) -> SnapshotInfo:
 
     Raises NotFound, AmbiguousId.
     """
+    first: NotFound | None = None
     if not text.startswith("s_"):
         try:
             return await rooms.catalog.get(await rooms.control.resolve_snapshot(text))
-        except NotFound:
+        except NotFound as error:
             if text.startswith("snap_"):
                 raise
+            first = error
     try:
         view = await rooms.control.session(await rooms.control.resolve(text))
     except NotFound as error:
+        likely = [e.remedy for e in (first, error) if e is not None and (e.remedy or "").startswith("did you mean")]
         raise NotFound(
-            f"there is no snapshot or session {text!r}", remedy="`rethaw snapshot ls SESSION` shows those there are"
+            f"there is no snapshot or session {text[:100]!r}",
+            remedy=likely[0] if likely else "`rethaw snapshot ls SESSION` shows those there are",
         ) from error
     if view.snapshot is None:
         raise NotFound(f"session {view.id} has no snapshot yet", remedy="wait for its first model call, or suspend it")

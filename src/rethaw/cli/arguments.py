@@ -6,7 +6,6 @@ what is JSON is JSON.
 
 from __future__ import annotations
 
-import difflib
 import enum
 import inspect
 import json
@@ -17,6 +16,7 @@ from typing import Any, cast
 
 from rethaw.model import annotations, typed
 from rethaw.model.errors import InvalidInput
+from rethaw.model.nearest import nearest
 from rethaw.sdk.functions import signature
 
 # Options of `rethaw run` itself; everything else that begins with -- is the agent's. A test compares with `run`.
@@ -126,8 +126,8 @@ def parse(function: Callable[..., Any], tokens: Sequence[str]) -> dict[str, Any]
         name, equals, value = token[2:].partition("=")
         name = name.replace("-", "_")
         if name not in named and not takes_any:
-            close = difflib.get_close_matches(name, named, 1)
-            meant = f"did you mean --{close[0].replace('_', '-')}? " if close else ""
+            close = nearest(name, [*named, *(own[2:] for own in FLAGS | VALUES if own.startswith("--"))])
+            meant = f"did you mean --{close.replace('_', '-')}? " if close else ""
             raise InvalidInput(f"the agent has no argument {name!r}", remedy=meant + _usage(named, hints))
         if equals:
             given.setdefault(name, []).append(value)

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from rethaw import __version__
-from rethaw.cli.table import root_help
-from rethaw.model.errors import InvalidInput, RethawError
+from rethaw.cli.table import GROUP_HELP, group_help, root_help
+from rethaw.model.errors import RethawError
 
 _INTERRUPTED = 130
 _INTERNAL = 70  # EX_SOFTWARE
@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    if not args or args[0] in ("-h", "--help", "help"):
+    if args[:1] == ["help"]:
+        args = [*args[1:], "--help"]
+    if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(root_help())
         return 0
     if args[0] == "--version":
@@ -55,8 +57,13 @@ def _run(args: list[str]) -> int:
             return 0
 
         args = prepared(args)
-    elif not args[0].startswith("-"):
-        _known(args[0])
+    else:
+        from rethaw.cli.mistakes import check_command
+
+        check_command(args)
+        if args[1:] in ([], ["-h"], ["--help"]) and args[0] in GROUP_HELP:
+            sys.stdout.write(group_help(args[0]))
+            return 0
 
     from cyclopts import CycloptsError
 
@@ -67,30 +74,10 @@ def _run(args: list[str]) -> int:
             args, exit_on_error=False, print_error=False, result_action="return_value", help_on_error=False
         )
     except CycloptsError as e:
-        raise InvalidInput(_one_line(str(e)).rstrip("."), remedy=f"see `{_help_for(args)}`") from e
+        from rethaw.cli.mistakes import explained
+
+        raise explained(e, args) from e
     return result if isinstance(result, int) else 0
-
-
-def _known(name: str) -> None:
-    from rethaw.cli.table import COMMANDS
-
-    names = {word for command in COMMANDS for word in (command.name.split()[0], *command.aliases)}
-    if name not in names:
-        import difflib
-
-        close = difflib.get_close_matches(name, sorted(names), 1)
-        meant = f"did you mean `rethaw {close[0]}`?" if close else "see `rethaw --help`"
-        raise InvalidInput(f"there is no command {name!r}", remedy=meant)
-
-
-def _help_for(args: list[str]) -> str:
-    from rethaw.cli.table import COMMANDS
-
-    names = {name for command in COMMANDS for name in (command.name, *command.aliases)}
-    for words in (2, 1):
-        if " ".join(args[:words]) in names:
-            return f"rethaw {' '.join(args[:words])} --help"
-    return "rethaw --help"
 
 
 def _one_line(text: str) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rethaw.sdk.types import Detail, Stats, Why
 
 _BODY = 100  # characters of an event's body that are shown
+_SAID = 300  # of a line that a program wrote
 _ORDINARY = frozenset({"none", "exited", "cancelled"})  # reasons that say no more than the state
 
 
@@ -208,8 +209,11 @@ def why_lines(session: str, why: Why) -> list[str]:
             lines.append(plain(f"  woken by: {wait.wakes_it}"))
         elif wait.kind == "signal":
             lines.append(plain(f"  woken by: rethaw signal {session} {wait.name} PAYLOAD"))
+    if why.last_words is not None:
+        lines.append(f"the end of its {why.last_words.stream}:")
+        lines += [f"  {plain(line, _SAID)}".rstrip() for line in why.last_words.lines]
     if why.state == "failed":
-        lines.append(f"what it wrote: rethaw logs {session}; how it ended: rethaw show {session}")
+        lines.append(f"all that it wrote: rethaw logs {session}; how it ended: rethaw show {session}")
     lines.append(f"last snapshot: {_place(why.last_snapshot) or 'none yet'}")
     if why.would_resume_at is not None:
         lines.append(f"would resume at: {_place(why.would_resume_at)}")

@@ -146,3 +146,12 @@ def root_help() -> str:
         "  rethaw run examples/hello.py",
     ]
     return "\n".join(lines) + "\n"
+
+
+def group_help(group: str) -> str:
+    """The text of `rethaw GROUP --help`."""
+    mine = [command for command in COMMANDS if command.name.startswith(f"{group} ")]
+    width = max(len(command.name) for command in mine) + 2
+    lines = [GROUP_HELP[group], "", f"Usage: rethaw {group} COMMAND [OPTIONS]", ""]
+    lines += [f"  {command.name:<{width}}{command.summary}" for command in mine]
+    return "\n".join([*lines, "", f"What a command takes: rethaw {mine[0].name} --help"]) + "\n"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rethaw.control import rows
+from rethaw.control import meant, rows
 from rethaw.control.rows import Conn
 from rethaw.model.errors import Conflict, NotFound
 from rethaw.model.types import AgentSpec, StartOptions
@@ -84,7 +84,8 @@ async def pick(conn: Conn, name: str, version: int | None = None) -> AgentVersio
     """`find`, with all that is known of it."""
     found = await rows.many(conn, _FIND + "WHERE v.agent = %s ORDER BY v.number", (name,))
     if not found:
-        raise NotFound(f"there is no agent {name[:80]!r}", remedy="`rethaw agent ls` shows those there are", agent=name)
+        remedy = await meant.name(conn, "agents", name, "`rethaw agent ls` shows those there are")
+        raise NotFound(f"there is no agent {name[:80]!r}", remedy=remedy, agent=name)
     for one in found:
         if one["number"] == version or (version is None and one["current"]):
             return _version(one)

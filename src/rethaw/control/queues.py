@@ -13,6 +13,7 @@ from rethaw.control import rows, wakeups
 from rethaw.control.rows import Conn, Row
 from rethaw.control.wakeups import Transactions
 from rethaw.model.errors import Conflict, InvalidInput, NotFound
+from rethaw.model.nearest import did_you_mean
 from rethaw.model.starting import (
     DEFAULT_QUEUE,
     check_concurrency_key,
@@ -271,7 +272,10 @@ async def get(conn: Conn, name: str) -> Queue:
     check_name("queue", name)
     found = await _read(conn, name)
     if not found:
-        raise NotFound(f"there is no queue {name!r}", remedy="`rethaw queue ls` shows those there are")
+        known = [one.name for one in await every(conn)]
+        raise NotFound(
+            f"there is no queue {name!r}", remedy=did_you_mean(name, known, "`rethaw queue ls` shows those there are")
+        )
     first = await rows.many(
         conn,
         f"""SELECT p.session FROM session_specs p JOIN sessions s ON s.id = p.session

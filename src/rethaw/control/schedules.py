@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from rethaw.control import queues, rows, sessions, templates, wakeups
+from rethaw.control import meant, queues, rows, sessions, templates, wakeups
 from rethaw.control.calendar import Calendar
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -75,7 +75,8 @@ async def _load(conn: Conn, name: str, *, lock: bool = False) -> dict[str, Any]:
     query = "SELECT * FROM schedules WHERE name = %s"
     found = await rows.one(conn, query + " FOR UPDATE" if lock else query, (name,))
     if found is None:
-        raise NotFound(f"there is no schedule {name[:100]!r}", remedy="`rethaw schedule ls` shows those there are")
+        remedy = await meant.name(conn, "schedules", name, "`rethaw schedule ls` shows those there are")
+        raise NotFound(f"there is no schedule {name[:100]!r}", remedy=remedy)
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg import sql
 
-from rethaw.control import agents, leases, placement, queues, recovery, rows, specs, wakeups
+from rethaw.control import agents, leases, meant, placement, queues, recovery, rows, specs, wakeups
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -193,6 +193,9 @@ async def no_room(conn: Conn, row: Row) -> str:
     return "no node has room"
 
 
+_LISTS = {"snapshots": "`rethaw snapshot ls SESSION` shows those there are"}
+
+
 async def resolve(conn: Conn, text: str, *, table: str = "sessions", prefix: str = "s_") -> str:
     """The full id that `text` begins, with or without its prefix. Raises NotFound, AmbiguousId."""
     kind = table.removesuffix("s")
@@ -211,7 +214,8 @@ async def resolve(conn: Conn, text: str, *, table: str = "sessions", prefix: str
                 remedy="write more characters of it",
                 matches=found,
             )
-    raise NotFound(f"there is no {kind} {text!r}", remedy="`rethaw ls` shows those there are")
+    remedy = await meant.ident(conn, table, text, prefix, _LISTS.get(table, "`rethaw ls` shows those there are"))
+    raise NotFound(f"there is no {kind} {text[:100]!r}", remedy=remedy)
 
 
 def _not_over(row: Row, what: str) -> None:

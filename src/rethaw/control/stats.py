@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rethaw.control import arrivals, placement, queues, rows
+from rethaw.control.lastwords import last_words
 from rethaw.control.retries import ended
 from rethaw.control.rows import POLICY_REASONS, Conn
 from rethaw.control.sessions import no_room
@@ -28,7 +29,8 @@ async def stored(conn: Conn, session: str) -> dict[str, int]:
 
 
 async def why(conn: Conn, session: str) -> dict[str, Any]:
-    """Waiting for what, since when, what wakes it, the last snapshot, where it would resume."""
+    """Waiting for what, since when, what wakes it, the last snapshot, where it would resume; of a failed one what it
+    wrote last."""
     row = await rows.load(conn, session)
     waiting: list[dict[str, Any]] = []
     for found in await _open_waits(conn, session, row.attempt):
@@ -105,6 +107,7 @@ async def why(conn: Conn, session: str) -> dict[str, Any]:
         "waiting_for": [] if row.state.final else waiting,
         "last_snapshot": last,
         "would_resume_at": resume_at,
+        "last_words": await last_words(conn, row) if row.state == State.FAILED else None,
     }
 
 

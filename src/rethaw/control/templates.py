@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from rethaw.control import forks, inbox, queues, rows, sessions
+from rethaw.control import forks, inbox, meant, queues, rows, sessions
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.model.errors import Conflict, InvalidInput, KeyReused, NotFound
@@ -39,7 +39,8 @@ async def get(conn: Conn, name: str, *, lock: bool = False) -> Template:
     query = "SELECT * FROM templates WHERE name = %s"
     found = await rows.one(conn, query + " FOR SHARE" if lock else query, (name,))
     if found is None:
-        raise NotFound(f"there is no template {name!r}", remedy="`rethaw template ls` shows those there are")
+        remedy = await meant.name(conn, "templates", name, "`rethaw template ls` shows those there are")
+        raise NotFound(f"there is no template {name!r}", remedy=remedy)
     return _template(found)
 
 

@@ -82,6 +82,7 @@ class Reasons(BaseModel):
     waiting_for: list[Wait]
     last_snapshot: Any
     would_resume_at: Any = Field(description="what a crash now would go back to")
+    last_words: list[str] = Field(description="of a failed session: the end of what its program wrote")
 
     @classmethod
     def of(cls, why: Why) -> Reasons:
@@ -94,6 +95,7 @@ class Reasons(BaseModel):
             waiting_for=waits,
             last_snapshot=why.last_snapshot,
             would_resume_at=why.would_resume_at,
+            last_words=[] if why.last_words is None else why.last_words.lines,
         )
 
 

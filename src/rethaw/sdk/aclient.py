@@ -271,7 +271,8 @@ class AsyncSessions:
         return await self._client.run(calls.inbox(session))
 
     async def outbox(self, session: str, *, after: int = 0, wait: Duration | None = None) -> list[Message]:
-        """Published messages numbered above `after`. With `wait`: as soon as there is one, [] when there was none."""
+        """Published messages numbered above `after`. With `wait`: as soon as there is one, [] when there was none, or
+        once the session has ended."""
         deadline = time.monotonic() + (optional_seconds(wait) or 0.0)
         while True:
             left = max(0.0, deadline - time.monotonic())
@@ -281,6 +282,8 @@ class AsyncSessions:
                 found = []
             if found or time.monotonic() >= deadline:
                 return found
+            if (await self._client.patient(calls.get(session))).state.final:
+                return await self._client.patient(calls.outbox(session, after, 0.0))
 
     async def events(
         self, session: str, *, after: int = 0, limit: int = 1000, types: Sequence[str] = (), all_lines: bool = False

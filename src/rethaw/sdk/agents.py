@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 from rethaw.model import annotations, typed
 from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.errors import InvalidInput, NotFound
+from rethaw.model.nearest import did_you_mean, nearest
 from rethaw.sdk.functions import Runs, RunsAsync, RunsAsyncSteps, RunsSteps, check_form, check_types, signature
 from rethaw.sdk.images import Image, checked_env
 from rethaw.sdk.limits import Budget, Retries, checked_budget, retries_of
@@ -428,10 +428,10 @@ def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = N
     known = list(inspect.signature(options).parameters)
     for option in given:
         if option not in known:
-            close = difflib.get_close_matches(option, known, 1)
+            close = nearest(option, known)
             raise InvalidInput(
                 f"@rethaw.agent has no option {option!r}",
-                remedy=f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}",
+                remedy=f"did you mean {close}?" if close else f"it has {', '.join(known)}",
             )
 
     def make(f: Callable[..., Any]) -> Agent[..., Any]:
@@ -490,7 +490,7 @@ def find(file: Path | str, name: str | None = None) -> Agent[..., Any]:
     if name is not None:
         chosen = mine.get(name) or next((a for a in mine.values() if a.name == name), None)
         if chosen is None:
-            raise NotFound(f"{file} defines no agent {name!r}", remedy=_known(file, mine))
+            raise NotFound(f"{file} defines no agent {name!r}", remedy=did_you_mean(name, mine, _known(file, mine)))
         return chosen
     if len(mine) != 1:
         raise InvalidInput(

@@ -17,7 +17,7 @@ from rethaw.model.errors import InvalidInput, RethawError, Unauthorized, Unavail
 from rethaw.model.types import AgentSpec, Attempt, BudgetSpec, Event, SessionView, SnapshotInfo, Spent
 from rethaw.sdk.listing import Page, Wanted
 from rethaw.sdk.starting import Starting
-from rethaw.sdk.types import Detail, Message, OpenWait, Outcome, Stats, Why
+from rethaw.sdk.types import Detail, LastWords, Message, OpenWait, Outcome, Stats, Why
 
 T = TypeVar("T")
 _CHARS = 300  # of a foreign answer quoted in a message
@@ -159,6 +159,10 @@ def _why(body: bytes) -> Why:
         )
         for wait in waits
     ]
+    said = cast("dict[str, Any] | None", values.get("last_words"))
+    if said is not None:
+        lines = [str(line) for line in cast("list[Any]", said.get("lines") or [])]
+        values["last_words"] = LastWords(str(said.get("stream")), lines, bool(said.get("cut")))
     return _known(Why, values)
 
 

@@ -267,7 +267,8 @@ class Sessions:
         return self._client.run(calls.inbox(session))
 
     def outbox(self, session: str, *, after: int = 0, wait: Duration | None = None) -> list[Message]:
-        """Published messages numbered above `after`. With `wait`: as soon as there is one, [] when there was none."""
+        """Published messages numbered above `after`. With `wait`: as soon as there is one, [] when there was none, or
+        once the session has ended."""
         deadline = time.monotonic() + (optional_seconds(wait) or 0.0)
         while True:
             left = max(0.0, deadline - time.monotonic())
@@ -277,6 +278,8 @@ class Sessions:
                 found = []
             if found or time.monotonic() >= deadline:
                 return found
+            if (self._client.patient(calls.get(session))).state.final:
+                return self._client.patient(calls.outbox(session, after, 0.0))
 
     def events(
         self, session: str, *, after: int = 0, limit: int = 1000, types: Sequence[str] = (), all_lines: bool = False

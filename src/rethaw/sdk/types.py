@@ -62,8 +62,18 @@ class OpenWait:
 
 
 @dataclass(frozen=True)
+class LastWords:
+    """The end of what a failed session's program wrote, 10 lines at most. `cut`: there was more before them."""
+
+    stream: str
+    lines: list[str]
+    cut: bool
+
+
+@dataclass(frozen=True)
 class Why:
-    """Why a session stands where it does. `would_resume_at`: what a crash now would go back to."""
+    """Why a session stands where it does. `would_resume_at`: what a crash now would go back to. `last_words`: of one that
+    failed, unless it wrote nothing."""
 
     state: str
     reason: str
@@ -72,6 +82,7 @@ class Why:
     waiting_for: list[OpenWait] = field(default_factory=list[OpenWait])
     last_snapshot: Any = None
     would_resume_at: Any = None
+    last_words: LastWords | None = None
 
 
 @dataclass(frozen=True)

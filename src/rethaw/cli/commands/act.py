@@ -12,6 +12,7 @@ from rethaw.cli.app import Json
 from rethaw.cli.connect import client, until
 
 if TYPE_CHECKING:
+    from rethaw.model.errors import SessionFailed
     from rethaw.model.types import SessionView
 
 _WAIT_S = 120.0
@@ -45,7 +46,8 @@ def send(
 ) -> None:
     """Send a message into a session's inbox and print its number.
 
-    With --wait the session's next message is printed instead.
+    With --wait the session's next message is printed instead. Exit code 7 when
+    there was none in that time, 1 when the session ended without one.
 
     For example:
       rethaw send s_06f2 "Go on, and add tests"
@@ -84,6 +86,9 @@ def send(
                 output.data(str(sent.number))
             return
         answers = handle.outbox(after=before, wait=limit)
+        view = handle.view if answers else connection.sessions.get(handle.id).view
+    if not answers and view.state.final:
+        raise _over(view)
     if not answers:
         raise WaitTimeout(f"session {handle.id} sent no answer within {wait}", remedy=f"see `rethaw why {handle.id}`")
     for answer in answers:
@@ -91,6 +96,16 @@ def send(
             output.emit(answer)
         else:
             output.data(text_of(answer.raw))
+
+
+def _over(view: SessionView) -> SessionFailed:
+    """It ended, and nobody answers any more."""
+    from rethaw.cli.render import state_text
+    from rethaw.model.errors import SessionFailed
+
+    ended = state_text(view) + (f": {view.detail}" if view.detail else "")
+    what = "show" if view.state.value == "completed" else "why"
+    return SessionFailed(f"session {view.id} sent no answer, it is {ended}", remedy=f"see `rethaw {what} {view.id}`")
 
 
 def signal(

@@ -201,10 +201,12 @@ def changed_agent(
 
 def of_command(image: str, command: list[str], given: dict[str, Any]) -> AgentSpec:
     from rethaw.model.errors import InvalidInput, NotFound
+    from rethaw.model.nearest import did_you_mean
     from rethaw.sdk.agents import options
 
     if image != "base":
-        raise NotFound(f"there is no image {image!r}", remedy="use --image base, or an Image in a Python file")
+        remedy = did_you_mean(image, ["base"], "use --image base, or an Image in a Python file")
+        raise NotFound(f"there is no image {image!r}", remedy=remedy)
     if not command:
         raise InvalidInput("no command is given", remedy="write rethaw run --image base -- COMMAND ARG ...")
     name = given.pop("name", None) or PurePosixPath(command[0]).name or "command"
