@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import LiteralString
+from typing import Any, LiteralString
 
 from rethaw.control import budgets, children, rows, schedules, sessions, waits
 from rethaw.control.control import Control
@@ -20,15 +20,26 @@ from rethaw.model.errors import NotFound
 log = logging.getLogger("rethaw.control")
 
 _BATCH = 200
-_SOONEST = """
-SELECT extract(epoch FROM min(at) - clock_timestamp()) AS left FROM (
-    SELECT min(deadline) AS at FROM waits WHERE state = 'open' AND deadline IS NOT NULL
-    UNION ALL SELECT min(expires_at) FROM session_specs
-        WHERE expires_at IS NOT NULL AND slot = 'waiting'
-    UNION ALL SELECT min(retry_at) FROM sessions WHERE retry_at > clock_timestamp()
-    UNION ALL SELECT min(wall_at) FROM sessions WHERE wall_at IS NOT NULL
-    UNION ALL SELECT min(give_up_at) FROM sessions WHERE give_up_at IS NOT NULL
-    UNION ALL SELECT min(cancel_by) FROM sessions WHERE cancel_by IS NOT NULL) t"""
+# What is due now, by name, and `left`: seconds until the next known time. One statement: it is asked whenever a deadline is
+# made, which is often, and there is next to never something due.
+_DUE = """
+SELECT EXISTS (SELECT 1 FROM waits WHERE state = 'open' AND deadline <= t) AS waits,
+       EXISTS (SELECT 1 FROM sessions WHERE give_up_at <= t) AS give_up,
+       EXISTS (SELECT 1 FROM sessions WHERE cancel_by <= t) AS cancel,
+       EXISTS (SELECT 1 FROM session_specs WHERE expires_at <= t AND slot = 'waiting') AS expire,
+       EXISTS (SELECT 1 FROM sessions WHERE retry_at <= t) AS retry,
+       EXISTS (SELECT 1 FROM sessions WHERE wall_at <= t) AS wall,
+       EXISTS (SELECT 1 FROM children WHERE state = 'due') OR EXISTS (SELECT 1 FROM sessions WHERE untold)
+           OR EXISTS (SELECT 1 FROM children WHERE state = 'ended' AND NOT told)
+           OR EXISTS (SELECT 1 FROM child_acts WHERE done_at IS NULL) AS children,
+       (SELECT extract(epoch FROM min(at) - t) FROM (
+           SELECT min(deadline) AS at FROM waits WHERE state = 'open' AND deadline IS NOT NULL
+           UNION ALL SELECT min(expires_at) FROM session_specs WHERE expires_at IS NOT NULL AND slot = 'waiting'
+           UNION ALL SELECT min(retry_at) FROM sessions WHERE retry_at > t
+           UNION ALL SELECT min(wall_at) FROM sessions WHERE wall_at IS NOT NULL
+           UNION ALL SELECT min(give_up_at) FROM sessions WHERE give_up_at IS NOT NULL
+           UNION ALL SELECT min(cancel_by) FROM sessions WHERE cancel_by IS NOT NULL) n) AS left
+FROM (SELECT clock_timestamp() AS t OFFSET 0) c"""
 
 _NEXT_DELAY = """
 SELECT extract(epoch FROM min(not_before) - clock_timestamp()) AS left FROM session_specs
@@ -64,14 +75,10 @@ class ControlLoops:
                 await asyncio.sleep(self._policy.poll_s)
 
     async def _time(self) -> None:
-        """Fire what is due, then wait for the next deadline, or for a sooner one to be made."""
+        """Do what is due, then wait for the next deadline, or for a sooner one to be made."""
         with self._control.hub.subscribe(TIMER_CHANNEL, ANY) as sooner:
-            await self.fire()
-            await sooner.wait(await self._until_next())
-
-    async def _until_next(self) -> float:
-        """Seconds until the next deadline that is known, at most `poll_s`."""
-        return max(0.005, await self._left(_SOONEST))
+            left = await self.fire()
+            await sooner.wait(max(0.005, left))
 
     async def _place(self) -> None:
         """Place who can be, then wait until a slot or a node may be free, or somebody's delay is over."""
@@ -90,41 +97,52 @@ class ControlLoops:
 
     async def _left(self, query: LiteralString) -> float:
         """Seconds until what `query` finds, at most `poll_s`."""
-        found = await self._control.transactions.run(lambda conn: rows.one(conn, query))
-        left = found["left"] if found else None
+        found = await self._control.transactions.once(lambda conn: rows.one(conn, query))
+        return self._soon(found["left"] if found else None)
+
+    def _soon(self, left: Any) -> float:
         return self._policy.poll_s if left is None else min(self._policy.poll_s, float(left))
 
-    async def fire(self) -> None:
-        """Everything whose time has come."""
+    async def fire(self) -> float:
+        """Do everything whose time has come. Seconds until the next time, at most `poll_s`."""
         run = self._control.transactions.run
-        await self._each(
-            """SELECT DISTINCT session AS id FROM waits
-               WHERE state = 'open' AND deadline <= clock_timestamp() LIMIT %s""",
-            self._settle,
-        )
-        await self._each(
-            "SELECT id FROM sessions WHERE give_up_at <= clock_timestamp() LIMIT %s",
-            lambda s: run(lambda conn: sessions.give_up(conn, s)),
-        )
-        await self._each(
-            "SELECT id FROM sessions WHERE cancel_by <= clock_timestamp() LIMIT %s",
-            lambda s: run(lambda conn: sessions.end_cancel(conn, s)),
-        )
-        await children.work(self._control.transactions, self._policy)
-        await self._each(
-            """SELECT session AS id FROM session_specs
-               WHERE expires_at <= clock_timestamp() AND slot = 'waiting' LIMIT %s""",
-            lambda s: run(lambda conn: sessions.expire(conn, s)),
-        )
-
-        await self._each(
-            "SELECT id FROM sessions WHERE retry_at <= clock_timestamp() LIMIT %s",
-            lambda s: run(lambda conn: sessions.place(conn, s, self._policy)),
-        )
-        await self._each(
-            "SELECT id FROM sessions WHERE wall_at <= clock_timestamp() LIMIT %s",
-            lambda s: run(lambda conn: budgets.look_at_wall(conn, s)),
-        )
+        due = await self._control.transactions.once(lambda conn: rows.one(conn, _DUE))
+        assert due is not None
+        if due["waits"]:
+            await self._each(
+                """SELECT DISTINCT session AS id FROM waits
+                   WHERE state = 'open' AND deadline <= clock_timestamp() LIMIT %s""",
+                self._settle,
+            )
+        if due["give_up"]:
+            await self._each(
+                "SELECT id FROM sessions WHERE give_up_at <= clock_timestamp() LIMIT %s",
+                lambda s: run(lambda conn: sessions.give_up(conn, s)),
+            )
+        if due["cancel"]:
+            await self._each(
+                "SELECT id FROM sessions WHERE cancel_by <= clock_timestamp() LIMIT %s",
+                lambda s: run(lambda conn: sessions.end_cancel(conn, s)),
+            )
+        if due["children"]:
+            await children.work(self._control.transactions, self._policy)
+        if due["expire"]:
+            await self._each(
+                """SELECT session AS id FROM session_specs
+                   WHERE expires_at <= clock_timestamp() AND slot = 'waiting' LIMIT %s""",
+                lambda s: run(lambda conn: sessions.expire(conn, s)),
+            )
+        if due["retry"]:
+            await self._each(
+                "SELECT id FROM sessions WHERE retry_at <= clock_timestamp() LIMIT %s",
+                lambda s: run(lambda conn: sessions.place(conn, s, self._policy)),
+            )
+        if due["wall"]:
+            await self._each(
+                "SELECT id FROM sessions WHERE wall_at <= clock_timestamp() LIMIT %s",
+                lambda s: run(lambda conn: budgets.look_at_wall(conn, s)),
+            )
+        return self._soon(due["left"])
 
     async def reap(self) -> None:
         """Recover what lost its node. A lease counts as run out only once this process has seen the database for a full
