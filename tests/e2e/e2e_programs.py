@@ -1,10 +1,9 @@
 """Real programs, frozen and killed in the middle of their model calls: each runs twice, once left alone and once disturbed, and
 both must come to the same end, having asked the model the same, nothing twice.
 
-    PROGRAM = Program("my agent", start=cli("examples/guides/mine/agent.py", "--goal", "x"), script=by_turn([...]))
-
     def test_mine(home: House) -> None:
-        compare(home, PROGRAM)
+        compare(home, guide("mine"))  # examples/guides/mine/agent.py with the model of examples/guides/mine/script.py
+        compare(home, Program("other", start=cli("--image", "base", "--", "other"), script=by_turn([...])))
 """
 
 from __future__ import annotations
@@ -15,15 +14,17 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any, Literal
 
-from e2e_fixtures import House, Session, body, gapless
+from e2e_fixtures import House, Session, body, gapless, pretty
 
-from rethaw.testing.provider import ProviderRequest, Reply
+from rethaw.testing.provider import ProviderRequest, Reply, load_script
 from rethaw.testing.reply import Script, answer
 
 ROOT = Path(__file__).resolve().parents[2]
+GUIDES = ROOT / "examples/guides"
 BEGIN_S = 300.0  # until a program's first call: its image may have to be built
 # Names that the provider makes up for each answer anew; equal ones stay equal.
 IDS = r"\b(?:chatcmpl-|call_|toolu_|fc_|msg_|resp_|req_)[0-9a-f]{24}(?:\d\d)?(?![0-9a-f])"
@@ -102,6 +103,12 @@ def cli(*words: str) -> Start:
     return start
 
 
+def guide(name: str, *, start: Start | None = None, **more: Any) -> Program:
+    """The example of a guide, with the model's side that lies beside it."""
+    script = load_script(str(GUIDES / name / "script.py"))
+    return Program(name, start or cli(f"examples/guides/{name}/agent.py"), script, **more)
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -113,6 +120,7 @@ class _Held:
         self._stops = list(stops)
         self._arrived = {id(stop): threading.Event() for stop in stops}
         self._gates = {id(stop): threading.Event() for stop in stops}
+        self._streaming: set[int] = set()
         self._before = len(home.provider.inner.calls)
         self._home = home
         home.provider.answer = self._answer  # type: ignore[assignment]
@@ -123,6 +131,10 @@ class _Held:
 
     def arrived(self, stop: Stop) -> bool:
         return self._arrived[id(stop)].is_set()
+
+    def streams(self, stop: Stop) -> bool:
+        """The first piece of its answer is out."""
+        return id(stop) in self._streaming
 
     def open(self, stop: Stop) -> None:
         self._gates[id(stop)].set()
@@ -139,6 +151,8 @@ class _Held:
             if not named or self.arrived(stop):
                 continue
             gate = self._gates[id(stop)]
+            if stop.stream and request.stream:
+                self._streaming.add(id(stop))
             self._arrived[id(stop)].set()
             if stop.stream and request.stream:
                 return reply.with_(hold=gate.is_set)
@@ -175,7 +189,7 @@ def _running(session: Session) -> bool:
 
 def _disturb(home: House, session: Session, stop: Stop, held: _Held) -> None:
     if not stop.at_once:
-        session.until("the snapshot of the call", lambda s: _saved(s, stop))
+        session.until("the snapshot of the call", lambda s: _saved(s, streams=held.streams(stop)))
     for number, what in enumerate(stop.do, start=1):
         thaws = len(session.events("snapshot.restored", all_lines=True))
         away = stop.away and number == len(stop.do)
@@ -200,14 +214,15 @@ def _disturb(home: House, session: Session, stop: Stop, held: _Held) -> None:
     held.open(stop)
 
 
-def _saved(session: Session, stop: Stop) -> bool:
+def _saved(session: Session, *, streams: bool) -> bool:
     """The newest call's snapshot is durable; of a stream, the first piece has also been let go to the program."""
     events = session.events()
     asked = [e for e in events if e["type"] == "exchange.requested"]
     if not asked:
         return False
     later = [e for e in events if e["seq"] > asked[-1]["seq"]]
-    return any(e["type"] == "snapshot.created" for e in later)
+    released = any(e["type"] == "exchange.released" for e in later)
+    return any(e["type"] == "snapshot.created" for e in later) and (released or not streams)
 
 
 def _answered(session: Session) -> bool:
@@ -255,14 +270,15 @@ def compare(home: House, program: Program, stops: Sequence[Stop] = STOPS) -> tup
     session = disturbed.session
     events = session.events(all_lines=True)
     thaws = sum(len(stop.do) for stop in stops)
-    assert sum(e["type"] == "snapshot.restored" for e in events) == thaws
-    assert session.view["crashes"] == sum(stop.do.count("kill") for stop in stops)
-    assert _shown(disturbed.requests) == _shown(alone.requests)
-    assert disturbed.result == alone.result
-    assert disturbed.stdout == alone.stdout
-    assert (disturbed.outbox, disturbed.emitted) == (alone.outbox, alone.emitted)
-    program.check(disturbed)
     kinds = [e["type"] for e in events]
+    assert kinds.count("snapshot.restored") == thaws, (thaws, kinds)
+    assert session.view["crashes"] == sum(stop.do.count("kill") for stop in stops)
+    _same("requests", _shown(alone.requests), _shown(disturbed.requests))
+    _same("result", pretty(alone.result), pretty(disturbed.result))
+    _same("stdout", alone.stdout, disturbed.stdout)
+    _same("outbox", pretty(alone.outbox), pretty(disturbed.outbox))
+    _same("emitted", pretty(alone.emitted), pretty(disturbed.emitted))
+    program.check(disturbed)
     for unwanted in (
         "exchange.reissued",
         "exchange.torn",
@@ -271,9 +287,14 @@ def compare(home: House, program: Program, stops: Sequence[Stop] = STOPS) -> tup
         "snapshot.unusable",
     ):
         assert unwanted not in kinds, [e for e in events if e["type"] == unwanted]
-    assert kinds.count("exchange.upstream") == len(disturbed.requests)
+    assert kinds.count("exchange.upstream") == len(disturbed.requests), kinds
     gapless(events)
     return alone, disturbed
+
+
+def _same(what: str, alone: str, disturbed: str) -> None:
+    lines = unified_diff(alone.splitlines(), disturbed.splitlines(), "left alone", "disturbed", lineterm="")
+    assert alone == disturbed, f"{what} differ\n" + "\n".join(lines)
 
 
 def _shown(requests: list[tuple[str, Any]]) -> str:

@@ -1,0 +1,14 @@
+"""What a model might say to agent.py."""
+
+from rethaw.testing.reply import Reply, by_turn
+
+PRIMES = "found = [n for n in range(2, 30) if all(n % m for m in range(2, n))]\nprint(found)\n"
+
+script = by_turn(
+    [
+        Reply("First the program.", tool_calls=[("write_file", {"name": "primes.py", "content": PRIMES})]),
+        Reply("I run it and keep it.", tool_calls=[("run_command", {"command": "found=$(python3 primes.py)"})]),
+        Reply("What has the shell kept?", tool_calls=[("run_command", {"command": 'echo "$found"'})]),
+        lambda r: Reply(f"The primes below thirty are {r.tool_results[0].splitlines()[0]}."),
+    ]
+)
