@@ -247,7 +247,10 @@ async def test_a_deployed_agent_is_started_by_its_name(
     (tmp_path / "echo.py").write_text(AGENT)
     server.client.agents.deploy(tmp_path / "echo.py")
     async with stdio(env) as call:
-        assert {"name": "echo", "version": 1} in (await call("deployed_list"))["agents"]
+        (told,) = [one for one in (await call("deployed_list"))["agents"] if one["name"] == "echo"]
+        assert told["version"] == 1 and told["arguments"]["properties"]["greeting"]["type"] == "string"
+        with pytest.raises(AssertionError, match="agent echo: argument greeting = 7 does not fit"):
+            await call("session_start_deployed", agent="echo", arguments={"greeting": 7})
         started = await call("session_start_deployed", agent="echo", arguments={"greeting": "yo"}, key="deployed")
         await call("session_send", session=started["id"], payload="x")
         answer = await call("session_outbox", session=started["id"], wait_s=50)

@@ -19,7 +19,7 @@ from e2e_fixtures import ASK, House, Session, house
 
 from rethaw import Agent
 from rethaw.cli.main import main
-from rethaw.model.errors import RethawError
+from rethaw.model.errors import InvalidInput, RethawError
 from rethaw.testing.chaos.run import code_archive
 
 pytestmark = [
@@ -262,6 +262,46 @@ def test_the_server_is_killed_in_the_middle_of_an_upgrade(h: House) -> None:
         every = session.events(all_lines=True)
         assert [e["type"] for e in every].count("session.upgraded") == 1
         assert [e["seq"] for e in every] == list(range(1, len(every) + 1))
+
+
+TYPED = """
+import dataclasses, rethaw
+@dataclasses.dataclass
+class Place:
+    city: str
+    zip: int = 0
+@rethaw.agent(name="trip")
+def trip(ctx, code: str, days: int = 2, place: Place | None = None):
+    'Plan a trip.'
+    return [code, days, place and place.city]
+"""
+
+
+def test_a_deployed_agent_says_what_it_takes(
+    h: House, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trip.py").write_text(TYPED)
+    cli("deploy", "trip.py")
+    (tmp_path / "trip.py").unlink()  # its code is on the server alone
+    started = cli("run", "-d", "--agent", "trip", "--code", "007", "--place", '{"city": "Ulm"}').stdout.strip()
+    assert Session(h, {"id": started}).result() == ["007", 2, "Ulm"]  # text stays text where it says str
+    told = cli("run", "--agent", "trip", "--help").stdout
+    assert "Plan a trip." in told and re.search(r"--days +int +default 2", told)
+    assert "  Place: city: str, zip: int" in told
+    assert re.search(r"--code +str +needed", cli("agent", "show", "trip").stdout)
+    takes = "it takes --code str [--days int] [--place Place | None]"
+    refused(cli("run", "--agent", "trip", check=False), 2, "needs --code", takes)
+    refused(cli("run", "--agent", "trip", "--code", "x", "--days", "many", check=False), 2, "--days = 'many'", takes)
+    before = h.server.request("GET", "/v1/sessions")["sessions"]
+    for given, said in (
+        ({}, "agent trip needs argument 'code'; it takes code: str, days: int = 2, place: Place | None = null"),
+        ({"code": 7}, "agent trip: argument code = 7 does not fit: it is no str; it has to be str"),
+        ({"code": "x", "place": {"zip": 1}}, "argument place = {'zip': 1} does not fit: field 'city' is missing"),
+        ({"code": "x", "dys": 1}, "agent trip has no argument 'dys'"),
+    ):
+        with pytest.raises(InvalidInput, match=re.escape(said)):
+            Agent.from_name("trip").start(**given)
+    assert h.server.request("GET", "/v1/sessions")["sessions"] == before
 
 
 def test_the_page(h: House, cli: Cli, tmp_path: Path) -> None:

@@ -164,14 +164,17 @@ def test_the_lists_of_own_options_are_those_of_the_commands(command: tuple[str, 
 @pytest.mark.parametrize(
     ("line", "target"),
     [
-        ("a.py --help", "a.py"),
-        ("-h x/a.py::b", "x/a.py::b"),
+        ("a.py --help", ("a.py", "file")),
+        ("-h x/a.py::b", ("x/a.py::b", "file")),
+        ("--agent a@2 --help", ("a@2", "agent")),
+        ("-h --agent=a.py", ("a.py", "agent")),
+        ("--agent --help", None),
         ("--help", None),
         ("a.py -- --help", None),
         ("a.py", None),
     ],
 )
-def test_help_about_a_file(line: str, target: str | None) -> None:
+def test_help_about_a_file(line: str, target: tuple[str, str] | None) -> None:
     assert asked_about(line.split()) == target
 
 

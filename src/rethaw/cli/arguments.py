@@ -12,7 +12,7 @@ import json
 import typing
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from rethaw.model import annotations, typed
 from rethaw.model.errors import InvalidInput
@@ -182,12 +182,19 @@ def described(function: Callable[..., Any]) -> list[str]:
     return [*lines, *(["", "Of which:", *told.values()] if told else [])]
 
 
-def asked_about(tokens: Sequence[str]) -> str | None:
-    """FILE.py[::NAME] when `rethaw run` is asked for help about that."""
+def asked_about(tokens: Sequence[str]) -> tuple[str, Literal["file", "agent"]] | None:
+    """FILE.py[::NAME], or the NAME[@VERSION] of --agent, when `rethaw run` is asked for help about that."""
     before = list(tokens[: tokens.index("--")] if "--" in tokens else tokens)
     if not {"--help", "-h"} & set(before):
         return None
-    return next((token for token in before if token.partition("::")[0].endswith(".py")), None)
+    for token, following in zip(before, [*before[1:], ""], strict=True):
+        if token == "--agent" and following and not following.startswith("-"):
+            return following, "agent"
+        if token.startswith("--agent="):
+            return token.removeprefix("--agent="), "agent"
+        if token.partition("::")[0].endswith(".py"):
+            return token, "file"
+    return None
 
 
 def _value(name: str, values: list[str | None], hint: Any, usage: str) -> Any:

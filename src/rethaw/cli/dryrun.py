@@ -17,11 +17,29 @@ def explain(target: str) -> str:
 
     file, _, chosen = target.partition("::")
     found = find(file, chosen or None)
+    return _explained(target, found.name, inspect.getdoc(found.function), described(found.function))
+
+
+def explain_deployed(target: str) -> str:
+    """The help text of a deployed agent, NAME[@VERSION]."""
+    from rethaw.cli.arguments import described
+    from rethaw.cli.connect import client
+    from rethaw.sdk.versions import parse
+
+    with client() as connection:
+        found = connection.agents.get(*parse(target))
+    function = found.function()
+    arguments = ["  nothing is written down of them: any are passed on"] if function is None else described(function)
+    return _explained(
+        f"--agent {target}", f"{found.agent}, version {found.label}", getattr(function, "__doc__", None), arguments
+    )
+
+
+def _explained(target: str, name: str, about: str | None, arguments: list[str]) -> str:
     lines = [f"Usage: rethaw run {target} [ARGUMENTS] [OPTIONS]"]
-    if said := inspect.getdoc(found.function):
-        lines += ["", *said.splitlines()]
-    arguments = described(found.function)
-    lines += ["", f"Arguments of {found.name}:", *(arguments or ["  none"])]
+    if about:
+        lines += ["", *about.splitlines()]
+    lines += ["", f"Arguments of {name}:", *(arguments or ["  none"])]
     lines += ["", "Options of `rethaw run` itself: rethaw run --help", ""]
     return "\n".join(lines)
 

@@ -51,9 +51,9 @@ def _run(args: list[str]) -> int:
 
         target = asked_about(args[1:]) if args[0] == "run" else None
         if target is not None:
-            from rethaw.cli.dryrun import explain
+            from rethaw.cli.dryrun import explain, explain_deployed
 
-            sys.stdout.write(explain(target))
+            sys.stdout.write(explain(target[0]) if target[1] == "file" else explain_deployed(target[0]))
             return 0
 
         args = prepared(args)

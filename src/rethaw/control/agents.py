@@ -10,7 +10,7 @@ from typing import Any
 from rethaw.control import meant, rows
 from rethaw.control.rows import Conn
 from rethaw.model.errors import Conflict, NotFound
-from rethaw.model.types import AgentSpec, StartOptions
+from rethaw.model.types import AgentSpec, Signature, StartOptions
 from rethaw.model.versions import AgentDetail, AgentVersion, Running, digest, plain
 
 _ENDED = "state NOT IN ('completed', 'failed', 'cancelled')"
@@ -42,7 +42,7 @@ def _version(found: dict[str, Any], sessions: int = 0) -> AgentVersion:
 async def number(conn: Conn, agent: AgentSpec) -> int:
     """The number of `agent` among the versions of its name, registered if it is new."""
     mark = digest(agent)
-    query = "SELECT number FROM agent_versions WHERE agent = %s AND digest = %s"
+    query = "SELECT number, spec::jsonb ? 'signature' AS signed FROM agent_versions WHERE agent = %s AND digest = %s"
     found = await rows.one(conn, query, (agent.name, mark))
     if found is None:
         # One at a time from here on, so that numbers have no gap.
@@ -55,6 +55,11 @@ async def number(conn: Conn, agent: AgentSpec) -> int:
             """INSERT INTO agent_versions (agent, number, digest, spec)
                SELECT %s, coalesce(max(number), 0) + 1, %s, %s FROM agent_versions WHERE agent = %s RETURNING number""",
             (agent.name, mark, plain(agent).model_dump_json(), agent.name),
+        )
+    elif not found["signed"] and agent.signature is not None:  # registered by an SDK that wrote none
+        await conn.execute(
+            "UPDATE agent_versions SET spec = %s WHERE agent = %s AND number = %s",
+            (plain(agent).model_dump_json(), agent.name, found["number"]),
         )
     assert found is not None
     return int(found["number"])
@@ -73,6 +78,12 @@ async def deploy(conn: Conn, agent: AgentSpec, starting: StartOptions = _PLAIN) 
         (starting.model_dump_json(exclude_defaults=True), agent.name, count),
     )
     return await pick(conn, agent.name, count), known is None
+
+
+async def signature(conn: Conn, name: str, version: int | None) -> Signature | None:
+    """What is written down of the arguments of a version."""
+    found = await rows.one(conn, "SELECT spec FROM agent_versions WHERE agent = %s AND number = %s", (name, version))
+    return None if found is None else AgentSpec.model_validate_json(found["spec"]).signature
 
 
 async def find(conn: Conn, name: str, version: int | None = None) -> AgentSpec:

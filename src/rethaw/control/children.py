@@ -12,7 +12,7 @@ import json
 import logging
 from typing import Any, Literal
 
-from rethaw.control import agents, arrivals, inbox, lineage, queues, rows, sessions, spawned, waits
+from rethaw.control import agents, arguments, arrivals, inbox, lineage, queues, rows, sessions, spawned, specs, waits
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.control.wakeups import Transactions
@@ -37,7 +37,8 @@ async def spawn(conn: Conn, row: Row, attempt: int, call: str, agent: str, args:
     _current(row, attempt)
     spec = await _agent(conn, row, agent)
     sessions.check_agent(spec, policy)
-    text = spawned.spec_text(sessions.canonical(spec.model_dump(mode="json")), sessions.canonical(args))
+    arguments.check(spec, args)
+    text = spawned.spec_text(specs.text_of(spec), sessions.canonical(args))
     key = f"spawn:{call}"
     child = await spawned.former_child(conn, row.id, key, text)
     if child is None:
@@ -76,6 +77,8 @@ async def _agent(conn: Conn, row: Row, name: str) -> AgentSpec:
     spec = known.pop(name, None)
     if spec is None:
         return await agents.find(conn, name)
+    if name == row.agent.name:
+        spec = spec.model_copy(update={"signature": await agents.signature(conn, name, row.version)})
     return spec.model_copy(update={"agents": known})
 
 

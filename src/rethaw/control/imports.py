@@ -27,7 +27,7 @@ async def take_in(
     of. Its log begins here: its attempt goes on, what the model saw before is in guest memory."""
     sessions.check_agent(agent, policy)
     await create_session_in(conn, session)
-    spec, text = sessions.canonical(agent.model_dump(mode="json")), sessions.canonical(args)
+    spec, text = specs.text_of(agent), sessions.canonical(args)
     await conn.execute(
         "INSERT INTO session_specs (session, agent, args, version) VALUES (%s, %s, %s, %s)",
         (session, spec, text, await agents.number(conn, agent)),

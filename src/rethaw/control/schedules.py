@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from rethaw.control import meant, queues, rows, sessions, templates, wakeups
+from rethaw.control import arguments, meant, queues, rows, sessions, templates, wakeups
 from rethaw.control.calendar import Calendar
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -22,6 +22,7 @@ from rethaw.model.errors import Conflict, InvalidInput, NotFound, RethawError
 from rethaw.model.ids import new_generation, new_id
 from rethaw.model.starting import check_name
 from rethaw.model.types import AgentSpec, Firing, Schedule, ScheduleSpec, SessionView, StartOptions
+from rethaw.model.versions import unsigned
 
 log = logging.getLogger("rethaw.control")
 
@@ -56,6 +57,10 @@ def _spec(found: dict[str, Any]) -> ScheduleSpec:
         options=StartOptions.model_validate_json(found["options"]),
         **{name: found[name] for name in ("cron", "tz", "every_s", "catch_up", "overlap")},
     )
+
+
+def _unsigned(spec: ScheduleSpec) -> ScheduleSpec:
+    return spec.model_copy(update={"agent": unsigned(spec.agent)})
 
 
 async def _shown(conn: Conn, found: dict[str, Any], *, firings: bool = True) -> Schedule:
@@ -95,6 +100,7 @@ async def create(conn: Conn, name: str, spec: ScheduleSpec, replace: bool, polic
     Raises InvalidInput, Conflict when the name is another's."""
     check_name("schedule", name)
     sessions.check_agent(spec.agent, policy)
+    arguments.check(spec.agent, spec.args)
     queues.check_options(_options(spec, name))
     now = await _now(conn)
     calendar = Calendar(spec.cron, spec.tz, spec.every_s, now)
@@ -116,7 +122,7 @@ async def create(conn: Conn, name: str, spec: ScheduleSpec, replace: bool, polic
     )
     if made is None:
         made = await _load(conn, name, lock=True)
-        if (former := _spec(made)) != spec:
+        if _unsigned(former := _spec(made)) != _unsigned(spec):
             if not replace:
                 raise Conflict(
                     f"schedule {name} exists and differs", remedy="replace it (--replace), or choose another name"

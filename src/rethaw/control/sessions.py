@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg import sql
 
-from rethaw.control import agents, leases, meant, placement, queues, recovery, rows, specs, wakeups
+from rethaw.control import agents, arguments, leases, meant, placement, queues, recovery, rows, specs, wakeups
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -17,6 +17,7 @@ from rethaw.model.egress import rules_of
 from rethaw.model.enums import Desired, Durability, EventType, Reason, State
 from rethaw.model.errors import AmbiguousId, Conflict, InvalidInput, KeyReused, NotFound
 from rethaw.model.types import MIB, AgentSpec, BudgetSpec, NewEvent, StartOptions
+from rethaw.model.versions import unsigned
 
 _UNPLACED = (State.CREATED, State.QUEUED)
 # Its parent never heard of its end and cannot find it any more.
@@ -77,6 +78,7 @@ def check_agent(agent: AgentSpec, policy: Policy) -> None:
                 f"{field} = {value!r} does not fit agent {agent.name}", remedy=f"use {least:g} or more seconds"
             )
     _check_limits(agent)
+    arguments.check_record(agent)
     if not agent.workdir.startswith("/"):
         raise InvalidInput(f"workdir {agent.workdir!r} of agent {agent.name} is not absolute", remedy="begin it with /")
     if agent.entry is None and not agent.command[0]:
@@ -134,7 +136,8 @@ async def create(
     queues.check_options(options)
     if key is not None and (not 0 < len(key) <= 500 or "\0" in key):
         raise InvalidInput(f"{key[:80]!r} cannot be a key", remedy="use 1 to 500 characters, no NUL")
-    spec, text = canonical(agent.model_dump(mode="json")), canonical(args)
+    text, wanted = canonical(args), canonical(unsigned(agent).model_dump(mode="json"))
+    arguments.check(agent, args)
     if key is not None:
         # Two callers with one key: the second waits here until the first has committed.
         await conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (key,))
@@ -142,8 +145,10 @@ async def create(
     if former:
         row = former[0]
         same = row.args == text and (
-            canonical(row.agent.model_dump(mode="json")) == spec
-            or (row.attempt > 1 and (await specs.of_attempt(conn, row.id, 1))[0] == agent)  # upgraded since
+            canonical(unsigned(row.agent).model_dump(mode="json")) == wanted
+            or (
+                row.attempt > 1 and unsigned((await specs.of_attempt(conn, row.id, 1))[0]) == unsigned(agent)
+            )  # upgraded
         )
         if row.key == key and not same:
             raise KeyReused(
@@ -155,7 +160,7 @@ async def create(
     await create_session_in(conn, session)
     await conn.execute(
         "INSERT INTO session_specs (session, agent, args, version) VALUES (%s, %s, %s, %s)",
-        (session, spec, text, await agents.number(conn, agent)),
+        (session, specs.text_of(agent), text, await agents.number(conn, agent)),
     )
     await queues.enter(conn, session, options, queue=queue)
     await rows.update(conn, session, attempt=1, key=key, agent_name=agent.name, memory_bytes=agent.memory_bytes)

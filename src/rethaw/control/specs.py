@@ -19,6 +19,12 @@ _SETTLE = """INSERT INTO attempt_specs (session, attempt, agent, version)
     ON CONFLICT DO NOTHING"""
 
 
+def text_of(agent: AgentSpec) -> str:
+    """As a session has it: without its signature, which is asked for at a start alone (the version's row has it)."""
+    wire = agent.model_dump(mode="json", exclude={"signature"})
+    return json.dumps(wire, sort_keys=True, allow_nan=False, separators=(",", ":"))
+
+
 async def of_attempt(conn: Conn, session: str, attempt: int) -> tuple[AgentSpec, int | None]:
     """What that attempt ran, and the number of that version. Raises NotFound."""
     found = await rows.one(
@@ -50,7 +56,7 @@ async def switch(conn: Conn, row: Row, agent: AgentSpec, version: int | None, *,
         await conn.execute("DELETE FROM attempt_specs WHERE session = %s AND attempt = %s", (row.id, row.attempt))
     await conn.execute(
         "UPDATE session_specs SET agent = %s, version = %s WHERE session = %s",
-        (json.dumps(agent.model_dump(mode="json"), sort_keys=True, separators=(",", ":")), version, row.id),
+        (text_of(agent), version, row.id),
     )
     await rows.update(conn, row.id, agent_name=agent.name, memory_bytes=agent.memory_bytes)
     return await rows.load(conn, row.id)

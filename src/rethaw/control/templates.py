@@ -7,12 +7,13 @@ import json
 import re
 from typing import Any
 
-from rethaw.control import forks, inbox, meant, queues, rows, sessions
+from rethaw.control import arguments, forks, inbox, meant, queues, rows, sessions
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.model.errors import Conflict, InvalidInput, KeyReused, NotFound
 from rethaw.model.ids import new_id
 from rethaw.model.types import AgentSpec, StartOptions, Template
+from rethaw.model.versions import unsigned
 
 START = "rethaw.start"  # the signal that ctx.ready() waits for; equal to rethaw.guest.protocol.START
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -22,7 +23,7 @@ AUTO = "auto."  # equal to rethaw.guest.protocol.AUTO
 
 def auto_name(agent: AgentSpec) -> str:
     """The name of the template that an agent's sessions start from by themselves: another one for any other agent."""
-    text = sessions.canonical(agent.model_dump(mode="json"))
+    text = sessions.canonical(unsigned(agent).model_dump(mode="json"))
     return f"{_auto_prefix(agent)}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -94,6 +95,7 @@ async def start_auto(
 ) -> tuple[Row, bool] | None:
     """A session of `agent` from its own template; None when there is none yet, or the key's session began otherwise."""
     sessions.check_agent(agent, policy)
+    arguments.check(agent, args)
     name, payload = auto_name(agent), json.dumps(args).encode()
     if key is not None:
         await _lock_key(conn, key)

@@ -6,10 +6,11 @@ one is a signal that a wait of that name of the new attempt may take (control/wa
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
-from rethaw.control import agents, forks, lineage, outbox, placement, rows, sessions, specs
+from rethaw.control import agents, arguments, forks, lineage, outbox, placement, rows, sessions, specs
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.model.enums import Desired, EventType, Reason, State
@@ -155,6 +156,8 @@ async def _check(conn: Conn, row: Row, agent: AgentSpec, at: int | None, policy:
         )
     before = row.version if row.version is not None else await agents.number(conn, row.agent)
     after = await agents.number(conn, agent)
+    if before != after:  # it is started with the arguments that it was begun with
+        arguments.check(_with_template(row.agent, agent), json.loads(row.args))
     if before == after and at is None and row.state.final:
         raise Conflict(
             f"session {row.id} is {row.state.value} and runs version {after} already",

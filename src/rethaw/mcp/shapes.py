@@ -12,6 +12,7 @@ from rethaw.sdk.types import Stats
 
 if TYPE_CHECKING:
     from rethaw.model.types import Event, SessionView, SnapshotInfo
+    from rethaw.model.versions import AgentVersion
     from rethaw.sdk.types import Message, Outcome, Why
 
 BODY_CHARS = 4000  # of one event or file that are shown
@@ -232,6 +233,14 @@ class AgentsHere(BaseModel):
 class DeployedAgent(BaseModel):
     name: str
     version: int
+    arguments: dict[str, Any] | None = Field(
+        description="JSON Schema of what it takes; null: not known, anything is passed on"
+    )
+
+    @classmethod
+    def of(cls, one: AgentVersion) -> DeployedAgent:
+        signature = one.spec.signature
+        return cls(name=one.agent, version=one.version, arguments=signature.arguments if signature else None)
 
 
 class Deployed(BaseModel):

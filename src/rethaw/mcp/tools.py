@@ -122,7 +122,7 @@ class Tools:
         """The agents that session_start_deployed can start, each with the version that a start takes."""
         async with self._connection.client() as client:
             found = await client.agents.list()
-        return shapes.Deployed(agents=[shapes.DeployedAgent(name=one.agent, version=one.version) for one in found])
+        return shapes.Deployed(agents=[shapes.DeployedAgent.of(one) for one in found])
 
     async def session_start_deployed(
         self,

@@ -132,7 +132,7 @@ def models(annotation: Any) -> dict[str, dict[str, str]]:
 
 def fields(annotation: Any) -> dict[str, str] | None:
     """Field names and types of a model, dataclass or TypedDict; None for anything else."""
-    if not inspect.isclass(annotation):
+    if not inspect.isclass(annotation) and not hasattr(annotation, "__supertype__"):  # signatures.py describes by these
         return None
     known = getattr(annotation, "model_fields", None)
     if isinstance(known, dict):

@@ -202,22 +202,25 @@ def _each(given: Any, kind: Any, step: Callable[[Any, Any], Any]) -> dict[str, A
     """`step` over the fields of a dataclass or TypedDict."""
     if not isinstance(given, dict):
         raise Unfit("it is no dict")
-    values, wanted = cast("dict[str, Any]", given), annotations.fields_of(kind)
-    if dataclasses.is_dataclass(kind):
-        optional = {
-            field.name
-            for field in dataclasses.fields(kind)
-            if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        }
-    else:
-        optional = set(wanted) - set(getattr(kind, "__required_keys__", wanted))
+    values, wanted, needed = cast("dict[str, Any]", given), annotations.fields_of(kind), required_of(kind)
     for name in values:
         if name not in wanted:
             raise Unfit(f"{name_of(kind)} has no field {name!r}")
     for name in wanted:
-        if name not in values and name not in optional:
+        if name not in values and name in needed:
             raise Unfit(f"field {name!r} is missing")
     return {name: _at(f".{name}", step, value, wanted[name]) for name, value in values.items()}
+
+
+def required_of(kind: Any) -> set[str]:
+    """The fields of a dataclass or TypedDict that have no default."""
+    if not dataclasses.is_dataclass(kind):
+        return set(getattr(kind, "__required_keys__", annotations.fields_of(kind)))
+    return {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
 
 
 def _first(value: Any, kinds: tuple[Any, ...], step: Callable[[Any, Any], Any]) -> Any:

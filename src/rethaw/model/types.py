@@ -137,6 +137,17 @@ class Spent(Wire):
     unpriced: str | None = None
 
 
+class Signature(Wire):
+    """What an agent takes and gives, as JSON Schema (see model/signatures.py): `arguments` is an object by name."""
+
+    arguments: dict[str, Any]
+    result: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+
+def _absent(value: object) -> bool:
+    return value is None
+
+
 class AgentSpec(Wire):
     """An agent's definition. `code` is the digest of a tar.gz of files that appear under /app."""
 
@@ -163,6 +174,8 @@ class AgentSpec(Wire):
     retries: RetrySpec | None = None  # None: a program that fails ends its session
     budget: BudgetSpec | None = None
     allow: tuple[str, ...] = ()  # where it may connect to, see model/egress.py; empty: nowhere
+    # Arguments are checked against it at a start. None: anything is taken. No part of the version's digest.
+    signature: Signature | None = Field(default=None, exclude_if=_absent)
 
 
 # ---------------------------------------------------------------- the log

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from rethaw.model.types import AgentSpec, SessionView, StartOptions, Wire
 
@@ -25,10 +26,18 @@ def plain(agent: AgentSpec) -> AgentSpec:
     return agent.model_copy(update={"env": env, "template": "auto" if template.startswith(_AUTO) else agent.template})
 
 
+def unsigned(agent: AgentSpec) -> AgentSpec:
+    """`agent` without what is written down about its arguments, and about those of the agents that it may spawn."""
+    others = {name: unsigned(other) for name, other in agent.agents.items()}
+    if agent.signature is None and all(others[name] is other for name, other in agent.agents.items()):
+        return agent
+    return agent.model_copy(update={"signature": None, "agents": others})
+
+
 def digest(agent: AgentSpec) -> str:
     """What names a version. Fields that stand at their default do not count, so that a field that a later Rethaw adds
-    leaves the digests of today as they are."""
-    text = json.dumps(plain(agent).model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    leaves the digests of today as they are; nor do signatures, which the code says already."""
+    text = json.dumps(unsigned(plain(agent)).model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -51,6 +60,12 @@ class AgentVersion(Wire):
     def label(self) -> str:
         """`3 (4be1c02a)`."""
         return label(self.version, self.digest) or ""
+
+    def function(self) -> Callable[..., Any] | None:
+        """Stands in for its function, which takes what that takes; None when nothing is written down of that."""
+        from rethaw.model.signatures import stand_in
+
+        return None if self.spec.signature is None else stand_in(self.agent, self.spec.signature)
 
 
 class Running(Wire):

@@ -228,11 +228,12 @@ class Agent(Generic[P, R_co]):
 
     def spec(self, code: str, image: ImageSpec | None = None) -> AgentSpec:
         """The wire form; `code` is the digest of the uploaded package, `image` that of its image where it is known."""
+        from rethaw.model import signatures
         from rethaw.sdk.beside import specs
 
         check_types(self.function, self.options.image, all_there=True)
-        spec, others = self.options.spec(entry=self.entry, code=code, image=image), specs(self, code)
-        return spec.model_copy(update={"agents": others}) if others else spec
+        spec = self.options.spec(entry=self.entry, code=code, image=image)
+        return spec.model_copy(update={"agents": specs(self, code), "signature": signatures.of(self.function)})
 
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments by name as JSON holds them, checked against the function and its types. Raises InvalidInput."""

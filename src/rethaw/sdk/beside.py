@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 
 def specs(agent: Agent[..., Any], code: str) -> dict[str, AgentSpec]:
     """The wire forms of `others`, which are in the same package (`code`)."""
+    from rethaw.model import signatures
+
     root = agent.file.parent
-    return {name: one.options.spec(entry=_entry(one, root), code=code) for name, one in others(agent).items()}
+    return {
+        name: one.options.spec(entry=_entry(one, root), code=code).model_copy(
+            update={"signature": signatures.of(one.function)}
+        )
+        for name, one in others(agent).items()
+    }
 
 
 def others(agent: Agent[..., Any]) -> dict[str, Agent[..., Any]]:

@@ -79,7 +79,7 @@ def ls(*, json: Json = False) -> None:
 
 
 def show(name: str, /, *, json: Json = False) -> None:
-    """Show the versions of an agent, and which session runs which.
+    """Show the versions of an agent, what it takes, and which session runs which.
 
     For example:
       rethaw agent show researcher
@@ -105,6 +105,14 @@ def show(name: str, /, *, json: Json = False) -> None:
         for one in found.versions
     ]
     output.table(["VERSION", "RUNS", "DEPLOYED", "SESSIONS", ""], rows)
+    shown = next((one for one in found.versions if one.current), found.versions[0])
+    if (function := shown.function()) is not None:
+        from rethaw.cli.arguments import described
+
+        output.data("")
+        output.data(f"Arguments of version {shown.version}:")
+        for line in described(function) or ["  none"]:
+            output.data(output.plain(line))
     if found.sessions:
         output.data("")
         ids = output.short(one.session for one in found.sessions)

@@ -250,8 +250,10 @@ def _of_name(
             f"{option} belongs to the agent's definition, which --agent {agent} takes as it was deployed",
             remedy=f"leave {option} out, or deploy another version",
         )
-    one = named(*parse_name(agent))
-    args = parse(one.function, tokens)
+    name, version = parse_name(agent)
+    found = connection.agents.get(name, version)
+    one = named(name, found.version)
+    args = parse(found.function() or one.function, tokens)
     spec = one.uploaded(connection)
     return connection.sessions.start(spec, args, key=key, **how.over(one.starting).given())
 
