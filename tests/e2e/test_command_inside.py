@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from e2e_fixtures import House, gapless, house
@@ -64,4 +65,31 @@ def test_a_shell_script_counts_through_three_crashes_and_a_freeze(home: House) -
     (counted,) = session.events("emitted")
     assert counted["data"]["name"] == "counted"
     assert session.outbox() == [{"total": 1}, {"total": 3}, {"total": 6}]
+    gapless(session.events(all_lines=True))
+
+
+def test_a_node_program_goes_on_through_crashes(home: House) -> None:
+    """examples/guides/inside/tasks.js, as the guide quotes it."""
+    code = (Path(__file__).resolve().parents[2] / "examples/guides/inside/tasks.js").read_text()
+    session = home.start(
+        {"name": "node", "command": ["node", "-e", code], "image": {"apt": ["nodejs"]}, "idle_suspend_s": 600}
+    )
+    session.until_state("waiting", timeout_s=240)
+    session.send("water the plants")
+    session.until(
+        "the person to be asked", lambda s: any(e["data"].get("name") == "approve-1" for e in s.events("wait.opened"))
+    )
+    session.crash()
+    session.until("the crash", lambda s: s.view["crashes"] == 1)
+    session.until_state("waiting")
+    session.post("suspend")
+    session.until_state("suspended")
+    session.post("resume")
+    session.signal("approve-1", True)
+    session.until("its answer", lambda s: s.outbox())
+    session.crash()
+    session.until("the crash", lambda s: s.view["crashes"] == 2)
+    session.send("stop")
+    assert session.result() == {"tasks": 1}
+    assert session.outbox() == [{"number": 1, "done": "water the plants"}]
     gapless(session.events(all_lines=True))

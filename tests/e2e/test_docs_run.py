@@ -127,6 +127,15 @@ def test_readme(reader: Reader) -> None:
     assert (reader.place / "agent.snap").stat().st_size > 1 << 20
 
 
+def test_the_command_inside(reader: Reader) -> None:
+    (reader.place / "examples").symlink_to(ROOT / "examples")
+    (block,) = (b for b in reader.blocks("docs/guides/index.md") if "tasks.sh" in b)
+    reader.type(block)
+    reader.until("completed")
+    session = (reader.place / ".session").read_text().strip()
+    assert reader.home.server.request("GET", f"/v1/sessions/{session}/result?wait_s=30")["result"] == {"tasks": 1}
+
+
 def test_templates(reader: Reader) -> None:
     reader.files("docs/templates.md")
     first, second, *rest = reader.blocks("docs/templates.md")
