@@ -25,6 +25,7 @@ from rethaw.api import (
     snapshots,
     snapshots_look,
     templates,
+    top,
 )
 from rethaw.api.errors import Ascii
 from rethaw.api.guard import Guard
@@ -53,10 +54,23 @@ def create_app(
     node: str = "",
     cpu: Callable[[str], float | None] | None = None,
     trees: Images | None = None,
+    usage: Callable[[], Awaitable[dict[str, tuple[float, int]]]] | None = None,
 ) -> FastAPI:
     """The application. Everything but /healthz, /openapi.json and /v1/callbacks wants `Authorization: Bearer TOKEN`."""
     rooms = Rooms(
-        control, log, catalog, crash_hook, doctor_hook, blobs_dir, heartbeat_s, looking, carrier, trees, node, cpu
+        control,
+        log,
+        catalog,
+        crash_hook,
+        doctor_hook,
+        blobs_dir,
+        heartbeat_s,
+        looking,
+        carrier,
+        trees,
+        node,
+        cpu,
+        usage,
     )
     app = FastAPI(
         title="Rethaw",
@@ -77,6 +91,7 @@ def create_app(
     app.include_router(schedules.router(rooms, app.state.warming))
     app.include_router(agents.router(rooms))
     app.include_router(images.router(rooms))
+    app.include_router(top.router(rooms))
     _other_routes(app, rooms)
     _describe_token(app)
     return app

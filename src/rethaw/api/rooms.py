@@ -35,6 +35,7 @@ class Rooms:
     images: Images | None = None
     node: str = ""
     cpu: Callable[[str], float | None] | None = None  # CPU seconds that a session's sandbox has used here
+    usage: Callable[[], Awaitable[dict[str, tuple[float, int]]]] | None = None  # that and memory bytes, of all of them
 
     def has_blob(self, digest: str) -> bool:
         return _DIGEST.fullmatch(digest) is not None and (self.blobs_dir / f"{digest}.tar.gz").is_file()

@@ -33,6 +33,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "FILE.py[::NAME] [--ARG VALUE ...] | --agent NAME[@VERSION] ... | --image base -- COMMAND ...",
         ),
         Command("ls", "look:ls", "List sessions.", aliases=("ps",)),
+        Command("top", "top:top", "Watch what sessions take: CPU, memory, model calls, storage."),
         Command("show", "look:show", "Show a session, and what durability did for it.", "SESSION"),
         Command("why", "look:why", "Say what a session waits for and what wakes it.", "SESSION"),
         Command("events", "watch:events", "Print the context log.", "SESSION"),

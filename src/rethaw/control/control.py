@@ -20,6 +20,7 @@ from rethaw.control import (
     imports,
     inbox,
     leases,
+    loads,
     outbox,
     placement,
     queues,
@@ -538,6 +539,10 @@ class Control:
 
     async def why(self, session: str) -> dict[str, Any]:
         return await self._run(lambda conn: stats.why(conn, session))
+
+    async def loads(self, limit: int, ended: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """See `loads.read`."""
+        return await self._run(lambda conn: loads.read(conn, limit, ended))
 
     async def nodes(self) -> list[dict[str, Any]]:
         return await self._run(leases.nodes)

@@ -105,6 +105,16 @@ class Node:
         life = supervisor.life if supervisor is not None else None
         return None if life is None else life.sandbox.cpu_s()
 
+    async def usage(self) -> dict[str, tuple[float, int]]:
+        """CPU seconds and bytes of memory of each session's sandbox here."""
+        boxes = {s.session: s.life.sandbox for s in self._supervisors.values() if s.life is not None}
+
+        def cpu() -> dict[str, float]:
+            return {session: box.cpu_s() for session, box in boxes.items()}
+
+        used = await asyncio.to_thread(cpu)
+        return {session: (used[session], await box.memory()) for session, box in boxes.items()}
+
     def crash_sandbox(self, session: str) -> None:
         """SIGKILL the sandbox of `session`. Raises Conflict when it has none here."""
         supervisor = self._supervisors.get(session)

@@ -29,6 +29,7 @@ from rethaw.sdk.types import Detail, Message, Outcome, Why
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rethaw.model.loads import MachineLoad
     from rethaw.model.versions import Files, Upgraded
     from rethaw.sdk.agents import Agent
 
@@ -112,6 +113,12 @@ class Client:
     def nodes(self) -> list[dict[str, Any]]:
         """Rows of the server's nodes."""
         return self.run(calls.nodes())
+
+    def top(self, *, limit: int = 200, ended: bool = False) -> MachineLoad:
+        """What the newest `limit` sessions that have not ended (`ended`: those too) take of their machine."""
+        from rethaw.sdk import top
+
+        return self.run(top.call(limit, ended))
 
     def doctor(self) -> list[dict[str, Any]]:
         """Reports of the server's engines, after a guest went through each."""

@@ -220,6 +220,7 @@ async def _run(
             carrier=Transfers(parts),
             node=parts.node,
             cpu=node.cpu_s,
+            usage=node.usage,
             trees=Shelf(parts.images),
         )
         server = uvicorn.Server(
