@@ -216,13 +216,9 @@ def test_an_agent_that_cannot_be(home: House, field: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- memory and crash loops
 
 
-def test_more_memory_than_any_node_has_waits_and_says_so(home: House) -> None:
-    session = home.start({"name": "t", "command": ["true"], "memory_bytes": 1 << 50})
-    assert session.view["state"] == "queued"
-    assert "memory" in session.view["detail"]
-    assert "memory" in home.server.cli("why", session.id).stdout
-    session.post("cancel")
-    assert final(session)["state"] == "cancelled"
+def test_more_memory_than_any_node_has_is_refused(home: House) -> None:
+    done = home.server.cli("run", "--image", "base", "--memory", "900TiB", "--", "true", check=False)
+    refused(done, 2, "943718400 MiB", "no node", "the largest takes", "give it less")
 
 
 def test_memory_too_small_to_get_up(home: House) -> None:
@@ -261,6 +257,34 @@ def test_an_agent_that_always_runs_out_of_memory_fails_and_names_the_limit(home:
         "x = bytearray(b'x' * (1 << 30))", check=False), 1, "64 MiB", "memory")  # fmt: skip
 
 
+GROWING = agents.add("""
+def main(ctx):
+    done = [e for e in ctx.history() if e["type"] == "message.sent"]
+    if not done:
+        ctx.send(ask("what I need to know"))  # its answer is paid for once
+        ctx.snapshot()
+    data = [bytearray(os.urandom(4 << 20)) for _ in range(40)]
+    return [len(done), len(data), ctx.fresh]
+""")
+
+
+def test_a_retry_with_more_memory_ends_what_ran_out_of_it(home: House) -> None:
+    retries = {"max": 1, "delay_s": 0.1, "on": ["out_of_memory"]}
+    session = agents.start(home, GROWING, memory_bytes=96 * MIB, retries=retries)
+    view = final(session, timeout_s=100)
+    assert (view["state"], view["reason"]) == ("failed", "out_of_memory"), view
+    assert view["detail"].startswith("2 attempts failed, last: it runs out of memory again and again")
+    (retried,) = session.events("retry.scheduled", all_lines=True)
+    assert retried["data"]["after"] == "out of memory"
+    refused(home.server.cli("retry", session.id, "--memory", "8MiB", check=False), 2, "8 MiB", "32")
+    refused(home.server.cli("retry", session.id, "--memory", "900TiB", check=False), 2, "no node", "the largest takes")
+    home.server.cli("retry", session.id, "--memory", "384MiB")
+    assert session.result() == [1, 40, True]
+    assert home.provider.texts.count("what I need to know") == 1
+    assert session.outbox() == ["echo what I need to know"]
+    assert "384 MiB" in home.server.cli("show", session.id).stdout
+
+
 MALICIOUS = agents.add("""
 def main(ctx):
     ctx.snapshot()
@@ -275,12 +299,15 @@ def main(ctx):
 def test_an_agent_that_dies_right_after_every_restore_is_given_up(home: House) -> None:
     other = home.start({"name": "other", "command": ["sleep", "300"]})
     other.until_state("running")
-    session = agents.start(home, MALICIOUS)
+    session = agents.start(home, MALICIOUS, retries={"max": 1, "delay_s": 0.1})
+    session.until("a retry", lambda s: s.events("retry.scheduled"), timeout_s=100)
+    assert session.events("retry.scheduled")[0]["data"]["after"] == "crash loop"
     view = final(session, timeout_s=100)
     assert (view["state"], view["reason"]) == ("failed", "crash_loop"), view
+    assert view["detail"].startswith("2 attempts failed, last: it died again and again")
     tried = [e["data"]["next"] for e in session.events("session.crashed", all_lines=True)]
     assert tried[-1] == "fail"
-    assert [t for t in tried if t != "same"] == ["parent", "fresh", "fail"], tried
+    assert [t for t in tried if t != "same"] == ["parent", "fresh", "fail"] * 2, tried
     assert session.events("channel.malformed", all_lines=True)
     assert other.view["state"] == "running"  # what one guest writes into its channel is nobody else's trouble
     other.post("cancel", {"now": True})

@@ -263,6 +263,84 @@ async def test_a_retry_by_hand_after_a_crash_loop_begins_at_the_newest_snapshot(
         await w.control.report_death(fence, Reason.SANDBOX_DIED, "it died")
 
 
+async def loop(w: World, session: str, fence: Fence, reason: Reason = Reason.SANDBOX_DIED) -> SessionView:
+    """Every life of the current attempt, and what recovery makes of it, dies at once."""
+    await w.control.report_death(fence, reason, "again")
+    while (await w.control.session(session)).state == S.RECOVERING:
+        (assignment,) = [a for a in await w.node.work(2) if a.session == session]
+        fence = Fence(session=session, generation=assignment.generation)
+        await w.report(fence, S.RUNNING)
+        await w.control.report_death(fence, reason, "again")
+    return await w.control.session(session)
+
+
+async def test_a_crash_loop_is_followed_by_a_new_attempt(w: World) -> None:
+    session, fence = await w.start(agent(max=2, delay_s=0.2))
+    kept = await w.act(fence)
+    await w.control.send(session, b"1")
+    await w.control.open_wait(fence, 1, WaitSpec(id="1.1", kind="inbox", after=0))
+    await w.control.consume(fence, 1, 1)
+    await w.save(fence)
+    await w.append(fence, EventType.MESSAGE_SENT, b'"seen by nobody"', message="m_1", key="send:1.2")
+    view = await loop(w, session, fence)
+    attempts = {1}
+    for failures in (1, 2):
+        assert (view.state, view.reason) == (S.QUEUED, Reason.RETRY)
+        assert "ended with crash loop" in (view.detail or "")
+        assert await w.node.work() == []  # it waits for its time
+        assignment, fence = await again(w, session)
+        assert assignment.attempt not in attempts and assignment.snapshot is None
+        attempts.add(assignment.attempt)
+        assert assignment.boot is not None and (assignment.boot.fresh, assignment.boot.cursor) == (True, 0)
+        assert kept.seq in [e.seq for e in await w.events(session)]
+        assert await w.control.outbox(session) == []
+        assert (await w.control.session(session)).crashes > failures
+        view = await loop(w, session, fence)
+    assert (view.state, view.reason) == (S.FAILED, Reason.CRASH_LOOP)
+    assert (view.detail or "").startswith("3 attempts failed, last: it died again and again at its start")
+    how = [a.how for a in await w.control.attempts(session)]
+    assert how[-1] == "crash loop" and set(how) == {"crash loop", "given up (crash loop)"}
+
+
+async def test_what_retries_are_not_for_ends_it(w: World) -> None:
+    session, fence = await w.start(agent())
+    view = await loop(w, session, fence, Reason.OUT_OF_MEMORY)  # not by default
+    assert (view.state, view.reason) == (S.FAILED, Reason.OUT_OF_MEMORY)
+    assert "give it more memory" in (view.detail or "")
+    session, fence = await w.start(agent(on=("out_of_memory",)))
+    assert (await loop(w, session, fence, Reason.OUT_OF_MEMORY)).state == S.QUEUED
+    session, fence = await w.start(agent(on=("out_of_memory",)))
+    view = await fail(w, fence, 3)
+    assert (view.state, view.detail) == (S.FAILED, "exit code 3 (exit is not among what its retries are for)")
+    session, fence = await w.start(agent(max=1))
+    await w.append(fence, EventType.EMITTED, name=retries.NO_RETRY)
+    await w.save(fence)
+    assert (await loop(w, session, fence)).state == S.QUEUED  # the boot after it is an attempt that did not say so
+
+
+async def test_a_retry_with_more_memory(w: World) -> None:
+    session, fence = await w.start(agent(on=(), delay_s=300))
+    await loop(w, session, fence, Reason.OUT_OF_MEMORY)
+    for wrong, said in ((1 << 20, "too small"), (1 << 40, "which no node has")):
+        with pytest.raises(InvalidInput, match=said):
+            await w.control.retry(session, wrong)
+    view = await w.control.retry(session, 128 << 20)
+    assert (view.state, view.agent.memory_bytes, view.version) == (S.STARTING, 128 << 20, 2)
+    assignment, fence = await w.back(session, "start")
+    assert assignment.agent.memory_bytes == 128 << 20
+    # Also of one that waits for its time: nothing of that attempt has run.
+    session, fence = await w.start(agent(delay_s=300))
+    await fail(w, fence)
+    view = await w.control.retry(session, 96 << 20)
+    assert (view.state, view.attempt, view.agent.memory_bytes) == (S.STARTING, 2, 96 << 20)
+    assert (await w.control.agent_of(session, 1)).memory_bytes == AGENT.memory_bytes
+    assert (await w.control.agent_of(session, 2)).memory_bytes == 96 << 20
+    running, _ = await w.start()
+    with pytest.raises(Conflict, match="only one that failed"):
+        await w.control.retry(running, 96 << 20)
+    assert (await w.control.session(running)).agent.memory_bytes == AGENT.memory_bytes
+
+
 async def test_a_rewind_leads_out_of_a_backoff(w: World) -> None:
     session, fence = await w.start(agent(delay_s=300))
     info = await w.save(fence)

@@ -57,10 +57,22 @@ async def test_without_a_node_it_is_queued_until_one_is_there(control_dsn: str) 
         assert await w.states(view.id) == ["queued", "starting"]
 
 
-async def test_a_session_too_large_for_every_node_stays_queued(w: World) -> None:
-    view, _ = await w.control.create(AGENT.model_copy(update={"memory_bytes": 1 << 40}), {})
+async def test_a_session_too_large_for_every_node_is_refused(w: World) -> None:
+    large = AGENT.model_copy(update={"memory_bytes": 1 << 40})
+    said = "asks for 1048576 MiB of memory, which no node has: the largest takes 4096 MiB; give it less"
+    with pytest.raises(InvalidInput, match=said):
+        await w.control.create(large, {})
+    assert (await w.control.list())[0] == []
+    # One that is away may come back: it is waited for, and why says what for.
+    await w.sql(
+        """INSERT INTO nodes (id, incarnation, info, memory_bytes, lease_until)
+           SELECT 'away', 'x', info, 1::bigint << 41, now() - interval '1 day' FROM nodes LIMIT 1"""
+    )
+    view, _ = await w.control.create(large, {})
     assert view.state == S.QUEUED
     assert "the 1048576 MiB of memory it asks for, the largest has 4096" in (view.detail or "")
+    microvm = large.model_copy(update={"engine": "qemu"})  # of which none is known: one may come
+    assert (await w.control.create(microvm, {}))[0].state == S.QUEUED
 
 
 async def test_starting_is_idempotent_by_key(w: World) -> None:

@@ -51,6 +51,12 @@ class EmptyBody(_Body):
     """{}"""
 
 
+class RetryBody(_Body):
+    """`memory_bytes`: what it may use from then on; null: as before."""
+
+    memory_bytes: StrictInt | None = Field(None, ge=1)
+
+
 class Stats(BaseModel):
     """Counts over the whole session. `snapshots`: ever taken; `stored_bytes`: of those kept."""
 

@@ -189,9 +189,9 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
         return await control.rewind(await control.resolve(session), body.to, redeliver=body.redeliver)
 
     @api.post("/{session}/retry")
-    async def retry(session: str, body: models.EmptyBody | None = None) -> SessionView:
+    async def retry(session: str, body: models.RetryBody | None = None) -> SessionView:
         """Begin the next attempt now."""
-        return await control.retry(await control.resolve(session))
+        return await control.retry(await control.resolve(session), body.memory_bytes if body is not None else None)
 
     @api.post("/{session}/budget")
     async def budget(session: str, body: models.BudgetBody) -> SessionView:

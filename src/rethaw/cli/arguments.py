@@ -44,6 +44,7 @@ VALUES = frozenset(
         "--tag",
         "--retries",
         "--retry-delay",
+        "--retry-on",
         "--budget-tokens",
         "--budget-money",
         "--budget-calls",

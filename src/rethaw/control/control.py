@@ -387,9 +387,9 @@ class Control:
             await self._run(lambda conn: forks.rewind(conn, session, to, generation, redeliver, self.policy))
         )
 
-    async def retry(self, session: str) -> SessionView:
+    async def retry(self, session: str, memory_bytes: int | None = None) -> SessionView:
         """Begin the next attempt now, of a session that failed, was cancelled or waits for the time of a retry."""
-        return rows.view(await self._run(lambda conn: retries.by_hand(conn, session, self.policy)))
+        return rows.view(await self._run(lambda conn: retries.by_hand(conn, session, self.policy, memory_bytes)))
 
     async def budget(self, session: str, given: BudgetSpec, add: Collection[str] = ()) -> SessionView:
         """Give the session other limits (those in `add`: so much more); one that its budget has ended goes on."""

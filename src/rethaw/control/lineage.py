@@ -100,3 +100,22 @@ async def _set_back_waits(conn: Conn, row: Row, shown: Path) -> None:
                    WHERE session = %s AND attempt = %s AND id = %s""",
                 (wanted, row.id, found["attempt"], found["id"]),
             )
+
+
+async def boot_anew(conn: Conn, row: Row, why: str) -> Row:
+    """A new attempt whose context is the log up to the newest durable position: what came after it was not visible
+    outside yet, and the new attempt may do it again."""
+    line, seq = row.loop_line, row.loop_seq
+    if line is None or seq is None:
+        newest = await rows.one(
+            conn,
+            """SELECT s.line, s.seq FROM snapshots s
+               JOIN rethaw_path(%s, %s) p ON s.session = p.session AND s.line = p.line AND s.seq <= p.upto
+               WHERE s.session = ANY(%s) AND s.attempt = %s ORDER BY s.seq DESC LIMIT 1""",
+            (row.id, row.line, await sessions(conn, row), row.attempt),
+        )
+        if newest is not None:
+            line, seq = newest["line"], newest["seq"]
+        else:
+            line, seq = row.attempt_line, row.attempt_seq
+    return await open_line(conn, row, line, seq, why=why, snapshot=None, new_attempt=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rethaw.control import crashloop, lineage, placement, rows
+from rethaw.control import crashloop, lineage, placement, retries, rows
 from rethaw.control.crashloop import Death, Level, Step
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
@@ -21,7 +21,7 @@ async def resume(conn: Conn, row: Row, policy: Policy) -> Row:
     """A suspended session goes on: same line, new generation, from its newest usable snapshot."""
     snapshots = await placement.usable(conn, row)
     if not snapshots:
-        row = await boot_anew(conn, row, "no snapshot is usable")
+        row = await lineage.boot_anew(conn, row, "no snapshot is usable")
     restored = snapshots[0].id if snapshots else None
     row = await rows.move(
         conn,
@@ -66,9 +66,7 @@ async def crashed(conn: Conn, row: Row, reason: Reason, detail: str, policy: Pol
     if step == Step.FAIL:
         await rows.update(conn, row.id, crashes=row.crashes + 1)
         end, why = _give_up(row, reason, detail, newest)
-        return await finish(
-            conn, row, State.FAILED, reason=end, detail=why, events=[crash], reported=True, publish_rest=False
-        )
+        return await retries.gave_up(conn, row, end, why, [crash])
     back_to = (row.loop_line, row.loop_seq)
     if loop.level == Level.NEWEST:
         back_to = (None, None)
@@ -91,7 +89,7 @@ async def crashed(conn: Conn, row: Row, reason: Reason, detail: str, policy: Pol
         why = "crash" if step == Step.SAME else "crash_loop"
         row = await lineage.open_line(conn, row, target.line, target.seq, why=why, snapshot=target.id)
     elif step == Step.FRESH:
-        row = await boot_anew(conn, row, "crash_loop")
+        row = await lineage.boot_anew(conn, row, "crash_loop")
     else:  # this attempt has no snapshot yet: from its start
         row = await lineage.open_line(conn, row, row.attempt_line, row.attempt_seq, why="crash", snapshot=None)
     return await _recover(conn, row, target, reason, detail, policy, crash)
@@ -115,7 +113,7 @@ async def unusable(conn: Conn, row: Row, snapshot: str, detail: str, policy: Pol
             conn, row, target.line, target.seq, why=Reason.SNAPSHOT_UNUSABLE.value, snapshot=target.id
         )
     else:
-        row = await boot_anew(conn, row, Reason.SNAPSHOT_UNUSABLE.value)
+        row = await lineage.boot_anew(conn, row, Reason.SNAPSHOT_UNUSABLE.value)
     # The mark was made on the line that is left now; the reader of the new one wants to know as well.
     event = NewEvent(type=EventType.SNAPSHOT_UNUSABLE, data={"snapshot": snapshot, "detail": detail})
     return await _recover(
@@ -169,25 +167,6 @@ async def _newest_again(conn: Conn, row: Row, lost: str) -> None:
     if row.snapshot == lost:
         left = await placement.usable(conn, row)
         await rows.update(conn, row.id, snapshot=left[0].id if left else None)
-
-
-async def boot_anew(conn: Conn, row: Row, why: str) -> Row:
-    """A new attempt whose context is the log up to the newest durable position: what came after it was not visible
-    outside yet, and the new attempt may do it again."""
-    line, seq = row.loop_line, row.loop_seq
-    if line is None or seq is None:
-        newest = await rows.one(
-            conn,
-            """SELECT s.line, s.seq FROM snapshots s
-               JOIN rethaw_path(%s, %s) p ON s.session = p.session AND s.line = p.line AND s.seq <= p.upto
-               WHERE s.session = ANY(%s) AND s.attempt = %s ORDER BY s.seq DESC LIMIT 1""",
-            (row.id, row.line, await lineage.sessions(conn, row), row.attempt),
-        )
-        if newest is not None:
-            line, seq = newest["line"], newest["seq"]
-        else:
-            line, seq = row.attempt_line, row.attempt_seq
-    return await lineage.open_line(conn, row, line, seq, why=why, snapshot=None, new_attempt=True)
 
 
 async def _recover(

@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg import sql
 
-from rethaw.control import agents, arguments, leases, meant, placement, queues, recovery, rows, specs, wakeups
+from rethaw.control import agents, arguments, leases, meant, placement, queues, recovery, room, rows, specs, wakeups
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -16,7 +16,7 @@ from rethaw.log.writer import create_session_in, erase_in
 from rethaw.model.egress import rules_of
 from rethaw.model.enums import Desired, Durability, EventType, Reason, State
 from rethaw.model.errors import AmbiguousId, Conflict, InvalidInput, KeyReused, NotFound
-from rethaw.model.types import MIB, AgentSpec, BudgetSpec, NewEvent, StartOptions
+from rethaw.model.types import AgentSpec, BudgetSpec, NewEvent, StartOptions
 from rethaw.model.versions import unsigned
 
 _UNPLACED = (State.CREATED, State.QUEUED)
@@ -36,7 +36,6 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
 
 
-MIN_MEMORY = 32 * MIB  # guestd, an interpreter and a little room
 # Seconds. Without its least one, an agent would do nothing but be saved, or be over before it begins.
 _LEAST = {
     "idle_suspend_s": 0.0,
@@ -66,11 +65,7 @@ def check_agent(agent: AgentSpec, policy: Policy) -> None:
         )
     if agent.memory_bytes <= 0 or agent.pids <= 0:
         raise InvalidInput(f"agent {agent.name} has {agent.memory_bytes} bytes of memory and {agent.pids} pids")
-    if agent.memory_bytes < MIN_MEMORY:
-        raise InvalidInput(
-            f"memory of {agent.memory_bytes / MIB:g} MiB is too small for agent {agent.name}",
-            remedy=f"give it at least {MIN_MEMORY // MIB} MiB",
-        )
+    room.check_memory(agent)
     for field, least in _LEAST.items():
         value: float | None = getattr(agent, field)
         if value is not None and not least <= value < float("inf"):
@@ -157,6 +152,7 @@ async def create(
                 session=row.id,
             )
         return row, row.id == session
+    await room.check(conn, agent, policy)
     await create_session_in(conn, session)
     await conn.execute(
         "INSERT INTO session_specs (session, agent, args, version) VALUES (%s, %s, %s, %s)",
@@ -183,19 +179,7 @@ async def create(
 async def obstacle(conn: Conn, row: Row, *, counted: bool = False) -> str:
     """Why a session that wants to run does not: its queue, or no node. `counted`: with what is true for a moment only."""
     found = await queues.obstacle(conn, row, counted=counted)
-    return found.text if found is not None else await no_room(conn, row)
-
-
-async def no_room(conn: Conn, row: Row) -> str:
-    """Why no node takes the session now."""
-    live = await rows.many(conn, "SELECT id, memory_bytes FROM nodes WHERE lease_until > now()")
-    if not live:
-        return "no node is alive"
-    if all(node["memory_bytes"] < row.memory_bytes for node in live):
-        most = max(node["memory_bytes"] for node in live) // MIB
-        wanted = f"no node has the {row.memory_bytes // MIB} MiB of memory it asks for"
-        return f"{wanted}, the largest has {most}: cancel it, and give it less"
-    return "no node has room"
+    return found.text if found is not None else await room.lacking(conn, row)
 
 
 _LISTS = {"snapshots": "`rethaw snapshot ls SESSION` shows those there are"}
@@ -368,7 +352,7 @@ async def place(conn: Conn, session: str, policy: Policy) -> bool:
         row = await placement.dispatch(conn, row, policy)
         if row.node is None:
             queued = await queues.obstacle(conn, row)
-            why = queued.text if queued is not None else await no_room(conn, row)
+            why = queued.text if queued is not None else await room.lacking(conn, row)
             if row.state in _UNPLACED and row.detail != why:
                 await rows.update(conn, row.id, detail=why)
             return queued is not None or row.restored is not None

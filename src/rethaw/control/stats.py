@@ -9,8 +9,8 @@ from typing import Any
 from rethaw.control import arrivals, placement, queues, rows
 from rethaw.control.lastwords import last_words
 from rethaw.control.retries import ended
+from rethaw.control.room import lacking
 from rethaw.control.rows import POLICY_REASONS, Conn
-from rethaw.control.sessions import no_room
 from rethaw.model.enums import Desired, EventType, State
 from rethaw.model.types import Attempt
 
@@ -81,7 +81,7 @@ async def why(conn: Conn, session: str) -> dict[str, Any]:
                 "kind": "node",
                 "name": None,
                 "since": row.state_since.isoformat(),
-                "wakes_it": f"a node with room ({await no_room(conn, row)})",
+                "wakes_it": f"a node with room ({await lacking(conn, row)})",
             }
         )
     last, resume_at = None, None

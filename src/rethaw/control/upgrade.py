@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from rethaw.control import agents, arguments, forks, lineage, outbox, placement, rows, sessions, specs
+from rethaw.control import agents, arguments, forks, lineage, outbox, placement, room, rows, sessions, specs
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.model.enums import Desired, EventType, Reason, State
@@ -134,6 +134,7 @@ async def upgrade(conn: Conn, session: str, wanted: Wanted, policy: Policy) -> D
 async def _check(conn: Conn, row: Row, agent: AgentSpec, at: int | None, policy: Policy) -> tuple[int, int]:
     """The versions that it runs and is to run. Raises InvalidInput, Conflict."""
     sessions.check_agent(agent, policy)
+    await room.check(conn, agent, policy)
     if agent.name != row.agent.name:
         raise InvalidInput(
             f"session {row.id} is of agent {row.agent.name}, not of {agent.name}",

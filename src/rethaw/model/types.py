@@ -98,8 +98,11 @@ def _empty(value: dict[str, Any]) -> bool:
     return not value
 
 
+RetriedOn = Literal["exit", "crash_loop", "out_of_memory"]
+
+
 class RetrySpec(Wire):
-    """What follows when an agent's program fails: `max` new attempts, the first after `delay_s`, each later one `factor`
+    """What follows when an attempt fails in a way that is `on` the list: `max` new attempts, the first after `delay_s`, each later one `factor`
     times later than the one before, none later than `max_delay_s`."""
 
     max: int = 3
@@ -108,6 +111,7 @@ class RetrySpec(Wire):
     max_delay_s: float = 300.0
     jitter: bool = True  # up to a quarter more or less
     not_on: tuple[int, ...] = ()  # exit statuses that are not tried again
+    on: tuple[RetriedOn, ...] = ("exit", "crash_loop")  # of these recovery has given up on the last two
     files: Literal["fresh", "keep"] = "fresh"  # keep: a new attempt begins with the files of the last snapshot
 
 

@@ -398,9 +398,10 @@ class AsyncSessions:
         """Take the session back to `to` (a seq or a snapshot's id), also one that has ended. Its log keeps both lines."""
         return await self._client.run(calls.rewind(session, to, redeliver))
 
-    async def retry(self, session: str) -> SessionView:
-        """Begin the next attempt now, of a session that failed, was cancelled or waits for the time of a retry."""
-        return await self._client.run(calls.retry(session))
+    async def retry(self, session: str, *, memory: str | int | None = None) -> SessionView:
+        """Begin the next attempt now, of a session that failed, was cancelled or waits for the time of a retry. `memory`:
+        what it may use from then on, like "1GiB"."""
+        return await self._client.run(calls.retry(session, memory))
 
     async def budget(self, session: str, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:
         """Give the session other limits; those named in `add` are added to what it has. One that its budget has stopped
@@ -530,9 +531,9 @@ class AsyncSession(Generic[R_co]):
         self.view = await self.client.sessions.rewind(self.id, to=to, redeliver=redeliver)
         return self.view
 
-    async def retry(self) -> SessionView:
+    async def retry(self, *, memory: str | int | None = None) -> SessionView:
         """Begin the next attempt now; see `Sessions.retry`."""
-        self.view = await self.client.sessions.retry(self.id)
+        self.view = await self.client.sessions.retry(self.id, memory=memory)
         return self.view
 
     async def budget(self, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from rethaw.model.errors import InvalidInput, RethawError, Unauthorized, Unavailable, by_code
 from rethaw.model.types import AgentSpec, Attempt, BudgetSpec, Event, SessionView, SnapshotInfo, Spent
 from rethaw.sdk.listing import Page, Wanted
+from rethaw.sdk.sizes import size_bytes
 from rethaw.sdk.starting import Starting
 from rethaw.sdk.types import Detail, LastWords, Message, OpenWait, Outcome, Stats, Why
 
@@ -313,8 +314,9 @@ def rewind(session: str, to: int | str, redeliver: bool) -> Call[SessionView]:
     return Call("POST", path("sessions", session, "rewind"), session_view, content=to_json(body))
 
 
-def retry(session: str) -> Call[SessionView]:
-    return Call("POST", path("sessions", session, "retry"), session_view, content=b"{}")
+def retry(session: str, memory: str | int | None = None) -> Call[SessionView]:
+    body = {} if memory is None else {"memory_bytes": size_bytes(memory)}
+    return Call("POST", path("sessions", session, "retry"), session_view, content=to_json(body))
 
 
 def budget(session: str, limits: BudgetSpec, add: Sequence[str]) -> Call[SessionView]:

@@ -394,9 +394,10 @@ class Sessions:
         """Take the session back to `to` (a seq or a snapshot's id), also one that has ended. Its log keeps both lines."""
         return self._client.run(calls.rewind(session, to, redeliver))
 
-    def retry(self, session: str) -> SessionView:
-        """Begin the next attempt now, of a session that failed, was cancelled or waits for the time of a retry."""
-        return self._client.run(calls.retry(session))
+    def retry(self, session: str, *, memory: str | int | None = None) -> SessionView:
+        """Begin the next attempt now, of a session that failed, was cancelled or waits for the time of a retry. `memory`:
+        what it may use from then on, like "1GiB"."""
+        return self._client.run(calls.retry(session, memory))
 
     def budget(self, session: str, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:
         """Give the session other limits; those named in `add` are added to what it has. One that its budget has stopped
@@ -525,9 +526,9 @@ class Session(Generic[R_co]):
         self.view = self.client.sessions.rewind(self.id, to=to, redeliver=redeliver)
         return self.view
 
-    def retry(self) -> SessionView:
+    def retry(self, *, memory: str | int | None = None) -> SessionView:
         """Begin the next attempt now; see `Sessions.retry`."""
-        self.view = self.client.sessions.retry(self.id)
+        self.view = self.client.sessions.retry(self.id, memory=memory)
         return self.view
 
     def budget(self, limits: Budget, *, add: Sequence[str] = ()) -> SessionView:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rethaw.model.types import BudgetSpec, RetrySpec
 
 FILES = ("fresh", "keep")
+RETRIED_ON = ("exit", "crash_loop", "out_of_memory")
 MOST_RETRIES = 1000
 LIMITS = ("tokens", "input_tokens", "output_tokens", "money", "model_calls", "wall")
 
@@ -25,7 +26,8 @@ class Retries:
 
     The first begins after `delay`, each later one `factor` times later than the one before, none later than `max_delay`;
     `jitter` moves that by up to a quarter, so that many do not come back at once. `not_on`: exit statuses that are not
-    tried again. `files="keep"`: a new attempt begins with the files of the last snapshot instead of its image's. An agent that knows that trying again is of no use raises `rethaw.NoRetry`.
+    tried again. `on`: which failures are: "exit" (the program ended by itself and failed), "crash_loop" (its sandbox died
+    again and again), "out_of_memory" (again and again; the same memory is not often enough later). `files="keep"`: a new attempt begins with the files of the last snapshot instead of its image's. An agent that knows that trying again is of no use raises `rethaw.NoRetry`.
     """
 
     max: int = 3
@@ -34,6 +36,7 @@ class Retries:
     max_delay: Duration = "5m"
     jitter: bool = True
     not_on: tuple[int, ...] = ()
+    on: Sequence[str] = ("exit", "crash_loop")
     files: str = "fresh"
 
     def __post_init__(self) -> None:
@@ -45,6 +48,10 @@ class Retries:
             raise InvalidInput(f"factor {self.factor!r} of retries does not fit", remedy="use 1 to 100")
         if not all(_whole(code) and 0 < code < 256 for code in self.not_on):
             raise InvalidInput(f"not_on {self.not_on!r} of retries are no exit statuses", remedy="use 1 to 255")
+        if isinstance(self.on, str) or not all(kind in RETRIED_ON for kind in self.on):
+            raise InvalidInput(
+                f"on = {self.on!r} of retries does not fit", remedy=f"use a list of {', '.join(RETRIED_ON)}"
+            )
         if self.files not in FILES:
             raise InvalidInput(f"files {self.files!r} of retries is unknown", remedy=f"use {' or '.join(FILES)}")
 
@@ -59,6 +66,7 @@ class Retries:
             max_delay_s=seconds(self.max_delay),
             jitter=self.jitter,
             not_on=tuple(self.not_on),
+            on=cast("Any", tuple(self.on)),
             files=cast("Any", self.files),
         )
 

@@ -13,7 +13,7 @@ from rethaw.cli.connect import client
 Amount = Parameter(allow_leading_hyphen=True)  # so that a negative one gets an answer that names it
 
 
-def retry(session: str, /, *, json: Json = False) -> None:
+def retry(session: str, /, *, memory: str | None = None, json: Json = False) -> None:
     """Begin the next attempt of a session now.
 
     Of one that failed or was cancelled, or that waits for the time of a retry:
@@ -21,16 +21,19 @@ def retry(session: str, /, *, json: Json = False) -> None:
 
     For example:
       rethaw retry s_06f2
+      rethaw retry s_06f2 --memory 1GiB
 
     Parameters
     ----------
     session:
         An id or a unique beginning of one.
+    memory:
+        What it may use from then on, after it ran out of memory.
     """
     from rethaw.cli.render import state_text
 
     with client() as connection:
-        view = connection.sessions.retry(session)
+        view = connection.sessions.retry(session, memory=memory)
     if json:
         output.emit(view)
     else:

@@ -50,6 +50,7 @@ def run(
     tag: Annotated[list[str] | None, Parameter(negative="")] = None,
     retries: Annotated[int | None, Number] = None,
     retry_delay: str | None = None,
+    retry_on: Annotated[list[str] | None, Parameter(negative="")] = None,
     budget_tokens: Annotated[int | None, Number] = None,
     budget_money: Annotated[str | None, Number] = None,
     budget_calls: Annotated[int | None, Number] = None,
@@ -119,6 +120,8 @@ def run(
         So many new attempts when its program fails.
     retry_delay:
         How long after a failure, like 1s; doubled each time.
+    retry_on:
+        After which failures: exit, crash_loop, out_of_memory; may be given again. Else the first two.
     budget_tokens:
         Stop it once it has used so many tokens, input and output together.
     budget_money:
@@ -145,7 +148,7 @@ def run(
         "workdir": workdir,
         "template": template,
         "engine": engine,
-        "retries": _retries(retries, retry_delay),
+        "retries": _retries(retries, retry_delay, retry_on),
         "budget": _budget(budget_tokens, budget_money, budget_calls, budget_wall),
         "allow": allow,
     }
@@ -274,8 +277,8 @@ def _overridden(base: Options, given: dict[str, Any]) -> Options:
     return dataclasses.replace(base, **changes)
 
 
-def _retries(count: int | None, delay: str | None) -> dict[str, Any] | None:
-    given = {"max": count, "delay": delay}
+def _retries(count: int | None, delay: str | None, on: list[str] | None) -> dict[str, Any] | None:
+    given = {"max": count, "delay": delay, "on": tuple(on) if on else None}
     return {name: value for name, value in given.items() if value is not None} or None
 
 
