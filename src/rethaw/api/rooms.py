@@ -48,6 +48,8 @@ class Rooms:
 
     def must_have_image(self, image: ImageSpec) -> None:
         """Raises NotFound for an upload that `image` names and that is not here."""
+        if image.oci is not None and not self.has_blob(image.oci):
+            raise NotFound(f"there is no image {image.oci}", remedy="upload it to /v1/blobs first")
         for step in image.steps:
             if step.blob is not None and not self.has_blob(step.blob):
                 raise NotFound(f"there are no files {step.blob} for the image", remedy="upload them to /v1/blobs first")

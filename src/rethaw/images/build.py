@@ -27,6 +27,12 @@ _SLOW = "check the mirror, and that no command waits for input"
 _EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/lintian/*")
 _INCLUDED = ("/usr/share/doc/*/copyright", "/usr/share/locale/locale.alias")
 DIST_PACKAGES = "usr/local/lib/python{}/dist-packages"
+# Files of /etc. No name server: an empty resolv.conf would make the resolver wait for one on loopback.
+NAMES = {
+    "hosts": "127.0.0.1 localhost agent\n::1 localhost ip6-localhost ip6-loopback\n",
+    "hostname": "agent\n",
+    "resolv.conf": "# there is no network here; HTTP goes through $HTTP_PROXY\noptions timeout:1 attempts:1\n",
+}
 _GLIBC_MINOR = {"bookworm": 36}  # newest manylinux tag that the suite's libc takes
 
 
@@ -104,13 +110,8 @@ async def debian(suite: str, packages: tuple[str, ...], rootfs: Path, progress: 
 
 def _settle(rootfs: Path) -> None:
     """What a sandbox without network and without an installer needs to be sane. Blocking."""
-    _replace(rootfs / "etc/hosts", "127.0.0.1 localhost agent\n::1 localhost ip6-localhost ip6-loopback\n")
-    _replace(rootfs / "etc/hostname", "agent\n")
-    # No name server: an empty file would make the resolver wait for one on loopback.
-    _replace(
-        rootfs / "etc/resolv.conf",
-        "# there is no network here; HTTP goes through $HTTP_PROXY\noptions timeout:1 attempts:1\n",
-    )
+    for name, text in NAMES.items():
+        _replace(rootfs / "etc" / name, text)
     for name in ("app", ".rethaw"):
         (rootfs / name).mkdir(exist_ok=True)
     for pattern in (

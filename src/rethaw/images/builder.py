@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rethaw.images import archive, build, guest, places, steps
-from rethaw.images.spec import check, layers, spec_digest
+from rethaw.images import archive, build, guest, oci, places, runtime, steps
+from rethaw.images.spec import check, layers, runtime_digest, spec_digest
 from rethaw.model import faults
 from rethaw.model.errors import ImageError, RethawError
 from rethaw.model.types import ImageSpec
@@ -46,6 +46,7 @@ class BuiltImage:
     suite: str = "bookworm"
     workdir: str | None = None  # made where it is missing
     plain: ImageSpec | None = None  # with steps: the image without them, whose python3 may be executed on the host
+    runtime: Path | None = None  # the tree with the interpreter that it is given, if it has no Debian below
 
 
 class ImageStore:
@@ -77,30 +78,59 @@ class ImageStore:
         if rootfs is None:
             rootfs = await self._base(spec, digests[0], progress)
         for i in range(first + 1, len(digests)):
-            number = i - (2 if spec.pip else 1)
+            number = i - (2 if spec.pip else 1)  # of the step
             if number < 0:
                 rootfs = await self._pip(spec, digests[i], rootfs, progress)
             else:
                 rootfs = await self._step(spec, number, digests[i], rootfs, progress)
         plain = spec.model_copy(update={"steps": ()}) if spec.steps else None
-        return BuiltImage(spec_digest(spec), rootfs, {**BASE_ENV, **spec.env}, spec.suite, spec.workdir, plain)
+        runtime_ = await self.runtime(spec.suite, progress) if spec.oci is not None else None
+        env = {**BASE_ENV, **spec.env}
+        return BuiltImage(spec_digest(spec), rootfs, env, spec.suite, spec.workdir, plain, runtime_)
+
+    async def runtime(self, suite: str, progress: Progress) -> Path:
+        """The tree that has the private interpreter (`images.runtime`); about 15 s, once."""
+        digest = runtime_digest(suite)
+        known = await self.rootfs(digest)
+        if known is not None:
+            return known
+
+        async def make(rootfs: Path) -> None:
+            await runtime.make(suite, rootfs, progress)
+
+        return await self._build(digest, {"kind": "runtime", "suite": suite}, make, progress)
 
     async def _step(self, spec: ImageSpec, number: int, digest: str, below: Path, progress: Progress) -> Path:
         async def make(rootfs: Path) -> None:
-            trusted = below
-            if spec.steps[number].kind == "pip":
+            trusted, private = below, None
+            if spec.oci is not None:
+                private = await self.runtime(spec.suite, progress)
+            elif spec.steps[number].kind == "pip":
                 trusted = (await self.ensure(spec.model_copy(update={"steps": ()}), progress)).rootfs
-            await steps.perform(spec, number, below, trusted, rootfs, self._blobs, progress)
+            await steps.perform(spec, number, steps.Below(below, trusted, private), rootfs, self._blobs, progress)
 
         about = {"kind": "step", "suite": spec.suite, "step": spec.steps[number].model_dump(mode="json")}
         return await self._build(digest, about, make, progress)
 
     async def _base(self, spec: ImageSpec, digest: str, progress: Progress) -> Path:
+        if spec.oci is not None:
+            return await self._oci(spec.oci, digest, progress)
+
         async def make(rootfs: Path) -> None:
             progress(f"building the base image {digest[:12]} (Debian {spec.suite}), once")
             await build.debian(spec.suite, spec.apt, rootfs, progress)
 
         return await self._build(digest, {"kind": "base", "suite": spec.suite, "apt": list(spec.apt)}, make, progress)
+
+    async def _oci(self, blob: str, digest: str, progress: Progress) -> Path:
+        async def make(rootfs: Path) -> None:
+            source = self._blobs / f"{blob}.tar.gz"
+            if not source.is_file():
+                raise ImageError(f"the image {blob[:12]} is not on this node", remedy="start the agent again")
+            progress(f"unpacking the image {blob[:12]}")
+            await asyncio.to_thread(oci.unpack, source, rootfs, rootfs.with_name("layers"), progress)
+
+        return await self._build(digest, {"kind": "oci", "blob": blob}, make, progress)
 
     async def _pip(self, spec: ImageSpec, digest: str, below: Path, progress: Progress) -> Path:
         async def make(rootfs: Path) -> None:
@@ -116,15 +146,22 @@ class ImageStore:
         """
         contents_digest, contents = await self._guest_files()
         code_digest = await asyncio.to_thread(self._code_digest, code) if code is not None else ""
-        digest = hashlib.sha256(f"composed 1 {image.digest} {contents_digest} {code_digest}".encode()).hexdigest()
+        own = f"composed 1 {image.digest} {contents_digest} {code_digest}"
+        if image.runtime is not None:
+            own += f" {image.runtime.parent.name} {hashlib.sha256(guest.PRIVATE_SCRIPT).hexdigest()}"
+        digest = hashlib.sha256(own.encode()).hexdigest()
         known = await self.rootfs(digest)
         if known is not None:
             return digest, known
 
         async def make(rootfs: Path) -> None:
             await build.link_copy(image.rootfs, rootfs)
-            await asyncio.to_thread(guest.install, contents, rootfs)
-            if image.plain is None:
+            private = image.runtime is not None
+            await asyncio.to_thread(guest.install, contents, rootfs, guest.PRIVATE_SCRIPT if private else guest.SCRIPT)
+            if image.runtime is not None:
+                await build.link_copy(image.runtime / runtime.HOME, rootfs / runtime.HOME)
+                await build.compile_apart(image.runtime, rootfs, rootfs / guest.LIB)
+            elif image.plain is None:
                 await build.byte_compile(rootfs, rootfs / guest.LIB)
             else:
                 trusted = await self.ensure(image.plain, log.debug)

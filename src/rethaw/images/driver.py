@@ -91,6 +91,7 @@ def write_changes(begun: float) -> None:
                             tar.addfile(member, file)
                     else:
                         tar.addfile(member)
+        names.write(b".\0")  # the list is whole
 
 
 def main() -> int:

@@ -46,6 +46,33 @@ def inside(rootfs: Path, target: str) -> Path:
     return rootfs.joinpath(*done)
 
 
+def resolved(rootfs: Path, target: str) -> Path | None:
+    """What `target` leads to in the tree, links followed as a chroot would; None if it leads nowhere. Blocking."""
+    todo = [part for part in target.split("/") if part not in ("", ".")][::-1]
+    done: list[str] = []
+    links = 0
+    while todo:
+        part = todo.pop()
+        if part == "..":
+            done = done[:-1]
+            continue
+        path = rootfs.joinpath(*done, part)
+        try:
+            mode = path.lstat().st_mode
+        except OSError:
+            return None
+        if stat.S_ISLNK(mode):
+            links += 1
+            if links > _LINKS:
+                return None
+            where = str(path.readlink())
+            done = [] if where.startswith("/") else done
+            todo += [piece for piece in where.split("/") if piece not in ("", ".")][::-1]
+        else:
+            done.append(part)
+    return rootfs.joinpath(*done)
+
+
 def clear(path: Path) -> None:
     """Whatever is there goes, a link itself and not what it leads to. Blocking."""
     try:

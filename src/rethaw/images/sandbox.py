@@ -9,10 +9,10 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rethaw.images import build, driver, proxy
+from rethaw.images import build, driver, proxy, runtime
 from rethaw.model.errors import ImageError
 
 _CAPABILITIES = [
@@ -50,8 +50,10 @@ async def run(
     below: Path,
     work: Path,
     progress: Callable[[str], None],
+    runtime_: Path | None = None,
 ) -> Path:
-    """Do `job` on the tree `below`, which stays as it is. Returns the directory that says what it changed, under `work`
+    """Do `job` on the tree `below`, which stays as it is. `runtime_`: the tree whose private interpreter drives it, where
+    `below` has none. Returns the directory that says what it changed, under `work`
     (made). Raises ImageError with its last lines; no process or mount is left either way."""
     runsc = os.environ.get("RETHAW_RUNSC") or shutil.which("runsc")
     if runsc is None:
@@ -64,7 +66,9 @@ async def run(
         await asyncio.to_thread(_private, share / name, text)
     source = await asyncio.to_thread(Path(driver.__file__).read_text)
     await asyncio.to_thread((share / "driver.py").write_text, source)
-    await asyncio.to_thread((bundle / "config.json").write_text, json.dumps(_config(below, share)))
+    await asyncio.to_thread((bundle / "config.json").write_text, json.dumps(_config(below, share, runtime_)))
+    if runtime_ is not None:
+        await asyncio.to_thread((share / PurePosixPath(runtime.HOME).name).mkdir)
     ident = f"build-{uuid.uuid4().hex[:12]}"
     common = [runsc, f"--root={work}/runsc", "--platform=systrap", "--network=none", "--ignore-cgroups"]
     argv = [*common, f"--overlay2=root:dir={work}/overlay", "--host-uds=open", "run", "--bundle", str(bundle), ident]
@@ -100,10 +104,13 @@ async def _delete(argv: list[str]) -> None:
         await process.wait()
 
 
-def _config(rootfs: Path, share: Path) -> dict[str, Any]:
+def _config(rootfs: Path, share: Path, runtime_: Path | None) -> dict[str, Any]:
     def tmpfs(where: str, mode: str) -> dict[str, Any]:
         options = ["nosuid", "nodev", f"mode={mode}"]
         return {"destination": where, "type": "tmpfs", "source": "tmpfs", "options": options}
+
+    def bound(where: str, source: Path, how: str) -> dict[str, Any]:
+        return {"destination": where, "type": "bind", "source": str(source), "options": ["bind", how]}
 
     capabilities = dict.fromkeys(("bounding", "effective", "permitted", "inheritable"), _CAPABILITIES)
     return {
@@ -111,7 +118,7 @@ def _config(rootfs: Path, share: Path) -> dict[str, Any]:
         "process": {
             "terminal": False,
             "user": {"uid": 0, "gid": 0},
-            "args": ["/usr/bin/python3", "-I", f"{driver.SHARE}/driver.py"],
+            "args": [runtime.PYTHON if runtime_ else "/usr/bin/python3", "-I", "-S", f"{driver.SHARE}/driver.py"],
             "env": [f"PATH={ENV['PATH']}", "LANG=C.UTF-8"],
             "cwd": "/",
             "capabilities": capabilities,
@@ -125,7 +132,8 @@ def _config(rootfs: Path, share: Path) -> dict[str, Any]:
             tmpfs("/dev/shm", "1777"),
             tmpfs("/run", "755"),
             tmpfs("/tmp", "1777"),
-            {"destination": driver.SHARE, "type": "bind", "source": str(share), "options": ["bind", "rw"]},
+            bound(driver.SHARE, share, "rw"),
+            *([bound(f"/{runtime.HOME}", runtime_ / runtime.HOME, "ro")] if runtime_ else []),
         ],
         "linux": {"namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")]},
     }

@@ -15,6 +15,7 @@ BASE_PACKAGES = ("ca-certificates", "git", "python3", "ripgrep")
 SUITES = {"bookworm": "3.11"}  # suite: version of its python3
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9]+)?(?:=[A-Za-z0-9.+:~-]+)?")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:\[[A-Za-z0-9,._ -]*\])?\s*(?:[<>=!~].*)?(?:;.*)?")
+_BLOB = re.compile(r"[0-9a-f]{64}")
 _HASHES = re.compile(r"(?: --hash=[a-z0-9]+:[0-9a-f]+)+")
 NPM = re.compile(r"(?:@[a-z0-9~][a-z0-9._~-]*/)?[A-Za-z0-9~][A-Za-z0-9._~-]*(?:@[A-Za-z0-9.^~<>=|*x +_-]+)?")
 KERNELS = ("proc", "sys", "dev", "tmp", "run", ".rethaw")  # made anew in each sandbox
@@ -45,6 +46,13 @@ def check(spec: ImageSpec) -> None:
         )
     if spec.workdir is not None:
         _check_place(spec.workdir)
+    if spec.oci is not None:
+        if not _BLOB.fullmatch(spec.oci):
+            raise InvalidInput(
+                f"{spec.oci!r} is not the digest of a blob", remedy="upload the image to /v1/blobs first"
+            )
+        if spec.apt or spec.pip:
+            raise InvalidInput("an image of another tool has no packages of the base", remedy="install them in steps")
     for step in spec.steps:
         _check_step(step)
 
@@ -72,7 +80,7 @@ def _check_step(step: ImageStep) -> None:
         if len(step.words) != 1 or not step.words[0].strip() or "\0" in step.words[0]:
             raise InvalidInput(f"{step.words!r} is not one shell command", remedy='write it like "make install"')
     else:
-        if not re.fullmatch(r"[0-9a-f]{64}", step.blob or ""):
+        if not _BLOB.fullmatch(step.blob or ""):
             raise InvalidInput(
                 f"{step.blob!r} is not the digest of a blob", remedy="upload the files to /v1/blobs first"
             )
@@ -89,17 +97,24 @@ def _check_step(step: ImageStep) -> None:
 
 def blobs(spec: ImageSpec) -> tuple[str, ...]:
     """Digests of the uploads that it needs."""
-    return tuple(step.blob for step in spec.steps if step.blob is not None)
+    return tuple(blob for blob in (spec.oci, *(step.blob for step in spec.steps)) if blob is not None)
 
 
 def base_digest(spec: ImageSpec) -> str:
-    """sha256 hex of the Debian layer: suite and packages."""
+    """sha256 hex of the lowest layer: Debian's suite and packages, or another tool's image."""
+    if spec.oci is not None:
+        return _digest(["oci", FORMAT, platform.machine(), spec.oci])
     packages = sorted({*BASE_PACKAGES, *spec.apt})
     return _digest(["base", FORMAT, platform.machine(), spec.suite, packages])
 
 
+def runtime_digest(suite: str) -> str:
+    """sha256 hex of the tree with the private interpreter."""
+    return _digest(["runtime", FORMAT, platform.machine(), suite])
+
+
 def layers(spec: ImageSpec) -> list[str]:
-    """sha256 hex of each tree on the way, the Debian layer first: each is built of the one before, and cached."""
+    """sha256 hex of each tree on the way, the lowest first: each is built of the one before, and cached."""
     found = [base_digest(spec)]
     if spec.pip:
         found.append(_digest(["pip", FORMAT, found[0], sorted(spec.pip)]))

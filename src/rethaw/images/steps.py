@@ -10,16 +10,18 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rethaw.images import archive, build, changes, mirrors, npm, places, sandbox
+from rethaw.images import archive, build, changes, mirrors, npm, places, pypi, sandbox
 from rethaw.images.spec import KERNELS, SUITES
 from rethaw.model.errors import ImageError
 from rethaw.model.types import ImageSpec, ImageStep
 
 Progress = Callable[[str], None]
 _APT = """
+command -v apt-get >/dev/null || {{ echo "the image has no apt-get: it is not made of Debian packages"; exit 127; }}
 apt-get update -q
 apt-get install -q -y --no-install-recommends -o Acquire::Retries=3 {packages}
 apt-get clean
@@ -27,11 +29,18 @@ rm -rf /var/lib/apt/lists/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.
 """
 
 
-async def perform(
-    spec: ImageSpec, number: int, below: Path, trusted: Path, rootfs: Path, blobs: Path, progress: Progress
-) -> None:
-    """Make `rootfs` from `below` by step `number` of `spec`. `trusted`: the tree before any step, whose python3 may be
-    executed here. Raises ImageError naming the step."""
+@dataclass(frozen=True)
+class Below:
+    """What a step stands on. `trusted`: the tree before any step, whose python3 may be executed here; `runtime`: the tree
+    with the private interpreter, of an image that is not of Debian's making."""
+
+    rootfs: Path
+    trusted: Path
+    runtime: Path | None = None
+
+
+async def perform(spec: ImageSpec, number: int, below: Below, rootfs: Path, blobs: Path, progress: Progress) -> None:
+    """Make `rootfs` from `below` by step `number` of `spec`. Raises ImageError naming the step."""
     step = spec.steps[number]
     what = f"step {number + 1} of the image, {_short(step)},"
     progress(f"step {number + 1} of {len(spec.steps)}: {_short(step)}")
@@ -47,11 +56,15 @@ async def perform(
         hosts = (*found.hosts, *await asyncio.to_thread(_mirror_hosts, spec.suite))
         job = sandbox.Job(npm.command(step.words), found.env(), hosts, found.files())
         await _sandboxed(what, job, below, rootfs, progress)
+    elif step.kind == "pip" and below.runtime is not None:
+        found = await asyncio.to_thread(pypi.find)
+        job = sandbox.Job(pypi.command(step.words), found.env(), found.hosts, found.files())
+        await _sandboxed(what, job, below, rootfs, progress)
     elif step.kind == "pip":
-        await build.link_copy(below, rootfs)
-        await _pip(what, spec, number, trusted, rootfs, progress)
+        await build.link_copy(below.rootfs, rootfs)
+        await _pip(what, spec, number, below.trusted, rootfs, progress)
     else:
-        await build.link_copy(below, rootfs)
+        await build.link_copy(below.rootfs, rootfs)
         await _add(what, step, rootfs, blobs)
 
 
@@ -64,11 +77,11 @@ def _quoted(words: Iterable[str]) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-async def _sandboxed(what: str, job: sandbox.Job, below: Path, rootfs: Path, progress: Progress) -> None:
+async def _sandboxed(what: str, job: sandbox.Job, below: Below, rootfs: Path, progress: Progress) -> None:
     work = rootfs.with_name("work")
     try:
-        out = await sandbox.run(what, job, below, work, lambda line: progress(f"  {line}"))
-        await build.link_copy(below, rootfs)
+        out = await sandbox.run(what, job, below.rootfs, work, lambda line: progress(f"  {line}"), below.runtime)
+        await build.link_copy(below.rootfs, rootfs)
         try:
             await asyncio.to_thread(changes.apply, out, rootfs)
         except ImageError as error:

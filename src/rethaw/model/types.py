@@ -59,12 +59,13 @@ class ImageSpec(Wire):
     steps: tuple[ImageStep, ...] = ()
     python: str | None = None  # the interpreter that runs the agent; None: the image's own python3
     workdir: str | None = None  # that agents start in unless they say otherwise
+    oci: str | None = None  # digest of an uploaded image of another tool, in place of Debian, apt and pip
 
     @model_serializer(mode="wrap")
     def _as_ever(self, handler: SerializerFunctionWrapHandler):  # no return type: the schema stays that of the fields
         """A spec without steps is written as before there were any: sessions and templates are found by these bytes."""
         out = handler(self)
-        for name in ("steps", "python", "workdir"):
+        for name in ("steps", "python", "workdir", "oci"):
             if not out.get(name):
                 out.pop(name, None)
         return out

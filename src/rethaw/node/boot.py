@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from rethaw.images import guest, runtime
 from rethaw.model.types import AgentSpec, Assignment, Boot
 
 _DIRECT = "localhost,127.0.0.1,::1"  # the sandbox's own, the gateway among it
 GATEWAY = "http://127.0.0.1:8484"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # Without what the agent's environment says of Python.
-CARRY = (
-    "/usr/bin/python3", "-I", "-S", "-c",
+_CARRY = (
+    "-I", "-S", "-c",
     "import sys; sys.path.insert(0, '/.rethaw/lib'); from rethaw.guest import carry; carry.main()",
 )  # fmt: skip
-_PYTHON = "/usr/bin/python3"
+# Our own interpreter is no matter of the environment.
+_PRIVATE = (
+    "-I", "-u", "-c",
+    "import sys; sys.path.insert(0, '/.rethaw/lib'); from rethaw.guest import runner; sys.exit(runner.main())",
+)  # fmt: skip
 RUNNER = ("-m", "rethaw.guest.runner")
 
 
@@ -57,15 +63,19 @@ def _workdir(agent: AgentSpec) -> str:
     return agent.image.workdir or ("/app" if agent.entry else "/")
 
 
-def start_config(a: Assignment, providers: Iterable[str]) -> dict[str, Any]:
-    """The `start` control message."""
-    command = [a.agent.image.python or _PYTHON, *RUNNER, a.agent.entry] if a.agent.entry else list(a.agent.command)
+def start_config(a: Assignment, providers: Iterable[str], rootfs: Path) -> dict[str, Any]:
+    """The `start` control message, for a sandbox of the tree `rootfs`. Blocking."""
+    env = guest_env(a, providers)
+    command = list(a.agent.command)
+    if a.agent.entry:
+        python = a.agent.image.python or guest.agents_python(rootfs, env["PATH"])
+        command = [python, *(_PRIVATE if python == runtime.PYTHON else RUNNER), a.agent.entry]
     if a.files is not None:
-        command = [*CARRY, *command]
+        command = [guest.python(rootfs), *_CARRY, *command]
     boot = a.boot or Boot(args={}, cursor=0, fresh=False)
     return {
         "command": command,
-        "env": guest_env(a, providers),
+        "env": env,
         "workdir": _workdir(a.agent),
         "session": a.session,
         "attempt": a.attempt,

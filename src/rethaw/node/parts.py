@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rethaw.engines.base import Base, SandboxSpec
 from rethaw.engines.several import Engines
 from rethaw.gateway.gateway import Gateway
+from rethaw.images import guest
 from rethaw.images.builder import ImageStore
 from rethaw.model.egress import EgressSettings
 from rethaw.model.ports import ControlPlane, LogSink, SnapshotCatalog
 from rethaw.snapshots.store import SnapshotStore
 
-GUEST_ARGV = ("/usr/bin/python3", "-I", "-S", "-u", "/.rethaw/lib/rethaw/guest/guestd.py")
+_GUESTD = ("-I", "-S", "-u", "/.rethaw/lib/rethaw/guest/guestd.py")
+GUEST_ARGV = ("/usr/bin/python3", *_GUESTD)
 GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -57,7 +60,7 @@ class Parts:
             rootfs=rootfs,
             memory_bytes=memory_bytes,
             pids=pids,
-            argv=GUEST_ARGV,
+            argv=(await asyncio.to_thread(guest.python, rootfs), *_GUESTD),
             env=(("PATH", GUEST_PATH), ("LANG", "C.UTF-8"), ("HOME", "/root")),
             base=None if base is None else Base(*base),
         )

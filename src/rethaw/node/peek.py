@@ -29,7 +29,7 @@ log = logging.getLogger("rethaw.node")
 ROOM = 128 * MIB  # for the shell's own programs, beside an agent that may stand at its limit
 _SOURCE = Path(__file__).with_name("inside.py")
 _FREEZE_S = 20.0
-_PYTHON = ("/usr/bin/python3", "-I", "-S", "-X", "utf8", "-c")
+_PYTHON = ("-I", "-S", "-X", "utf8", "-c")
 # The agent's working directory may be gone; the shell is bash where there is one.
 _COMMAND = 'cd "$0" 2>/dev/null || cd /; exec "$@"'
 _SHELL = 'cd "$0" 2>/dev/null || cd /; command -v bash >/dev/null && exec bash; exec sh'
@@ -38,15 +38,16 @@ _SHELL = 'cd "$0" 2>/dev/null || cd /; command -v bash >/dev/null && exec bash; 
 class Throwaway:
     """One sandbox. `frozen`: how many of its processes stand still."""
 
-    def __init__(self, snapshot: str, sandbox: Sandbox) -> None:
+    def __init__(self, snapshot: str, sandbox: Sandbox, python: str) -> None:
         self.snapshot = snapshot
+        self._python = python
         self.sandbox = sandbox
         self.frozen = 0
 
     async def tell(self, verb: str, path: bytes | None = None) -> Exec:
         """Start `inside` with a verb."""
         words = () if path is None else (path.hex(),)
-        return await self.sandbox.exec([*_PYTHON, _SOURCE.read_text(), verb, *words])
+        return await self.sandbox.exec([self._python, *_PYTHON, _SOURCE.read_text(), verb, *words])
 
     async def destroy(self) -> None:
         await self.sandbox.destroy()
@@ -80,7 +81,7 @@ class Throwaways:
         self._opening += 1
         self._none_opening.clear()
         try:
-            throwaway = Throwaway(info.id, await self._restore(info))
+            throwaway = Throwaway(info.id, *await self._restore(info))
             self._open.add(throwaway)
         finally:
             self._opening -= 1
@@ -100,7 +101,8 @@ class Throwaways:
         log.info("throwaway %s of snapshot %s, %d processes stopped", throwaway.sandbox.id, info.id, throwaway.frozen)
         return throwaway
 
-    async def _restore(self, info: SnapshotInfo) -> Sandbox:
+    async def _restore(self, info: SnapshotInfo) -> tuple[Sandbox, str]:
+        """The sandbox, and the interpreter of Rethaw's own part in it."""
         parts = self._parts
         agent = await parts.control.agent_of(info.session, info.attempt)
         rootfs = await parts.images.rootfs(info.image)
@@ -117,7 +119,8 @@ class Throwaways:
             spec = dataclasses.replace(spec, memory_bytes=spec.memory_bytes + ROOM)
         sections = await parts.store.load(info)
         try:
-            return await engine.restore(spec, sections, build=info.engine_build, cpu=info.cpu, clock=info.clock)
+            restored = await engine.restore(spec, sections, build=info.engine_build, cpu=info.cpu, clock=info.clock)
+            return restored, spec.argv[0]
         finally:
             parts.store.done(info.id)
 

@@ -227,7 +227,7 @@ class Supervisor:
         try:
             life.gateway.attach(life.fence, a.attempt, life.saver, self, branch=a.branch)
             await life.gateway.restored(None)
-            await life.link.start(start_config(a, self._parts.providers))
+            await life.link.start(await asyncio.to_thread(start_config, a, self._parts.providers, spec.rootfs))
         except BaseException:
             await life.close()
             raise

@@ -61,6 +61,8 @@ class Image:
     steps: tuple[Step, ...] = ()
     python: str | None = None  # the interpreter that runs the agent; None: the image's own python3
     directory: str | None = None  # that agents and commands start in
+    base: Source | None = None  # of another tool, in place of Debian
+    command: tuple[str, ...] = ()  # that the base runs when nothing else is said
 
     @classmethod
     def debian(cls, suite: str = "bookworm", *, python: str | None = None) -> Image:
@@ -87,12 +89,26 @@ class Image:
         path = f"{found.path}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         return image.env(PATH=path, LD_LIBRARY_PATH=found.library_path)
 
+    @classmethod
+    def from_oci(cls, path: str | Path, *, name: str | None = None, platform: str | None = None) -> Image:
+        """The image in a `docker save` archive (.tar, .tar.gz), an OCI layout directory or an archive of one; any Linux,
+        with or without Python. `name` ("repo:tag") chooses one of several, `platform` ("linux/arm64") another than this
+        machine's. Its environment, working directory and command are the defaults; its user is not taken over: programs
+        run as root of their sandbox. Raises InvalidInput, NotFound; TooLarge above 512 MiB, packed."""
+        if _in_sandbox():
+            return cls()
+        from rethaw.sdk import oci
+
+        found = oci.read(_beside(path), name, platform)
+        environment = tuple(sorted((k, v) for k, v in found.env.items() if _NAME.fullmatch(k)))
+        return cls(base=found, environment=environment, directory=found.workdir, command=found.command)
+
     def apt_install(self, *packages: str) -> Image:
         """Debian packages on top."""
         for name in packages:
             if not _PACKAGE.fullmatch(name):
                 raise InvalidInput(f"{name!r} is not a Debian package name", remedy="pass one name per argument")
-        if self.steps and packages:
+        if (self.steps or self.base) and packages:
             return self._then(Step("apt", packages))
         return replace(self, apt=(*self.apt, *packages))
 
@@ -113,7 +129,7 @@ class Image:
             wanted += read(_beside(requirements))
         if not wanted:
             return self
-        if self.steps or any("--hash=" in text for text in wanted):
+        if self.steps or self.base or any("--hash=" in text for text in wanted):
             return self._then(Step("pip", tuple(wanted)))
         return replace(self, pip=(*self.pip, *wanted))
 
@@ -127,7 +143,9 @@ class Image:
                 )
         if not packages:
             return self
-        with_npm = self if self.steps else self.apt_install(*(name for name in NODE if name not in self.apt))
+        with_npm = (
+            self if self.steps or self.base else self.apt_install(*(name for name in NODE if name not in self.apt))
+        )
         return with_npm._then(Step("npm", packages))
 
     def workdir(self, path: str) -> Image:
@@ -179,11 +197,16 @@ class Image:
     @property
     def bare_of_packages(self) -> bool:
         """True when nothing was installed that pydantic could come with."""
-        return not self.pip and not self.steps and not any(name.startswith("python3-") for name in self.apt)
+        return (
+            not self.pip
+            and not self.steps
+            and not self.base
+            and not any(name.startswith("python3-") for name in self.apt)
+        )
 
     def sources(self) -> list[Source]:
         """What travels from this machine."""
-        return [step.source for step in self.steps if step.source is not None]
+        return [source for source in (self.base, *(step.source for step in self.steps)) if source is not None]
 
     def uploads(self) -> list[tuple[str, bytes]]:
         """Archives that the server must have, with their digests, one for each of `sources()`. Reads the files."""
@@ -201,6 +224,7 @@ class Image:
         from rethaw.model.types import ImageSpec, ImageStep
 
         digests = iter(uploaded)
+        oci = next(digests) if self.base is not None else None
         steps = tuple(
             ImageStep(kind="add", words=step.source.words, blob=next(digests), target=step.source.place)
             if step.source is not None
@@ -215,6 +239,7 @@ class Image:
             steps=steps,
             python=self.python,
             workdir=self.directory,
+            oci=oci,
         )
 
 

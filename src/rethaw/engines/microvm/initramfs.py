@@ -43,7 +43,9 @@ $b cp /starter.py /beside.py /config.json /root/run/
 echo 1 > /proc/sys/vm/overcommit_memory
 $b hostname "$($b cat /hostname)"
 $b ip link set lo up 2>/dev/null || $b ifconfig lo 127.0.0.1 up
-exec $b switch_root /root /usr/bin/python3 -I -S /run/starter.py /run/config.json
+p=/.rethaw/python/bin/python3
+[ -x /root$p ] || p=/usr/bin/python3
+exec $b switch_root /root $p -I -S /run/starter.py /run/config.json
 """
 
 
