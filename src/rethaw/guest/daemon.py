@@ -1,6 +1,7 @@
 """guestd: puts the parts together and obeys the node.
 
-Control messages of the node: start, signal, kill, ping, dial, quiesce, go, crash. Messages to the node: hello, quiet, pong, left.
+Control messages of the node: start, signal, resize, kill, ping, dial, quiesce, go, crash. Messages to the node: hello, quiet,
+pong, left, resized.
 
 Environment, for tests: RETHAW_RUN_DIR (default /run/rethaw) holds the socket and the generation file, RETHAW_PORT
 (default 8484; 0 takes a free one, written to RETHAW_RUN_DIR/port).
@@ -76,6 +77,8 @@ class Guest:
             self._start(message)
         elif kind == "signal":
             self._agent.signal(int(message.get("sig", 15)))
+        elif kind == "resize":
+            self._resize(int(message["rows"]), int(message["cols"]))
         elif kind == "kill":
             self._agent.kill()
         elif kind == "crash":
@@ -92,6 +95,8 @@ class Guest:
             given = {str(k): str(v) for k, v in cast("Dict[str, Any]", config.get("env") or {}).items()}
             cursor = int(boot.get("cursor", 0))
             providers = config.get("providers")
+            size = cast("Dict[str, Any]", config.get("terminal") or {})
+            terminal = (int(size["rows"]), int(size["cols"])) if size else None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ChannelBroken(f"malformed start: {error!r}") from None
         if not command:
@@ -115,10 +120,10 @@ class Guest:
         hostname.change(str(config.get("session")), self._run_dir)
         workdir = str(config.get("workdir") or "/")
         self._dials.env, self._dials.workdir = self._environment(given), workdir
-        outputs = self._agent.start(command, self._dials.env, workdir)
+        streams = self._agent.start(command, self._dials.env, workdir, terminal, bool(config.get("stdin")))
         self._wire.hello(self._generation, {**self._about(), "left": self._web.recently_left()})
-        for output in outputs:
-            self._wire.open(output)
+        for stream in streams:
+            self._wire.open(stream)
         self._agent.settle()
 
     def _environment(self, given: Dict[str, str]) -> Dict[str, str]:
@@ -138,10 +143,15 @@ class Guest:
         env["PYTHONPATH"] = library + (":" + env["PYTHONPATH"] if env.get("PYTHONPATH") else "")
         return env
 
+    def _resize(self, rows: int, cols: int) -> None:
+        if self._agent.keys is not None and self._agent.exit is None:
+            self._wire.control({"type": "resized", **self._agent.keys.resize(rows, cols)})
+
     # ---- freezing and thawing
 
     def _about(self) -> Dict[str, Any]:
-        return {"pid": self._agent.pid, "exited": self._agent.exit is not None, "dials": True}
+        terminal = self._agent.terminal.about() if self._agent.terminal is not None else {}
+        return {"pid": self._agent.pid, "exited": self._agent.exit is not None, "dials": True, **terminal}
 
     def _quiet(self) -> Dict[str, Any]:
         """What the node may want to know of the state that is captured next."""

@@ -13,6 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional, Tuple
 
+    from rethaw.guest.terminal import Input, Keys, Terminal
+
 KEEP = 1 << 20  # unacknowledged output bytes after which the agent's pipe is not read any more
 READ_SIZE = 65536
 TIOCSCTTY = 0x540E
@@ -62,6 +64,12 @@ class Output(Stream):
         if self._fd is not None and len(self.out.buffer) >= KEEP:
             self._loop.mute(self._fd)
 
+    def fresh(self) -> int:
+        """Take what is there now; the offset after it."""
+        while len(self.out.buffer) < KEEP and self._read():
+            pass
+        return self.out.end
+
     def _read(self) -> bool:
         """Whether bytes came. Closes at the end of the pipe."""
         if self._fd is None:
@@ -70,6 +78,8 @@ class Output(Stream):
             data = os.read(self._fd, READ_SIZE)
         except BlockingIOError:
             return False
+        except OSError:  # of a terminal that nobody has open
+            data = b""
         if not data:
             self._close()
             return False
@@ -99,23 +109,29 @@ class Agent:
         self.on_other: Callable[[int, int], None] = lambda pid, status: (
             None
         )  # a child that is not the main process ended
+        self.input: Optional[Input] = None
+        self.keys: Optional[Keys] = None  # the same, of a terminal
+        self.terminal: Optional[Terminal] = None
 
-    def start(self, command: List[str], env: Dict[str, str], workdir: str) -> List[Output]:
-        """Run `command` in its own session. A command that cannot be run is an exit with 127 or 126, `error` and
-        `reason`."""
-        out_read, out_write = os.pipe()
-        err_read, err_write = os.pipe()
+    def start(
+        self,
+        command: List[str],
+        env: Dict[str, str],
+        workdir: str,
+        terminal: Optional[Tuple[int, int]] = None,
+        stdin: bool = False,
+    ) -> List[Stream]:
+        """Run `command` in its own session, with a terminal of so many rows and columns, or with pipes. A command that
+        cannot be run is an exit with 127 or 126, `error` and `reason`."""
         why_read, why_write = os.pipe()
-        self.outputs = [
-            Output("stdout", self._loop, out_read, self._progress),
-            Output("stderr", self._loop, err_read, self._progress),
-        ]
+        fds = self._terminal(*terminal) if terminal is not None else self._pipes(stdin)
         pid = os.fork()
         if pid == 0:
-            null = os.open("/dev/null", os.O_RDONLY)
-            become(command, env, workdir, (null, out_write, err_write), why_write)
-        for fd in (out_write, err_write, why_write):
+            become(command, env, workdir, fds, why_write, enter=self.terminal.enter if self.terminal is not None else None)
+        for fd in (*fds, why_write) if self.terminal is None else (why_write,):
             os.close(fd)
+        if self.terminal is not None:
+            self.terminal.entered()
         self.pid = pid
         with os.fdopen(why_read, "rb") as pipe:
             why = pipe.read()
@@ -123,7 +139,33 @@ class Agent:
             os.waitpid(pid, 0)
             self.pid = 0
             self.exit = _not_run(command, workdir, why)
-        return self.outputs
+        return [*self.outputs, self.input] if self.input is not None else [*self.outputs]
+
+    def _pipes(self, stdin: bool) -> Tuple[int, int, int]:
+        if stdin:
+            from rethaw.guest.terminal import Input
+
+            source, typed = os.pipe()
+            self.input = Input(self._loop, typed)
+        else:
+            source = os.open("/dev/null", os.O_RDONLY)
+        out_read, out_write = os.pipe()
+        err_read, err_write = os.pipe()
+        self.outputs = [
+            Output("stdout", self._loop, out_read, self._progress),
+            Output("stderr", self._loop, err_read, self._progress),
+        ]
+        return source, out_write, err_write
+
+    def _terminal(self, rows: int, cols: int) -> Tuple[int, int, int]:
+        from rethaw.guest.terminal import Keys, Terminal
+
+        self.terminal = Terminal(rows, cols)
+        output = Output("stdout", self._loop, self.terminal.master, self._progress)
+        self.outputs = [output]
+        self.input = self.keys = Keys(self._loop, self.terminal, output.say, output.fresh)
+        program = self.terminal.program
+        return program, program, program
 
     def settle(self) -> None:
         """To be called once the outputs are open: a command that did not run has ended already."""
@@ -162,6 +204,8 @@ class Agent:
                 output.drain()
         if all(o.done for o in self.outputs) and not self._told:
             self._told = True
+            if self.input is not None:
+                self.input.close()
             self._on_exit(self.exit)
 
     def signal(self, number: int) -> None:
@@ -200,11 +244,14 @@ def become(
     streams: Tuple[int, int, int],
     why: int,
     terminal: bool = False,
+    enter: Optional[Callable[[], None]] = None,
 ) -> None:
-    """In the forked child, with these as its standard streams: never returns."""
+    """In the forked child, with these as its standard streams: never returns. `enter` is called in its new session."""
     step = "setup"
     try:
         os.setsid()
+        if enter is not None:
+            enter()
         if terminal:
             import fcntl
 

@@ -7,7 +7,7 @@ has not answered for 30 s (implementations retry until then, with backoff; every
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -280,7 +280,7 @@ class GuestStream(Protocol):
     handed over anew; the former object is dead and its calls raise ChannelBroken."""
 
     id: int
-    kind: str  # "exchange", "call", "tunnel", "stdout", "stderr"
+    kind: str  # "exchange", "call", "tunnel", "stdin", "stdout", "stderr"
     meta: dict[
         str, object
     ]  # exchange: {provider, method, path, query, headers, guest_id}; call: {op, id}; tunnel: {host, port, id}
@@ -298,6 +298,10 @@ class GuestStream(Protocol):
 
     async def read(self) -> bytes | None:
         """The next bytes from the guest in order (see `base`), None at its end."""
+        ...
+
+    def tap(self, shown: Callable[[int, bytes], None]) -> None:
+        """Give `shown` what comes, with its offset, as soon as it comes; `read` gives it as well. stdout, stderr."""
         ...
 
     async def read_all(self, limit: int) -> bytes:

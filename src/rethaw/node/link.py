@@ -5,9 +5,10 @@
 Every thaw is a resync: handlers are cancelled at quiesce, and after `go` guestd's hello names its open streams, each of
 which is handed over anew with what the guest holds of it. Nothing about streams is remembered here in between.
 
-Control messages to the guest: start{...}, signal{sig}, kill, ping{n}, dial{id, kind, ...}, quiesce{marker}, go{generation, wall_ns, session?}, crash.
+Control messages to the guest: start{...}, signal{sig}, resize{rows, cols}, kill, ping{n}, dial{id, kind, ...}, quiesce{marker},
+go{generation, wall_ns, session?}, crash.
 From it: hello{generation, streams, pid, exited}, quiet{marker, exchanges, cursor, pid, exited}, pong{n},
-left{exchange, taken}.
+left{exchange, taken}, resized{size}.
 """
 
 from __future__ import annotations
@@ -25,7 +26,17 @@ from rethaw.channel.frames import ControlReader, Decoder, Frame
 from rethaw.channel.mux import Mux
 from rethaw.model.errors import ChannelBroken, Conflict, QuiesceTimeout, RethawError, Unavailable
 from rethaw.model.ports import GuestStream
-from rethaw.node.link_said import MAX_STREAMS, Hello, QuietState, left_of, left_one, quiet_state, streams_of
+from rethaw.node.link_said import (
+    MAX_STREAMS,
+    Hello,
+    QuietState,
+    Resized,
+    left_of,
+    left_one,
+    quiet_state,
+    resized,
+    streams_of,
+)
 from rethaw.node.link_stream import RELAYS, Stream
 
 log = logging.getLogger("rethaw.node")
@@ -53,6 +64,7 @@ class Link:
         on_malformed: Callable[[str], None] | None = None,
         on_hello: Callable[[Hello], None] | None = None,
         on_left: Callable[[str, int], None] | None = None,
+        on_resized: Callable[[Resized], None] | None = None,
     ) -> None:
         self._reader = reader
         self._writer = writer
@@ -60,6 +72,7 @@ class Link:
         self._on_malformed = on_malformed
         self._on_hello = on_hello
         self._on_left = on_left
+        self._on_resized = on_resized
         self._decoder = Decoder()
         self._controls = ControlReader()
         self._mux = Mux()
@@ -175,6 +188,11 @@ class Link:
         """Send a signal to the agent's process group; waits while the guest is quiet."""
         await self._until_running()
         self._control({"type": "signal", "sig": int(sig)})
+
+    async def resize(self, rows: int, cols: int) -> None:
+        """The size of the program's terminal; waits while the guest is quiet."""
+        await self._until_running()
+        self._control({"type": "resize", "rows": rows, "cols": cols})
 
     async def kill_agent(self) -> None:
         """SIGKILL to every process in the sandbox but guestd; an `exit` call follows."""
@@ -347,6 +365,10 @@ class Link:
             exchange, taken = left_one(message)
             if self._on_left is not None:
                 self._on_left(exchange, taken)
+        elif kind == "resized":
+            size = resized(message)
+            if self._on_resized is not None and size is not None:
+                self._on_resized(size)
         else:
             raise ChannelBroken(f"malformed control message: a guest does not send {kind[:80]!r}")
 
@@ -391,6 +413,7 @@ class Link:
             can_dial=message.get("dials") is True,
             pid=message["pid"] if isinstance(message.get("pid"), int) else 0,
             exited=message.get("exited") is True,
+            size=resized(message),
         )
         if self._on_hello is not None:
             self._on_hello(hello)

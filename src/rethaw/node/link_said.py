@@ -25,6 +25,15 @@ class QuietState:
 
 
 @dataclass(frozen=True)
+class Resized:
+    """A terminal's size from byte `offset` of its output on."""
+
+    rows: int
+    cols: int
+    offset: int
+
+
+@dataclass(frozen=True)
 class Hello:
     """What guestd said after start, go or resume. `exchanges`: accepted exchanges whose client still waits. `left`: those
     whose client went away of late, and how many bytes of the answer it had read. `calls`: ids of Context calls that
@@ -40,6 +49,7 @@ class Hello:
     tunnels: tuple[int, ...] = ()  # streams
     dials: tuple[int, ...] = ()  # streams
     can_dial: bool = False  # False: a guestd that was frozen before there was that
+    size: Resized | None = None  # of its terminal, if it has one
 
 
 def quiet_state(message: dict[str, Any], marker: bytes, took_s: float) -> QuietState:
@@ -60,6 +70,18 @@ def streams_of(hello: dict[str, Any]) -> set[int]:
     if len(listed) > MAX_STREAMS or not all(type(s) is int and 0 < s <= frames.MAX_STREAM for s in listed):
         raise ChannelBroken(f"malformed hello: {len(listed)} streams, {str(listed)[:100]}")
     return {cast(int, s) for s in listed}
+
+
+def resized(message: dict[str, Any]) -> Resized | None:
+    """The terminal's size in a `hello` or `resized`. None where there is no terminal."""
+    size: object = message.get("size")
+    if size is None:
+        return None
+    listed = cast("list[int]", size if isinstance(size, list) else [])
+    if len(listed) != 3 or not all(type(n) is int and 0 <= n < 1 << 62 for n in listed):
+        raise ChannelBroken(f"malformed size of a terminal: {str(listed)[:100]}")
+    rows, cols, offset = listed
+    return Resized(min(rows, 65535), min(cols, 65535), offset)
 
 
 def left_one(message: dict[str, Any]) -> tuple[str, int]:

@@ -13,7 +13,7 @@ from rethaw.model.errors import ChannelBroken, Conflict, TooLarge
 
 OUTPUTS = ("stdout", "stderr")
 RELAYS = ("tunnel", "dial")  # bytes both ways, kept on both sides until the other has them
-KINDS = ("exchange", "call", *RELAYS, *OUTPUTS)
+KINDS = ("exchange", "call", "stdin", *RELAYS, *OUTPUTS)
 
 
 class Stream:
@@ -42,6 +42,7 @@ class Stream:
         self._waiters: list[asyncio.Future[None]] = []
         self._acked = self.base
         self._ack_wanted = self.base
+        self._tap: Callable[[int, bytes], None] | None = None
 
     @classmethod
     def opened(cls, frame: frames.Frame, mux: Mux, flush: Callable[[], None]) -> Stream:
@@ -104,6 +105,8 @@ class Stream:
         if frame.kind == frames.DATA:
             self._in.data(frame.offset, len(frame.payload))
             self._data.append(frame.payload)
+            if self._tap is not None:
+                self._tap(frame.offset, frame.payload)
         elif frame.kind == frames.END:
             self._in.end(frame.offset)
         elif frame.kind == frames.CREDIT:
@@ -112,6 +115,13 @@ class Stream:
         else:
             raise ChannelBroken(f"malformed frame: a guest does not send {frames.NAMES[frame.kind]}")
         self._notify()
+
+    def tap(self, shown: Callable[[int, bytes], None]) -> None:
+        at = self._in.offset - sum(len(data) for data in self._data)
+        for data in self._data:
+            shown(at, data)
+            at += len(data)
+        self._tap = shown
 
     def hang_up(self, why: str, taken: int) -> None:
         """The agent closed its end."""
