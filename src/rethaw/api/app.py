@@ -25,6 +25,7 @@ from rethaw.api import (
     snapshots,
     snapshots_look,
     templates,
+    terminal,
     top,
 )
 from rethaw.api.errors import Ascii
@@ -36,6 +37,7 @@ from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
 from rethaw.model.looking import Looking
 from rethaw.model.ports import Carrier, Images
+from rethaw.model.terminal import Terminals
 
 
 def create_app(
@@ -55,6 +57,7 @@ def create_app(
     cpu: Callable[[str], float | None] | None = None,
     trees: Images | None = None,
     usage: Callable[[], Awaitable[dict[str, tuple[float, int]]]] | None = None,
+    terminals: Terminals | None = None,
 ) -> FastAPI:
     """The application. Everything but /healthz, /openapi.json and /v1/callbacks wants `Authorization: Bearer TOKEN`."""
     rooms = Rooms(
@@ -69,6 +72,7 @@ def create_app(
         carrier,
         trees,
         node,
+        terminals,
         cpu,
         usage,
     )
@@ -84,6 +88,7 @@ def create_app(
     errors.install(app)
     app.state.warming = Warming(rooms)
     app.include_router(sessions.router(rooms, app.state.warming))
+    app.include_router(terminal.router(rooms))
     app.include_router(snapshots_look.router(rooms))
     app.include_router(snapshots.router(rooms))
     app.include_router(templates.router(rooms))

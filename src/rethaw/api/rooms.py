@@ -14,6 +14,7 @@ from rethaw.log.store import Log
 from rethaw.model.errors import NotFound
 from rethaw.model.looking import Looking
 from rethaw.model.ports import Carrier, Images
+from rethaw.model.terminal import Terminals
 from rethaw.model.types import AgentSpec, ImageSpec
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -34,6 +35,7 @@ class Rooms:
     carrier: Carrier | None = None
     images: Images | None = None
     node: str = ""
+    terminals: Terminals | None = None
     cpu: Callable[[str], float | None] | None = None  # CPU seconds that a session's sandbox has used here
     usage: Callable[[], Awaitable[dict[str, tuple[float, int]]]] | None = None  # that and memory bytes, of all of them
 

@@ -20,7 +20,10 @@ from rethaw.model.nearest import nearest
 from rethaw.sdk.functions import signature
 
 # Options of `rethaw run` itself; everything else that begins with -- is the agent's. A test compares with `run`.
-FLAGS = frozenset({"--detach", "-d", "--dry-run", "--json", "--help", "-h"})
+FLAGS = frozenset(
+    {"--detach", "-d", "--dry-run", "--interactive", "-i", "--tty", "-t", "--rm", "--json", "--help", "-h"}
+)
+_SHORT = frozenset("dit")  # may be written together: -it
 VALUES = frozenset(
     {
         "--agent",
@@ -50,6 +53,8 @@ VALUES = frozenset(
         "--budget-calls",
         "--budget-wall",
         "--allow",
+        "--detach-keys",
+        "--mount-copy",
     }
 )
 
@@ -67,10 +72,21 @@ SCHEDULE_VALUES = frozenset(
 def prepared(args: Sequence[str]) -> list[str]:
     """A command line of `rethaw` with an agent's own arguments behind a `--`, if it is of a command that takes them."""
     if args[:1] == ["run"]:
-        return ["run", *separate(args[1:])]
+        return ["run", *separate(apart(args[1:]))]
     if list(args[:2]) == ["schedule", "create"]:
         return ["schedule", "create", *separate(args[2:], SCHEDULE_FLAGS, SCHEDULE_VALUES, places=2)]
     return list(args)
+
+
+def apart(tokens: Sequence[str]) -> list[str]:
+    """`tokens` with -it as -i -t."""
+    out: list[str] = []
+    for at, token in enumerate(tokens):
+        if token == "--":
+            return [*out, *tokens[at:]]
+        together = len(token) > 2 and token[0] == "-" and set(token[1:]) <= _SHORT
+        out += [f"-{letter}" for letter in token[1:]] if together else [token]
+    return out
 
 
 def separate(

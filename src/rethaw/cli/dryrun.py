@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rethaw.cli.joined import Joined
     from rethaw.model.types import AgentSpec
     from rethaw.sdk.images import Source
 
@@ -44,7 +45,14 @@ def _explained(target: str, name: str, about: str | None, arguments: list[str]) 
     return "\n".join(lines)
 
 
-def show(target: str | None, tokens: list[str], image: str | None, given: dict[str, Any], json: bool) -> int:
+def show(
+    target: str | None,
+    tokens: list[str],
+    image: str | None,
+    given: dict[str, Any],
+    json: bool,
+    joined: Joined | None = None,
+) -> int:
     """Print what would be sent. No server is asked, nothing is started."""
     from rethaw.cli import output
     from rethaw.cli.arguments import parse
@@ -55,6 +63,7 @@ def show(target: str | None, tokens: list[str], image: str | None, given: dict[s
     files: list[dict[str, Any]] = []
     if image is not None:
         spec = of_command(image, [*([target] if target is not None else []), *tokens], given)
+        added = [copy.addition for copy in joined.copies] if joined is not None else []
     else:
         agent = changed_agent(target, given)
         args = parse(agent.function, tokens)

@@ -32,6 +32,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "Start a session and watch it.",
             "FILE.py[::NAME] [--ARG VALUE ...] | --agent NAME[@VERSION] ... | --image base -- COMMAND ...",
         ),
+        Command("attach", "attaching:attach", "Come back to a session's terminal.", "SESSION"),
         Command("ls", "look:ls", "List sessions.", aliases=("ps",)),
         Command("top", "top:top", "Watch what sessions take: CPU, memory, model calls, storage."),
         Command("show", "look:show", "Show a session, and what durability did for it.", "SESSION"),

@@ -127,7 +127,9 @@ class Agent:
         fds = self._terminal(*terminal) if terminal is not None else self._pipes(stdin)
         pid = os.fork()
         if pid == 0:
-            become(command, env, workdir, fds, why_write, enter=self.terminal.enter if self.terminal is not None else None)
+            become(
+                command, env, workdir, fds, why_write, enter=self.terminal.enter if self.terminal is not None else None
+            )
         for fd in (*fds, why_write) if self.terminal is None else (why_write,):
             os.close(fd)
         if self.terminal is not None:

@@ -125,6 +125,7 @@ class EventType(StrEnum):
     SIGNAL_RECEIVED = "signal.received"  # {name, signal}; body: payload
     EMITTED = "emitted"  # ctx.emit {name}; body: JSON data
     OUTPUT = "output"  # {stream: stdout|stderr, offset}; body: bytes
+    TERMINAL_RESIZED = "terminal.resized"  # {rows, cols, offset}: so from that byte of stdout on
     SNAPSHOT_CREATED = "snapshot.created"  # {snapshot, parent, seq, paused_ms, durable_ms, stored_bytes, why}
     SNAPSHOT_RESTORED = "snapshot.restored"  # {snapshot, generation, resume_ms}
     SNAPSHOT_FAILED = "snapshot.failed"

@@ -102,6 +102,18 @@ def _empty(value: dict[str, Any]) -> bool:
 RetriedOn = Literal["exit", "crash_loop", "out_of_memory"]
 
 
+def _no(value: object) -> bool:
+    return not value
+
+
+class TerminalSpec(Wire):
+    """A terminal as its program first finds it. `kind` is its TERM."""
+
+    rows: int = Field(default=24, ge=1, le=10_000)
+    cols: int = Field(default=80, ge=1, le=10_000)
+    kind: str = Field(default="xterm-256color", pattern=r"^[A-Za-z0-9][A-Za-z0-9+._-]{0,63}$")
+
+
 class RetrySpec(Wire):
     """What follows when an attempt fails in a way that is `on` the list: `max` new attempts, the first after `delay_s`, each later one `factor`
     times later than the one before, none later than `max_delay_s`."""
@@ -181,6 +193,10 @@ class AgentSpec(Wire):
     allow: tuple[str, ...] = ()  # where it may connect to, see model/egress.py; empty: nowhere
     # Arguments are checked against it at a start. None: anything is taken. No part of the version's digest.
     signature: Signature | None = Field(default=None, exclude_if=_absent)
+    terminal: TerminalSpec | None = Field(
+        default=None, exclude_if=_empty
+    )  # its stdin, stdout and stderr are one terminal
+    stdin: bool = Field(default=False, exclude_if=_no)  # what is typed for it: keys, or without a terminal a pipe
 
 
 # ---------------------------------------------------------------- the log

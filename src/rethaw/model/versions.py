@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Literal
 
-from rethaw.model.types import AgentSpec, SessionView, StartOptions, Wire
+from rethaw.model.types import AgentSpec, SessionView, StartOptions, TerminalSpec, Wire
 
 Files = Literal["keep", "fresh"]
 FILES = ("keep", "fresh")
@@ -18,7 +18,9 @@ _AUTO = "auto."  # equal to control.templates.AUTO
 
 
 def plain(agent: AgentSpec) -> AgentSpec:
-    """`agent` as its author wrote it: without what a template adds."""
+    """`agent` as its author wrote it: without what a template or a start adds."""
+    if agent.terminal is not None:  # its size is of a start
+        agent = agent.model_copy(update={"terminal": TerminalSpec()})
     template = agent.env.get(TEMPLATE)
     if template is None:
         return agent

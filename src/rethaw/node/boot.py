@@ -42,6 +42,8 @@ def guest_env(a: Assignment, providers: Iterable[str]) -> dict[str, str]:
     }
     for name in providers:
         env[f"RETHAW_{name.upper().replace('-', '_')}_URL"] = f"{GATEWAY}/{name}"
+    if a.agent.terminal is not None:
+        env["TERM"] = a.agent.terminal.kind
     given = {**a.agent.image.env, **a.agent.env}
     return {**env, **(_proxies(given) if a.agent.allow or a.agent.entry is None else {}), **given}
 
@@ -73,6 +75,7 @@ def start_config(a: Assignment, providers: Iterable[str], rootfs: Path) -> dict[
     if a.files is not None:
         command = [guest.python(rootfs), *_CARRY, *command]
     boot = a.boot or Boot(args={}, cursor=0, fresh=False)
+    terminal = a.agent.terminal
     return {
         "command": command,
         "env": env,
@@ -81,4 +84,6 @@ def start_config(a: Assignment, providers: Iterable[str], rootfs: Path) -> dict[
         "attempt": a.attempt,
         "generation": a.generation,
         "boot": boot.model_dump(mode="json"),
+        **({"terminal": {"rows": terminal.rows, "cols": terminal.cols}} if terminal is not None else {}),
+        **({"stdin": True} if a.agent.stdin else {}),
     }

@@ -14,6 +14,7 @@ from rethaw.model.enums import EventType, Reason
 from rethaw.model.errors import Fenced, RethawError, Unavailable
 from rethaw.model.ports import GuestStream
 from rethaw.model.types import MIB, AgentSpec, Assignment, Boot, Fence, NewEvent
+from rethaw.node import terminal
 from rethaw.node.calls import Calls
 from rethaw.node.carry import Carried
 from rethaw.node.dials import Dials
@@ -58,7 +59,15 @@ class Life:
         self._resyncing: asyncio.Task[None] | None = None
         snapshot = assignment.snapshot
         self._restored = snapshot.id if snapshot else None  # until the first hello
-        self.outputs = Outputs(parts.log, self.fence, self.attempt, snapshot.output if snapshot else {}, self.active)
+        self.terminal = self._terminal() if self.agent.terminal is not None or self.agent.stdin else None
+        self.outputs = Outputs(
+            parts.log,
+            self.fence,
+            self.attempt,
+            snapshot.output if snapshot else {},
+            self.active,
+            self.terminal.show if self.terminal is not None else None,
+        )
         self.egress = Egress(parts.log, self.fence, self.agent.allow, parts.egress, self)
         self.link = Link(
             sandbox.reader,
@@ -67,8 +76,11 @@ class Life:
             on_malformed=self._on_malformed,
             on_hello=self._on_hello,
             on_left=gateway.left,
+            on_resized=self.terminal.resized if self.terminal is not None else None,
         )
         self.dials = Dials(self.link.dial, self)
+        if self.terminal is not None:
+            self.terminal.joined(self.link)
         self.saver = Saver(
             parts,
             self.agent,
@@ -87,6 +99,12 @@ class Life:
         self.calls = Calls(parts, self.fence, self.attempt, boot, self.saver, self)
         if assignment.files is not None:
             self.calls.carried = Carried(parts, assignment.files, self.agent, self.image)
+
+    def _terminal(self) -> terminal.Life:
+        keyboard = self.parts.terminals.of(self.fence.session)
+        return terminal.Life(
+            keyboard, self.parts.log, self.fence, self.agent, self.line, self.attempt, self.active, self.spawn
+        )
 
     def watch(self) -> None:
         """Start the tasks that live as long as the sandbox: death, pings, saves."""
@@ -123,6 +141,8 @@ class Life:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.egress.close()
         self.dials.close(f"the sandbox is gone: {end[1]}" if (end := self.ended.result()) else "the sandbox is gone")
+        if self.terminal is not None:
+            self.terminal.close()
         await self.gateway.detach()
         if self.calls.carried is not None:
             await self.calls.carried.close()
@@ -136,6 +156,8 @@ class Life:
         self.calls.still_open(hello.calls)
         self.egress.hello(hello.tunnels)
         self.dials.hello(hello.dials, hello.can_dial)
+        if self.terminal is not None:
+            self.terminal.resized(hello.size)
         restored, self._restored = self._restored, None
         if restored is not None:
             self.calls.saved_in(restored, hello.calls)
@@ -152,6 +174,9 @@ class Life:
                 await self.egress.handle(stream)
             elif stream.kind == "dial":
                 await self.dials.handle(stream)
+            elif stream.kind == "stdin":
+                if self.terminal is not None:
+                    await self.terminal.serve(stream)
             else:
                 await self.outputs.handle(stream)
         except Fenced as error:

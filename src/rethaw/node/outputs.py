@@ -20,12 +20,19 @@ class Outputs:
     the guest sends again from its last ack, and what is in the log already is skipped."""
 
     def __init__(
-        self, sink: LogSink, fence: Fence, attempt: int, offsets: Mapping[str, int], active: Callable[[], None]
+        self,
+        sink: LogSink,
+        fence: Fence,
+        attempt: int,
+        offsets: Mapping[str, int],
+        active: Callable[[], None],
+        shown: Callable[[str, int, bytes], None] | None = None,
     ) -> None:
         self._sink = sink
         self._fence = fence
         self._attempt = attempt
         self._active = active
+        self._shown = shown  # to those who look on, before it is in the log
         self._ended: dict[str, asyncio.Event] = {}
         self.offsets: dict[str, int] = dict(offsets)
 
@@ -34,6 +41,8 @@ class Outputs:
         name = stream.kind
         ended = self._ended.setdefault(name, asyncio.Event())
         position = stream.base
+        if (shown := self._shown) is not None:
+            stream.tap(lambda offset, data: shown(name, offset, data))
         await stream.ack(self.offsets.get(name, 0))
         reading: asyncio.Task[bytes | None] | None = None
         try:

@@ -13,6 +13,7 @@ from rethaw.images import guest
 from rethaw.images.builder import ImageStore
 from rethaw.model.egress import EgressSettings
 from rethaw.model.ports import ControlPlane, LogSink, SnapshotCatalog
+from rethaw.node.terminal import Terminals
 from rethaw.snapshots.store import SnapshotStore
 
 _GUESTD = ("-I", "-S", "-u", "/.rethaw/lib/rethaw/guest/guestd.py")
@@ -51,6 +52,7 @@ class Parts:
     providers: tuple[str, ...] = ()
     timing: Timing = field(default_factory=Timing)
     egress: EgressSettings = field(default_factory=EgressSettings)
+    terminals: Terminals = field(default_factory=Terminals)
     ahead: int = 1  # sandboxes created ahead for each spec in use
 
     async def sandbox_spec(self, image_digest: str, rootfs: Path, memory_bytes: int, pids: int) -> SandboxSpec:

@@ -6,15 +6,14 @@ import contextlib
 import json
 from types import TracebackType
 from typing import Any, cast
-from urllib.parse import urlsplit
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 from rethaw.model.errors import RethawError, Unavailable
 from rethaw.model.looking import ShellRequest
 from rethaw.sdk import calls
-from rethaw.sdk.transport import CONNECT_S, Target
+from rethaw.sdk.sockets import dial
+from rethaw.sdk.transport import Target
 
 _STREAMS = {1: "stdout", 2: "stderr"}
 _RESTORE_S = 120.0
@@ -29,25 +28,7 @@ class Shell:
     def __init__(self, target: Target, snapshot: str, request: ShellRequest) -> None:
         self.exit_code: int | None = None
         self.why = ""  # it ended, when not by itself
-        url = urlsplit(target.url)
-        local = url.hostname in ("127.0.0.1", "::1", "localhost")
-        address = f"{'wss' if url.scheme == 'https' else 'ws'}://{url.netloc}{url.path.rstrip('/')}"
-        try:
-            self._socket: ClientConnection = connect(
-                address + calls.path("snapshots", snapshot, "shell"),
-                additional_headers={"Authorization": f"Bearer {target.token}"} if target.token else {},
-                user_agent_header="rethaw-sdk",
-                open_timeout=CONNECT_S + target.timeout_s,
-                compression=None,
-                max_size=1 << 20,
-                close_timeout=2,
-                proxy=None if local else True,
-            )
-        except InvalidStatus as e:
-            body = bytes(e.response.body or b"")
-            raise calls.error_of(e.response.status_code, body, url=target.url, token_source=target.source) from e
-        except (OSError, TimeoutError, InvalidHandshake) as e:
-            raise target.nobody(str(e)) from e
+        self._socket = dial(target, calls.path("snapshots", snapshot, "shell"))
         self._target = target
         try:
             self._socket.send(request.model_dump_json())

@@ -222,6 +222,7 @@ async def _run(
             cpu=node.cpu_s,
             usage=node.usage,
             trees=Shelf(parts.images),
+            terminals=parts.terminals,
         )
         server = uvicorn.Server(
             uvicorn.Config(

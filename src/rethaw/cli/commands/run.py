@@ -31,6 +31,11 @@ def run(
     image: str | None = None,
     agent: str | None = None,
     detach: Annotated[bool, Flag, Parameter(name=("--detach", "-d"))] = False,
+    interactive: Annotated[bool, Flag, Parameter(name=("--interactive", "-i"))] = False,
+    tty: Annotated[bool, Flag, Parameter(name=("--tty", "-t"))] = False,
+    detach_keys: str | None = None,
+    mount_copy: Annotated[list[str] | None, Parameter(negative="")] = None,
+    rm: Annotated[bool, Flag, Parameter(name="--rm")] = False,
     dry_run: Annotated[bool, Flag] = False,
     key: str | None = None,
     name: str | None = None,
@@ -73,6 +78,9 @@ def run(
       rethaw run -d --key nightly-2026-01-01 report.py
       rethaw run --agent researcher@2 --topic "heat pumps"
       rethaw run --image base -- sh -c 'echo hello; sleep 5'
+      rethaw run -it --image base -- bash
+      rethaw run -i --rm --image base -- wc -l < notes.txt
+      rethaw run -it --image base --mount-copy . -- bash
 
     Parameters
     ----------
@@ -82,6 +90,17 @@ def run(
         NAME[@VERSION] of a deployed agent, in place of FILE.py.
     detach:
         Print the session's id and return at once.
+    interactive:
+        The command reads what is typed here, or this stdin; without it, nothing.
+    tty:
+        The command gets a terminal. Ctrl-P Ctrl-Q detaches; `rethaw attach` comes back.
+    detach_keys:
+        Other keys for that, like ctrl-a,d; or "none".
+    mount_copy:
+        DIR[:TARGET]: a copy of DIR is in the session at TARGET (/work if not said), where the command starts. Nothing is
+        written back: `rethaw cp` fetches files. May be given again.
+    rm:
+        Erase the session when it has ended.
     dry_run:
         Show what would travel to the server, and start nothing.
     key:
@@ -133,6 +152,7 @@ def run(
     allow:
         HOST or HOST:PORT that it may connect to, like api.github.com or "*.pypi.org:443"; may be given again.
     """
+    from rethaw.cli.joined import Joined
     from rethaw.sdk.starting import starting
 
     how = starting(
@@ -153,17 +173,20 @@ def run(
         "allow": allow,
     }
     given = {option: value for option, value in given.items() if value is not None}
+    joined = Joined(interactive=interactive, tty=tty, detach_keys=detach_keys, rm=rm).with_copies(mount_copy or ())
+    joined.checked(image, detached=detach or dry_run, json=json)
     if dry_run:
         from rethaw.cli.dryrun import show
 
-        return show(target, list(rest), image, given, json)
+        return show(target, list(rest), image, given, json, joined)
     with client(patient=not detach) as connection:
         if agent is not None:
             tokens = [*([target] if target is not None else []), *rest]
             session = _of_name(connection, agent, tokens, image, given, key, how)
         elif image is not None:
             command = [*([target] if target is not None else []), *rest]
-            session = connection.sessions.start(of_command(image, command, given), key=key, **how.given())
+            spec = joined.over(connection, of_command(image, command, given))
+            session = connection.sessions.start(spec, key=key, **how.given())
         else:
             session = _of_file(connection, target, list(rest), given, key, how)
         if detach:
@@ -172,7 +195,10 @@ def run(
             else:
                 output.data(session.id)
             return 0
-        return _watch(connection, session, json)
+        code = joined.watch(connection, session)
+        code = _watch(connection, session, json) if code is None else code
+        joined.after(connection, session.id)
+        return code
 
 
 def agent_of(
