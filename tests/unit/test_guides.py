@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rethaw.sdk.agents import find
+from rethaw.server.config import load
 from rethaw.testing.provider import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,13 @@ def test_scripts_are_quoted_as_they_are() -> None:
     page = (PAGES / "index.md").read_text()
     for language, file in (("shell", "tasks.sh"), ("js", "tasks.js")):
         assert f"```{language}\n{(EXAMPLES / 'inside' / file).read_text()}```" in page
+
+
+def test_the_configuration_without_a_key_is_one(tmp_path: Path) -> None:
+    (table,) = re.findall(r"^```toml\n(.*?)^```$", (PAGES / "index.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "rethaw.toml").write_text(table)
+    providers = load(tmp_path / "rethaw.toml", env={}).providers
+    assert [providers.get(name).base_url for name in ("openai", "anthropic")] == ["http://127.0.0.1:9000"] * 2
 
 
 def test_the_table_takes_what_was_measured() -> None:
