@@ -56,8 +56,8 @@ def test_a_sqlite_database_in_the_middle_of_a_transaction(home: House) -> None:
 def test_the_openai_agents_sdk(home: House) -> None:
     _, disturbed = compare(home, guide("openai-agents"))
     assert disturbed.result == {
-        "answer": f"The primes below thirty are {FOUND}.",
-        "done": ["wrote primes.py", "ran python3 primes.py"],
+        "answer": "The primes below thirty, found in 2 lines.",
+        "done": ["wrote primes.py", "ran python3 primes.py", "ran wc -l < primes.py"],
         "files": ["primes.py"],
     }
 

@@ -8,6 +8,7 @@ script = by_turn(
     [
         Reply("First the program.", tool_calls=[("write_file", {"name": "primes.py", "content": PRIMES})]),
         Reply("It is there; I run it now.", tool_calls=[("run_command", {"command": "python3 primes.py"})]),
-        lambda r: Reply(f"The primes below thirty are {r.tool_results[0].splitlines()[0]}."),
+        Reply("How long is it?", tool_calls=[("run_command", {"command": "wc -l < primes.py"})]),
+        lambda r: Reply(f"The primes below thirty, found in {r.tool_results[0].splitlines()[0]} lines."),
     ]
 )
