@@ -136,6 +136,26 @@ def test_a_budget_stops_a_tool_loop_and_a_larger_one_lets_it_go_on(home: House) 
     gapless(session.events(all_lines=True))
 
 
+def test_a_budget_is_given_to_one_that_runs_without(home: House) -> None:
+    waits = LOOP.replace(
+        "        done.append(said)\n", "        done.append(said)\n        if n == 1:\n            ctx.wait('go')\n"
+    )
+    session = home.agent(waits, {"tag": "free"})
+    session.until("two calls and a wait", lambda s: s.events("wait.opened"))
+    assert "2 of 4 model calls" in home.server.cli("budget", session.id, "--calls", "4", "--wall", "1h").stdout
+    session.signal("go")
+    session.until_state("failed")
+    assert session.view["detail"] == "4 model calls are used up: 4 after model call 4"
+    home.server.cli("budget", session.id, "--calls", "+1")
+    session.until("the fifth", lambda s: s.view["state"] == "failed" and s.view["spent"]["model_calls"] == 5)
+    home.server.kill9()  # who runs it next is told as well
+    home.server.restart()
+    home.server.cli("budget", session.id, "--calls", "+10")
+    assert session.result()["done"] == [f"echo free {n}" for n in range(6)]
+    assert len([t for t in home.provider.texts if t.startswith("free")]) == 6
+    assert 0 < session.view["spent"]["wall_s"] < 300
+
+
 @pytest.mark.long
 def test_a_token_budget_over_a_crash(home: House) -> None:
     home.provider.answer = lambda r: Reply(f"re {r.last_text}", first_byte_s=0.3)

@@ -15,10 +15,11 @@ from control_fixtures import (  # noqa: F401 - fixtures
     world,
 )
 
+from rethaw.control import spending
 from rethaw.control.prices import Prices, prices_from
 from rethaw.gateway.run import completed
 from rethaw.model.enums import EventType, ExchangeState, Reason, State
-from rethaw.model.errors import Conflict, Fenced, InvalidInput
+from rethaw.model.errors import Fenced, InvalidInput
 from rethaw.model.types import AgentSpec, BudgetSpec, CallAsked, Fence, RequestMeta, ResponseHead, RetrySpec, Usage
 
 S = State
@@ -233,13 +234,103 @@ async def test_budgets_that_do_not_fit(w: World) -> None:
         with pytest.raises(InvalidInput, match=next(iter(wrong))):
             await w.control.create(agent(**wrong), {})
     session, _ = await w.start()
-    with pytest.raises(Conflict, match="without a budget"):
-        await w.control.budget(session, BudgetSpec(tokens=5))
+    with pytest.raises(InvalidInput, match="no limit of tokens to add to"):
+        await w.control.budget(session, BudgetSpec(tokens=5), ["tokens"])
     session, _ = await w.start(agent(tokens=5))
     with pytest.raises(InvalidInput, match="no limit of money"):
         await w.control.budget(session, BudgetSpec(money="5"), ["money"])
     with pytest.raises(InvalidInput, match="'x' is no limit"):
         await w.control.budget(session, BudgetSpec(tokens=5), ["x"])
+
+
+async def test_a_budget_for_a_session_that_began_without_one(w: World) -> None:
+    session, calls = await running(w, AGENT)
+    await calls.ask(300, 200)
+    assert (await w.control.limits(session))[0] is None
+    view = await w.control.budget(session, BudgetSpec(tokens=1000))
+    assert view.state == S.RUNNING
+    (told,) = await w.node.work()  # its node asks before each call from now on
+    assert (told.action, told.agent.budget) == ("limits", BudgetSpec(tokens=1000))
+    assert (await w.control.limits(session))[1].tokens == 500  # of before
+    await calls.ask(300, 200)
+    with pytest.raises(Fenced, match="1,000 tokens are used up: 1,000 after model call 2"):
+        await calls.admit()
+    # A later life is told as it begins.
+    session, calls = await running(w, AGENT)
+    await w.save(calls.fence)
+    await w.control.budget(session, BudgetSpec(model_calls=7))
+    await w.control.report_death(calls.fence, Reason.SANDBOX_DIED, "x")
+    assignment, _ = await w.back(session)
+    assert assignment.agent.budget == BudgetSpec(model_calls=7)
+    # One told before its node says that it runs is not lost by that word.
+    view, _ = await w.control.create(AGENT, {})
+    assert (await w.control.session(view.id)).state == S.STARTING
+    await w.control.budget(view.id, BudgetSpec(model_calls=7))
+    assert view.generation is not None
+    await w.report(Fence(session=view.id, generation=view.generation), S.RUNNING)
+    assert "limits" in [a.action for a in await w.node.work() if a.session == view.id]
+
+
+async def test_time_of_before_counts_for_a_later_budget(w: World) -> None:
+    session, fence = await w.start()
+    await w.save(fence)
+    await w.sql("UPDATE sessions SET state_since = state_since - interval '100 seconds' WHERE id = %s", session)
+    await w.report(fence, S.SUSPENDING)
+    await w.report(fence, S.SUSPENDED, reason=Reason.IDLE)
+    states = "session = %s AND type = 'session.state' AND data->>'state' = %s"
+    for state, ago in (("running", 100), ("suspending", 40)):  # as if it had been so
+        await w.sql("ALTER TABLE events DISABLE TRIGGER ALL")
+        await w.sql(f"UPDATE events SET at = at - make_interval(secs => %s) WHERE {states}", float(ago), session, state)
+        await w.sql("ALTER TABLE events ENABLE TRIGGER ALL")
+    await w.control.budget(session, BudgetSpec(wall_s=1000.0))
+    used = (await w.control.limits(session))[1].wall_s
+    assert 99 < used < 110  # suspended it costs nothing
+    _, fence = await w.control.resume(session), None
+    _, fence = await w.back(session)
+    assert 99 < (await w.control.limits(session))[1].wall_s < 115
+
+
+async def test_sums_are_kept_and_are_those_of_the_log(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spending, "FOLD", 3)
+    session, calls = await running(w, agent(tokens=10**9, money="1000"))
+    late = [await calls.begin() for _ in range(2)]  # open for a long time
+    tokens = 0
+    for n in range(1, 11):
+        await calls.ask(n, 2 * n, model=("gpt-5-mini", "gpt-5.1")[n % 2])
+        tokens += 3 * n
+        used = (await w.control.limits(session))[1]
+        assert (used.tokens, used.model_calls) == (tokens, n + 2)
+    ((upto, pending, sums),) = await w.sql("SELECT upto, pending, sums FROM spent_totals WHERE session = %s", session)
+    assert set(pending) == {x.id for x in late} and {one["answered"] for one in sums} == {"gpt-5-mini", "gpt-5.1"}
+    ((left,),) = await w.sql("SELECT count(*) FROM exchanges WHERE session = %s AND seq > %s", session, upto)
+    assert left < 5  # all that is counted again
+    torn, answered = late
+    await w.log.finish_exchange(torn.id, torn.epoch, ExchangeState.TORN, None, completed(torn.id, 200, 1, Usage()))
+    await calls.answer(answered, 1000, 0, model="gpt-5.1")
+    used = (await w.control.limits(session))[1]
+    assert (used.tokens, used.model_calls) == (tokens + 1000, 11)  # the torn one came to nothing
+    for _ in range(4):
+        await calls.ask(1, 1)
+    used = (await w.control.limits(session))[1]
+    await w.sql("DELETE FROM spent_totals")
+    assert (await w.control.limits(session))[1].model_copy(update={"wall_s": 0}) == used.model_copy(
+        update={"wall_s": 0}
+    )
+    # What an abandoned line spent was paid for.
+    info = await w.save(calls.fence)
+    for _ in range(4):
+        await calls.ask(1, 1)
+    await w.control.rewind(session, info.id)
+    _, calls.fence = await w.back(session)
+    await calls.ask(1, 1)
+    after = (await w.control.limits(session))[1]
+    assert (after.model_calls, after.tokens) == (used.model_calls + 5, used.tokens + 10)
+    # A fork begins at zero, and what is removed takes its sums along.
+    (fork,) = await w.control.fork(session, info.id)
+    assert (await w.control.limits(fork.id))[1].model_calls == 0
+    await w.control.erase(fork.id, force=True)
+    await w.control.erase(session, force=True)
+    assert await w.sql("SELECT 1 FROM spent_totals") == []
 
 
 async def test_a_session_that_is_being_cancelled_is_cancelled(w: World) -> None:

@@ -50,6 +50,19 @@ async def look_at(conn: Connection, used: float, limit: float) -> Any:
     return found[0] if found is not None else None
 
 
+async def told_by_log(conn: Connection, session: str) -> float:
+    """Seconds that it ran before its present state, of one that had no budget so far."""
+    cursor = await conn.execute(
+        """SELECT coalesce(sum(extract(epoch FROM until - at)), 0)::float8 FROM (
+               SELECT data->>'state' AS state, at, lead(at) OVER (ORDER BY seq) AS until
+               FROM events WHERE session = %s AND type = 'session.state') states
+           WHERE state = ANY(%s) AND until IS NOT NULL""",
+        (session, _STATES),
+    )
+    found = await cursor.fetchone()
+    return float(found[0]) if found is not None else 0.0
+
+
 async def seen_last(conn: Connection, info: NodeInfo) -> None:
     """A node comes back as another incarnation: what it ran, ran no longer than its former lease."""
     await conn.execute(

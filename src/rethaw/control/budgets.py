@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from rethaw.control import awake, forks, placement, retries, rows, sessions, wakeups
+from rethaw.control import awake, forks, placement, retries, rows, sessions, spending, wakeups
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.prices import Prices
@@ -19,7 +19,7 @@ from rethaw.control.rows import Conn, Row
 from rethaw.log.encoding import exchange_key
 from rethaw.model.durations import human
 from rethaw.model.enums import Desired, EventType, Reason, State
-from rethaw.model.errors import Conflict, InvalidInput
+from rethaw.model.errors import InvalidInput
 from rethaw.model.types import BudgetSpec, CallAsked, Fence, NewEvent, Spent
 
 WARN_AT = Decimal(str(awake.WARN_AT))
@@ -31,42 +31,25 @@ _WORDS = {
     "model_calls": "model calls",
 }
 
-# An epoch more than one: sent again after its node was lost, unless it came to nothing then.
-_SPENT = """
-SELECT asked, answered, sum(n)::bigint AS calls, sum(input)::bigint AS input, sum(cached)::bigint AS cached,
-       sum(output)::bigint AS output, sum(uncounted)::bigint AS uncounted
-FROM (
-    SELECT x.meta::json->>'model' AS asked, t.usage::json->>'model' AS answered,
-           CASE WHEN t.state = 'torn' THEN t.epoch - 1 ELSE t.epoch END AS n,
-           coalesce((t.usage::json->>'input_tokens')::bigint, 0) AS input,
-           coalesce((t.usage::json->>'cached_tokens')::bigint, 0) AS cached,
-           coalesce((t.usage::json->>'output_tokens')::bigint, 0) AS output,
-           CASE WHEN t.state = 'complete' AND t.usage::json->>'output_tokens' IS NULL
-                     AND (SELECT h.head::json->>'status' FROM response_heads h
-                          WHERE h.exchange = x.id AND h.epoch = t.epoch) LIKE '2%%' THEN 1 ELSE 0 END AS uncounted
-    FROM exchanges x JOIN exchange_state t USING (id)
-    WHERE x.session = %s AND (x.meta::json->>'model_call')::boolean) calls
-GROUP BY asked, answered"""
 
-
-async def spent(conn: Conn, session: str, prices: Prices) -> Spent:
+async def spent(conn: Conn, row: Row, prices: Prices, *, locked: bool = False) -> Spent:
     """By now. `money` is None without prices, or when a model has none; `unpriced` names that one."""
     total = {"input_tokens": 0, "cached_tokens": 0, "output_tokens": 0, "model_calls": 0, "uncounted": 0}
     money, unpriced = Decimal(0), None
-    for found in await rows.many(conn, _SPENT, (session,)):
+    for used in await spending.used(conn, row, fold=locked):
         for name, column in zip(total, ("input", "cached", "output", "calls", "uncounted"), strict=True):
-            total[name] += int(found[column])
-        price = prices.of(found["answered"]) or prices.of(found["asked"])
+            total[name] += getattr(used, column)
+        price = prices.of(used.answered) or prices.of(used.asked)
         if price is not None:
-            money += price.of(int(found["input"]), int(found["cached"]), int(found["output"]))
-        elif found["input"] or found["output"]:
-            unpriced = str(found["answered"] or found["asked"] or "?")
+            money += price.of(used.input, used.cached, used.output)
+        elif used.input or used.output:
+            unpriced = used.answered or used.asked or "?"
     known = bool(prices.table) and unpriced is None
     return Spent(
         **total,
         tokens=total["input_tokens"] + total["output_tokens"],
         money=_plain(money) if known else None,
-        wall_s=round(await awake.used_s(conn, session), 3),
+        wall_s=round(await awake.used_s(conn, row.id), 3),
         unpriced=unpriced,
     )
 
@@ -123,7 +106,7 @@ async def admit(conn: Conn, fence: Fence, call: CallAsked, prices: Prices) -> tu
     key = exchange_key(call.guest_id, call.digest)
     if await rows.one(conn, "SELECT 1 AS ok FROM rethaw_find(%s, %s, %s)", (row.id, row.line, key)) is not None:
         return row, None
-    used = await spent(conn, row.id, prices)
+    used = await spent(conn, row, prices, locked=True)
     if limits.money is not None:
         if used.unpriced is not None:
             return row, _no_price(used.unpriced)
@@ -215,13 +198,13 @@ async def change(
     for name in add:
         if name not in BudgetSpec.model_fields:
             raise InvalidInput(f"{name!r} is no limit", remedy=f"use {', '.join(BudgetSpec.model_fields)}")
-    if row.limits is None:
-        raise Conflict(
-            f"session {row.id} was started without a budget",
-            remedy="give its agent one: @rethaw.agent(budget=...), or `rethaw run --budget-tokens 100000 ...`",
-        )
-    made = _changed(row, row.limits, given, add)
+    former = row.limits
+    made = _changed(row, former or BudgetSpec(), given, add)
     await rows.update(conn, row.id, budget=made.model_dump_json())
+    if former is None:  # what it has run so far was not counted; its node did not ask before its calls
+        await rows.update(conn, row.id, awake_s=await awake.told_by_log(conn, row.id))
+        if row.state.on_node and row.node is not None:
+            await placement.assign(conn, await rows.load(conn, row.id), "limits", reason=Reason.REQUESTED)
     event = NewEvent(type=EventType.BUDGET_CHANGED, data={"budget": made.model_dump(exclude_none=True)})
     await rows.append(conn, row.id, event)
     row = await rows.load(conn, row.id)
@@ -231,7 +214,7 @@ async def change(
         wakeups.note(wakeups.TIMER_CHANNEL, wakeups.ANY)
     if row.state != State.FAILED or row.reason != Reason.BUDGET_EXCEEDED:
         return row
-    if any(measure.over for measure in measures(made, await spent(conn, row.id, prices))):
+    if any(measure.over for measure in measures(made, await spent(conn, row, prices, locked=True))):
         return row
     if await placement.usable(conn, row, limit=1):
         return await forks.rewind(conn, row.id, row.last_seq, generation, False, policy)

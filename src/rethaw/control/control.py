@@ -405,7 +405,7 @@ class Control:
 
         async def fn(conn: Conn) -> tuple[BudgetSpec | None, Spent]:
             row = await rows.load(conn, session)
-            spent = await budgets.spent(conn, session, self.prices)
+            spent = await budgets.spent(conn, row, self.prices)
             return row.limits, spent if row.limits is not None else spent.model_copy(update={"wall_s": 0.0})
 
         return await self._run(fn)

@@ -66,7 +66,7 @@ async def assign(conn: Conn, row: Row, action: str, *, reason: Reason = Reason.N
         generation=row.generation,
         line=row.line,
         attempt=row.attempt,
-        agent=row.agent,
+        agent=row.agent if row.budget is None else row.agent.model_copy(update={"budget": row.limits}),
         branch=row.branch_after,
         reason=reason,
         revision=bumped["revision"],

@@ -36,7 +36,9 @@ async def report(conn: Conn, row: Row, change: StateChange, policy: Policy) -> R
             }
             key = f"attempt.started:{row.generation}"
             events = (*events, NewEvent(type=EventType.ATTEMPT_STARTED, data=data, key=key))
-        await placement.clear(conn, row.id, keep=("kill", "snapshot"))  # one asked for meanwhile is still wanted
+        await placement.clear(
+            conn, row.id, keep=("kill", "snapshot", "limits")
+        )  # one asked for meanwhile is still wanted
     if change.state == State.SUSPENDING:
         await conn.execute("DELETE FROM assignments WHERE session = %s AND action = 'suspend'", (row.id,))
     # A failed suspension that a person asked for is theirs to repeat; of another one the person's wish is still open.

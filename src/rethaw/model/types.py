@@ -490,7 +490,7 @@ class Assignment(Wire):
     """One thing a node must do. Idempotent by (session, generation, action); repeated until the state moves on."""
 
     session: str
-    action: Literal["start", "restore", "suspend", "cancel", "kill", "crash", "snapshot"]
+    action: Literal["start", "restore", "suspend", "cancel", "kill", "crash", "snapshot", "limits"]
     generation: str
     line: int
     attempt: int

@@ -123,6 +123,8 @@ class Supervisor:
         elif a.action == "crash":
             if life is not None:
                 life.sandbox.kill()
+        elif a.action == "limits":
+            self._session_gateway(a.agent)
         elif life is not None:
             try:
                 await life.saver.save("requested")
