@@ -193,6 +193,41 @@ def test_children_of_a_session_that_crashes_and_sleeps(home: House) -> None:
     assert len([e for e in messages if e["type"] == "message.received"]) == 1
 
 
+RETRIED = agents.add("""
+def main(ctx, keep):
+    before = [e["data"]["child"] for e in ctx.history() if e["type"] == "child.spawned"]
+    if keep and before:
+        child = ctx.child(before[0])
+    else:
+        child = ctx.spawn("worker", n=ctx.attempt, wait="go")
+    ctx.send(child.id)
+    print("attempt", ctx.attempt, "of", len(before), flush=True)
+    ctx.snapshot()
+    if ctx.attempt < 3:
+        ctx.wait("fail")
+        raise ValueError("attempt %d fails" % ctx.attempt)
+    return child.result(timeout="1h")
+""")
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["cancelled", "kept"])
+def test_children_of_attempts_that_failed(home: House, keep: bool) -> None:
+    retries = {"max": 2, "delay_s": 0.1, "children": "keep" if keep else "cancel"}
+    session = family(home, RETRIED, {"keep": keep}, retries=retries, idle_suspend_s=0.5)
+    for attempt in (1, 2):
+        session.until_output(f"attempt {attempt} of {attempt - 1 if not keep else min(1, attempt - 1)}")
+        crash(session)  # a crash within an attempt is no failure: its child is still its own
+        session.until("its child", lambda s, n=attempt: len(children(home, s)) == (1 if keep else n))
+        session.signal("fail")
+    session.until_output("attempt 3 of")
+    session.until("its child", lambda s: len(children(home, s)) == (1 if keep else 3))
+    kids = [at(home, view) for view in children(home, session)]
+    kids[-1].signal("go", "yes")
+    assert session.result() == {"n": 1 if keep else 3, "heard": "yes", "parent": None}
+    assert [kid.view["state"] for kid in kids] == ["cancelled"] * (len(kids) - 1) + ["completed"]
+    assert session.outbox() == ([kids[0].id] * 3 if keep else [kid.id for kid in kids])
+
+
 SPAWN_CRASH = agents.add("""
 def main(ctx):
     ctx.snapshot()

@@ -14,9 +14,9 @@ from control_fixtures import (  # noqa: F401 - fixtures
     world_fixture,
 )
 
-from rethaw.model.enums import EventType, Reason, State
+from rethaw.model.enums import Desired, EventType, Reason, State
 from rethaw.model.errors import Conflict, InvalidInput, NotFound
-from rethaw.model.types import AgentSpec, Fence, WaitPart, WaitSpec, WaitState
+from rethaw.model.types import AgentSpec, Fence, RetrySpec, WaitPart, WaitSpec, WaitState
 
 S = State
 WORKER = AGENT.model_copy(update={"name": "worker"})
@@ -249,6 +249,55 @@ async def test_one_that_cannot_be_created_any_more_has_failed(w: World) -> None:
     await w.loops.fire()
     state = await w.control.poll_wait(fence, 1, "1.9", 0)
     assert state.outcome is not None and state.outcome["state"] == "failed" and "too small" in state.outcome["detail"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_children_of_an_attempt_that_failed(w: World, keep: bool) -> None:
+    boss = BOSS.model_copy(update={"retries": RetrySpec(delay_s=0, children="keep" if keep else "cancel")})
+    session, fence = await w.start(boss)
+    running, _ = await born(w, fence, n=1)
+    late = await spawn(w, fence, "1.2", n=2)  # its parent fails before anything of it is there
+    view = await w.report(fence, S.FAILED, reason=Reason.EXITED, exit_code=1)
+    assert (view.state, view.attempt) == (S.QUEUED, 2)
+    await w.loops.fire()
+    await w.loops.fire()
+    if keep:
+        assert await exists(w, late) and not (await w.control.session(running)).state.final
+    else:
+        assert not await exists(w, late) and (await w.control.session(running)).desired == Desired.CANCELLED
+    (assignment,) = [a for a in await w.node.work(2) if a.session == session and a.action == "start"]
+    again = Fence(session=session, generation=assignment.generation)
+    await w.report(again, S.RUNNING)
+    other = await w.control.spawn(again, 2, "2.1", "worker", {"n": 1})
+    assert other != running
+    await w.save(again)
+    await w.loops.fire()
+    assert not (await w.control.session(other)).state.final  # the new attempt's own
+    parts = tuple(WaitPart(kind="child", name=child) for child in (running, late))
+    await w.control.open_wait(again, 2, WaitSpec(id="2.2", kind="any", parts=parts))
+    await w.loops.fire()
+    state = await w.control.poll_wait(again, 2, "2.2", 0)
+    assert state.done is not keep
+    if not keep:
+        assert state.outcome is not None and state.outcome["state"] == "cancelled"
+
+
+async def test_a_fresh_boot_after_a_crash_loop_begins_without_children_of_before(w: World) -> None:
+    session, fence = await w.start(BOSS)
+    child, _ = await born(w, fence)
+    await w.control.report_death(fence, Reason.SANDBOX_DIED, "x")
+    for _ in range(20):
+        (assignment,) = [a for a in await w.node.work(2) if a.session == session]
+        if assignment.snapshot is None:
+            break
+        fence = Fence(session=session, generation=assignment.generation)
+        await w.report(fence, S.RUNNING)
+        await w.loops.fire()
+        assert (await w.control.session(child)).desired == Desired.RUNNING  # a restored parent still has it
+        await w.control.report_death(fence, Reason.SANDBOX_DIED, "x")
+    assert (await w.control.session(session)).attempt == 2
+    await w.loops.fire()
+    assert (await w.control.session(child)).desired == Desired.CANCELLED
 
 
 async def test_an_agent_spawns_itself(w: World) -> None:

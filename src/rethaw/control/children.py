@@ -157,11 +157,8 @@ async def _ended(transactions: Transactions, session: str, policy: Policy) -> No
         alive = await rows.many(
             conn, "SELECT child FROM children WHERE parent = %s AND state = 'running' ORDER BY child", (session,)
         )
-        for child in alive:  # as acts of their own, so that each is done in a transaction of its own
-            await conn.execute(
-                """INSERT INTO child_acts (id, parent, child, act, source) VALUES (%s, %s, %s, 'cancel', 'end')""",
-                (new_id("m"), session, child["child"]),
-            )
+        for child in alive:
+            await spawned.cancel(conn, session, child["child"])
         return [child["child"] for child in alive]
 
     with contextlib.suppress(NotFound):  # erased meanwhile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rethaw.control import rows
+from rethaw.control import rows, spawned
 from rethaw.control.rows import Conn, Row
 from rethaw.log.lineage import Reach, path_in, visible
 from rethaw.log.writer import open_line_in
@@ -105,6 +105,7 @@ async def _set_back_waits(conn: Conn, row: Row, shown: Path) -> None:
 async def boot_anew(conn: Conn, row: Row, why: str) -> Row:
     """A new attempt whose context is the log up to the newest durable position: what came after it was not visible
     outside yet, and the new attempt may do it again."""
+    await spawned.abandon(conn, row)
     line, seq = row.loop_line, row.loop_seq
     if line is None or seq is None:
         newest = await rows.one(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from rethaw.control import agents, lineage, placement, room, rows, specs, wakeups
+from rethaw.control import agents, lineage, placement, room, rows, spawned, specs, wakeups
 from rethaw.control.endings import finish
 from rethaw.control.outbox import publish
 from rethaw.control.policy import Policy
@@ -133,6 +133,7 @@ async def _begin(
         row = await lineage.boot_anew(conn, row, (lost or Reason.RETRY).value)
     (event,) = await rows.append(conn, row.id, NewEvent(type=EventType.RETRY_SCHEDULED, data=data))
     if whole:
+        await spawned.abandon(conn, row)
         row = await lineage.open_line(
             conn, row, event.line, event.seq, why=Reason.RETRY.value, snapshot=None, new_attempt=True
         )

@@ -8,6 +8,7 @@ import json
 from rethaw.control import rows, wakeups
 from rethaw.control.rows import Conn, Row
 from rethaw.model.enums import EventType
+from rethaw.model.ids import new_id
 from rethaw.model.types import Event
 
 TYPES = (EventType.CHILD_SPAWNED, EventType.CHILD_TOLD)
@@ -34,6 +35,32 @@ async def _act(conn: Conn, row: Row, event: Event) -> None:
         """INSERT INTO child_acts (id, parent, child, act, source, payload) VALUES (%s, %s, %s, %s, %s, %s)
            ON CONFLICT DO NOTHING""",
         (event.data["id"], row.id, event.data["child"], event.data["act"], event.key, event.body),
+    )
+
+
+async def abandon(conn: Conn, row: Row) -> None:
+    """The current attempt of the locked row has failed, and its code runs again from its start: children that have not ended
+    are nobody's, and would be made a second time. They are cancelled, unless its retries say that they are kept."""
+    if row.agent.retries is not None and row.agent.retries.children == "keep":
+        return
+    why = f"attempt {row.attempt} of its parent {row.id} failed"
+    await conn.execute(
+        """UPDATE children SET state = 'ended', ended_at = clock_timestamp(), outcome = %s
+           WHERE parent = %s AND state = 'due'""",
+        (json.dumps({"state": "cancelled", "reason": "cancelled", "detail": why}), row.id),
+    )
+    alive = await rows.many(conn, "SELECT child FROM children WHERE parent = %s AND state = 'running'", (row.id,))
+    for found in alive:
+        await cancel(conn, row.id, found["child"])
+    if alive:
+        wakeups.note(wakeups.TIMER_CHANNEL, wakeups.ANY)
+
+
+async def cancel(conn: Conn, parent: str, child: str) -> None:
+    """As an act of its own, done in a transaction of its own."""
+    await conn.execute(
+        "INSERT INTO child_acts (id, parent, child, act, source) VALUES (%s, %s, %s, 'cancel', 'end')",
+        (new_id("m"), parent, child),
     )
 
 

@@ -126,6 +126,7 @@ class RetrySpec(Wire):
     not_on: tuple[int, ...] = ()  # exit statuses that are not tried again
     on: tuple[RetriedOn, ...] = ("exit", "crash_loop")  # of these recovery has given up on the last two
     files: Literal["fresh", "keep"] = "fresh"  # keep: a new attempt begins with the files of the last snapshot
+    children: Literal["cancel", "keep"] = "cancel"  # of the attempt that failed
 
 
 class BudgetSpec(Wire):

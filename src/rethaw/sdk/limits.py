@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FILES = ("fresh", "keep")
 RETRIED_ON = ("exit", "crash_loop", "out_of_memory")
+CHILDREN = ("cancel", "keep")
 MOST_RETRIES = 1000
 LIMITS = ("tokens", "input_tokens", "output_tokens", "money", "model_calls", "wall")
 
@@ -27,7 +28,7 @@ class Retries:
     The first begins after `delay`, each later one `factor` times later than the one before, none later than `max_delay`;
     `jitter` moves that by up to a quarter, so that many do not come back at once. `not_on`: exit statuses that are not
     tried again. `on`: which failures are: "exit" (the program ended by itself and failed), "crash_loop" (its sandbox died
-    again and again), "out_of_memory" (again and again; the same memory is not often enough later). `files="keep"`: a new attempt begins with the files of the last snapshot instead of its image's. An agent that knows that trying again is of no use raises `rethaw.NoRetry`.
+    again and again), "out_of_memory" (again and again; the same memory is not often enough later). `files="keep"`: a new attempt begins with the files of the last snapshot instead of its image's. `children="keep"`: what the failed attempt spawned goes on (`ctx.child(id)`) and is not cancelled. An agent that knows that trying again is of no use raises `rethaw.NoRetry`.
     """
 
     max: int = 3
@@ -38,6 +39,7 @@ class Retries:
     not_on: tuple[int, ...] = ()
     on: Sequence[str] = ("exit", "crash_loop")
     files: str = "fresh"
+    children: str = "cancel"
 
     def __post_init__(self) -> None:
         if not _whole(self.max) or not 0 <= self.max <= MOST_RETRIES:
@@ -51,6 +53,10 @@ class Retries:
         if isinstance(self.on, str) or not all(kind in RETRIED_ON for kind in self.on):
             raise InvalidInput(
                 f"on = {self.on!r} of retries does not fit", remedy=f"use a list of {', '.join(RETRIED_ON)}"
+            )
+        if self.children not in CHILDREN:
+            raise InvalidInput(
+                f"children {self.children!r} of retries is unknown", remedy=f"use {' or '.join(CHILDREN)}"
             )
         if self.files not in FILES:
             raise InvalidInput(f"files {self.files!r} of retries is unknown", remedy=f"use {' or '.join(FILES)}")
@@ -68,6 +74,7 @@ class Retries:
             not_on=tuple(self.not_on),
             on=cast("Any", tuple(self.on)),
             files=cast("Any", self.files),
+            children=cast("Any", self.children),
         )
 
 
