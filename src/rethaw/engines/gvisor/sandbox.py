@@ -18,7 +18,7 @@ from rethaw.engines import processes
 from rethaw.engines.base import CAPABILITIES, Capture, Exit
 from rethaw.engines.cgroups import Group
 from rethaw.engines.guestlog import GuestLog
-from rethaw.engines.gvisor import clock, direct
+from rethaw.engines.gvisor import clock, direct, epoll
 from rethaw.engines.gvisor.exec import GvisorExec
 from rethaw.engines.gvisor.runsc import Result, Runsc, call
 from rethaw.model import faults
@@ -147,6 +147,7 @@ class GvisorSandbox:
             notes: dict[str, object] = {"frozen": False, "why": f"not proven for runsc {self.runsc.features.version}"}
             if self._freeze_clock():
                 notes = clock.freeze(sections["checkpoint.img"], before_ns, after_ns)
+            epoll.hush(sections["checkpoint.img"])
             if not notes["frozen"]:
                 log.warning("the clock of %s will jump when it is restored: %s", self.id, notes["why"])
             faults.point("engine.capture.after")
