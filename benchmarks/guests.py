@@ -60,11 +60,15 @@ def shell(name: str, file: str) -> Guest:
 
 # Name of the guide: how it is started. In the order of the table.
 GUESTS: dict[str, Guest] = {
+    "claude-code": agent("claude-code"),
+    "codex": agent("codex"),
     "openai-agents": agent("openai-agents"),
     "anthropic": agent("anthropic"),
     "langgraph": agent("langgraph"),
     "smolagents": agent("smolagents"),
     "jupyter": agent("jupyter"),
+    "node": agent("node"),
+    "chromium": agent("chromium"),
     "shell": shell("shell", "work.sh"),
     "sqlite": agent("sqlite"),
 }

@@ -16,6 +16,7 @@ from rethaw.images import archive, guest, mirrors
 from rethaw.images.spec import check, spec_digest, tree_digest
 from rethaw.model.errors import ImageError, InvalidInput
 from rethaw.model.types import ImageSpec
+from rethaw.node.boot import GATEWAY
 
 # ---------------------------------------------------------------- names
 
@@ -200,3 +201,24 @@ def test_the_guest_s_modules_need_only_the_standard_library(tmp_path: Path) -> N
     assert done.stdout.strip() == "False", done.stderr
     assert guest.digest(contents) == guest.digest(dict(reversed(contents.items())))
     assert guest.digest(contents) != guest.digest({**contents, "guest/new.py": b""})
+
+
+def test_presets_of_clients_give_way_to_the_image_and_stay_inside_it(tmp_path: Path) -> None:
+    import tomllib
+
+    fresh, own, linked, odd = (tmp_path / name for name in ("fresh", "own", "linked", "odd"))
+    outside = tmp_path / "outside"
+    for path in (fresh, own / "etc/codex", linked / "etc", odd / "etc", outside):
+        path.mkdir(parents=True)
+    (own / "etc/codex/config.toml").write_text("model = 'mine'\n")
+    (linked / "etc/codex").symlink_to(outside)  # inside, it leads to a place of the image
+    (odd / "etc/codex").write_text("a file")
+    for tree in (fresh, own, linked, odd):
+        guest.install({}, tree)
+    preset = fresh / "etc/codex/config.toml"
+    read = tomllib.loads(preset.read_text())
+    assert read["model_providers"][read["model_provider"]]["base_url"] == f"{GATEWAY}/openai/v1"
+    assert preset.stat().st_mtime == guest.MODIFIED
+    assert (own / "etc/codex/config.toml").read_text() == "model = 'mine'\n"
+    assert not list(outside.iterdir()) and (odd / "etc/codex").read_text() == "a file"
+    assert linked.joinpath(*outside.parts[1:], "config.toml").read_bytes() == preset.read_bytes()

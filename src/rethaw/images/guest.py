@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import rethaw
-from rethaw.images import places, runtime
+from rethaw.images import places, presets, runtime
 
 LIB = ".rethaw/lib/rethaw"
 COMMAND = ".rethaw/bin/rethaw"  # for programs in any language; the directory is the last one of their PATH
@@ -59,9 +59,9 @@ def files() -> dict[str, bytes]:
 
 
 def digest(contents: dict[str, bytes]) -> str:
-    """sha256 hex of the guest modules."""
+    """sha256 hex of the guest modules and of what is installed with them."""
     total = hashlib.sha256(SCRIPT)  # the other one is in the digest of what has it
-    for name, data in sorted(contents.items()):
+    for name, data in sorted({**contents, **presets.FILES}.items()):
         total.update(f"{name}\0{len(data)}\0".encode())
         total.update(data)
     return total.hexdigest()
@@ -95,3 +95,4 @@ def install(contents: dict[str, bytes], rootfs: Path, script: bytes = SCRIPT) ->
         path.write_bytes(data)
         path.chmod(0o755 if name == COMMAND else 0o644)
         os.utime(path, (MODIFIED, MODIFIED))
+    presets.install(rootfs, MODIFIED)
