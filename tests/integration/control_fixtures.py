@@ -182,6 +182,13 @@ class World:
     async def report(self, fence: Fence, state: State, **more: Any) -> SessionView:
         return await self.control.report(fence, StateChange(state=state, **more))
 
+    async def larger_node_away(self) -> None:
+        """A node that could hold any agent was seen once: sessions wait for it."""
+        await self.sql(
+            """INSERT INTO nodes (id, incarnation, info, memory_bytes, lease_until)
+               SELECT 'away', 'x', info, 1::bigint << 52, now() - interval '1 day' FROM nodes LIMIT 1"""
+        )
+
     async def append(self, fence: Fence, kind: EventType, body: bytes | None = None, **data: Any) -> Event:
         key = data.pop("key", None)
         return (await self.log.append(fence, [NewEvent(type=kind, data=data, body=body, key=key)]))[0]

@@ -160,6 +160,7 @@ async def test_a_key_that_has_its_share_blocks_no_other(w: World) -> None:
 async def test_what_no_node_could_take_blocks_nobody(w: World) -> None:
     await w.control.queues.change("q", {"limit": 1})
     first = await start(w)
+    await w.larger_node_away()
     large, _ = await w.control.create(
         AGENT.model_copy(update={"memory_bytes": 1 << 40}), {}, None, StartOptions(queue="q", priority=9)
     )
@@ -330,12 +331,12 @@ async def test_forks_are_in_their_parents_queue(w: World) -> None:
 
 async def template(w: World, **agent: Any) -> None:
     """One named warm, ready."""
-    made = await w.control.create_template("warm", AGENT.model_copy(update=agent), {})
+    made = await w.control.warm.create("warm", AGENT.model_copy(update=agent), {})
     fence = await run(w, made.session)
     await w.control.open_wait(fence, 1, WaitSpec(id="1.1", kind="signal", name="rethaw.start"))
     await w.control.suspend(made.session)
     info = await w.sleep(fence, Reason.REQUESTED)
-    await w.control.template_ready(made, info.id, "call")
+    await w.control.warm.ready(made, info.id, "call")
 
 
 async def test_a_start_from_a_template_waits_in_its_queue(quick: World) -> None:
@@ -344,23 +345,23 @@ async def test_a_start_from_a_template_waits_in_its_queue(quick: World) -> None:
     busy = await start(w, "default")
     await template(w)  # which no limit counts
     assert [q.running for q in await w.control.queues.every()] == [1]
-    one, _ = await w.control.start_template("warm", b"{}", None)
+    one, _ = await w.control.warm.start("warm", b"{}", None)
     assert one.state == S.QUEUED and one.detail == "queue default lets 1 run at once, now 1 do"
-    other, _ = await w.control.start_template("warm", b"{}", None, StartOptions(queue="q", tags=("t",)))
+    other, _ = await w.control.warm.start("warm", b"{}", None, StartOptions(queue="q", tags=("t",)))
     assert other.state == S.RESUMING and other.node is not None and (other.queue, other.tags) == ("q", ("t",))
-    later, _ = await w.control.start_template("warm", b"{}", None, StartOptions(queue="q", delay_s=0.3))
+    later, _ = await w.control.warm.start("warm", b"{}", None, StartOptions(queue="q", delay_s=0.3))
     assert later.state == S.QUEUED and "it starts at" in (later.detail or "")
     await end(w, busy.id)
     now = await until(w, one.id, S.RESUMING)
     assert now.node is not None
     await until(w, later.id, S.RESUMING)
-    gone, _ = await w.control.start_template("warm", b"{}", None, StartOptions(ttl_s=0.1))
+    gone, _ = await w.control.warm.start("warm", b"{}", None, StartOptions(ttl_s=0.1))
     assert (await until(w, gone.id, S.FAILED)).reason == Reason.EXPIRED
 
 
 async def test_a_queued_start_from_a_template_can_be_cancelled(w: World) -> None:
     await template(w)
-    one, _ = await w.control.start_template("warm", b"{}", None, StartOptions(delay_s=60))
+    one, _ = await w.control.warm.start("warm", b"{}", None, StartOptions(delay_s=60))
     with pytest.raises(Conflict):
         await w.control.fork(one.id)
     assert (await w.control.cancel(one.id)).state == S.CANCELLED

@@ -195,14 +195,14 @@ async def test_sessions_begin_in_the_agents_own_template(w: World) -> None:
     agent = AGENT.model_copy(
         update={"command": (), "entry": "agent.py::main", "code": "0" * 64, "template": "auto"}
     )  # fmt: skip
-    made = await w.control.create_template(auto_name(agent), agent, {})
+    made = await w.control.warm.create(auto_name(agent), agent, {})
     assignment = await w.node.one("start", made.session)
     fence = Fence(session=made.session, generation=assignment.generation)
     await w.report(fence, S.RUNNING)
     await w.control.open_wait(fence, 1, WaitSpec(id="1.1", kind="signal", name="rethaw.start"))
     await w.control.suspend(made.session)
     info = await w.sleep(fence, Reason.REQUESTED)
-    await w.control.template_ready(made, info.id, "call")
+    await w.control.warm.ready(made, info.id, "call")
     due = await hourly(w, agent=agent, args={"n": 4})
     await w.control.schedules.fire()
     (one,) = await started(w)

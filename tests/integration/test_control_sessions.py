@@ -64,10 +64,7 @@ async def test_a_session_too_large_for_every_node_is_refused(w: World) -> None:
         await w.control.create(large, {})
     assert (await w.control.list())[0] == []
     # One that is away may come back: it is waited for, and why says what for.
-    await w.sql(
-        """INSERT INTO nodes (id, incarnation, info, memory_bytes, lease_until)
-           SELECT 'away', 'x', info, 1::bigint << 41, now() - interval '1 day' FROM nodes LIMIT 1"""
-    )
+    await w.larger_node_away()
     view, _ = await w.control.create(large, {})
     assert view.state == S.QUEUED
     assert "the 1048576 MiB of memory it asks for, the largest has 4096" in (view.detail or "")

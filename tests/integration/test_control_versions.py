@@ -29,7 +29,7 @@ async def upgraded(
     w: World, session: str, agent: AgentSpec | None = NEW, **more: Any
 ) -> tuple[Upgraded, Assignment, Fence]:
     """Upgrade one that needs no snapshot for it, and let the new attempt run."""
-    done = await w.control.upgrade(session, agent, **more)
+    done = await w.control.versions.upgrade(session, agent, **more)
     assignment, fence = await w.back(session, "start")
     return done, assignment, fence
 
@@ -46,38 +46,40 @@ def test_a_digest_is_of_what_the_author_wrote() -> None:
 
 async def test_versions_are_counted_and_deployed(w: World) -> None:
     with pytest.raises(NotFound, match="no agent 'tester'"):
-        await w.control.agent_version("tester")
+        await w.control.versions.get("tester")
     session, _ = await w.start()
     assert (await w.control.session(session)).version == 1
     with pytest.raises(NotFound, match="never deployed"):
-        await w.control.agent_version("tester")  # a run moves nothing
-    made, new = await w.control.deploy(NEW)
+        await w.control.versions.get("tester")  # a run moves nothing
+    made, new = await w.control.versions.deploy(NEW)
     assert (made.version, new, made.current, made.pinned) == (2, True, True, False)
-    again, new = await w.control.deploy(NEW)
+    again, new = await w.control.versions.deploy(NEW)
     assert (again.version, new) == (2, False)
-    assert (await w.control.deploy(OLD))[0].version == 1  # deployed anew: it is what starts by name from now on
-    assert (await w.control.agent_version("tester")).spec == OLD
-    assert (await w.control.agent_version("tester", 2)).spec == NEW
+    assert (await w.control.versions.deploy(OLD))[
+        0
+    ].version == 1  # deployed anew: it is what starts by name from now on
+    assert (await w.control.versions.get("tester")).spec == OLD
+    assert (await w.control.versions.get("tester", 2)).spec == NEW
     with pytest.raises(NotFound, match="no version 3, only 1 to 2"):
-        await w.control.agent_version("tester", 3)
-    assert (await w.control.pin("tester", 2)).pinned
-    await w.control.deploy(OLD)
-    assert (await w.control.agent_version("tester")).version == 2  # pinned
-    assert (await w.control.pin("tester", None)).version == 1
-    shown = await w.control.agent("tester")
+        await w.control.versions.get("tester", 3)
+    assert (await w.control.versions.pin("tester", 2)).pinned
+    await w.control.versions.deploy(OLD)
+    assert (await w.control.versions.get("tester")).version == 2  # pinned
+    assert (await w.control.versions.pin("tester", None)).version == 1
+    shown = await w.control.versions.show("tester")
     assert [(v.version, v.sessions) for v in shown.versions] == [(2, 0), (1, 1)]
     assert [(r.session, r.version) for r in shown.sessions] == [(session, 1)]
-    (row,) = await w.control.agents()
+    (row,) = await w.control.versions.every()
     assert (row.agent, row.version, row.sessions) == ("tester", 1, 1)
     for name in ("nobody", "tester'"):
         with pytest.raises(NotFound, match="no agent"):
-            await w.control.agent(name)
+            await w.control.versions.show(name)
 
 
 async def test_how_it_is_started_is_what_was_deployed_last(w: World) -> None:
-    await w.control.deploy(OLD, StartOptions(queue="slow", priority=3, tags=("a",)))
-    assert (await w.control.agent_version("tester")).starting == StartOptions(queue="slow", priority=3, tags=("a",))
-    version, new = await w.control.deploy(OLD)
+    await w.control.versions.deploy(OLD, StartOptions(queue="slow", priority=3, tags=("a",)))
+    assert (await w.control.versions.get("tester")).starting == StartOptions(queue="slow", priority=3, tags=("a",))
+    version, new = await w.control.versions.deploy(OLD)
     assert (version.version, new, version.starting) == (1, False, StartOptions())
 
 
@@ -117,7 +119,7 @@ async def test_of_one_that_runs_a_snapshot_is_taken_for_its_files(w: World) -> N
 
     session, fence = await w.start()
     await w.act(fence)
-    asked = asyncio.ensure_future(w.control.upgrade(session, NEW))
+    asked = asyncio.ensure_future(w.control.versions.upgrade(session, NEW))
     await w.node.one("snapshot", session)
     info = await w.save(fence, why="requested")
     late = await w.append(fence, EventType.MESSAGE_SENT, b"1", message="m_late", key="send:1.1")
@@ -154,7 +156,7 @@ async def test_files_that_cannot_be_read_are_taken_from_the_parent(w: World) -> 
     await w.sleep(fence, Reason.IDLE)
     (last,) = (await w.catalog.list(session))[-1:]
     await w.sql("UPDATE snapshots SET parent = %s WHERE id = %s", second.id, last.id)
-    done = await w.control.upgrade(session, NEW)
+    done = await w.control.versions.upgrade(session, NEW)
     for expected, following in ((last.id, second.id), (second.id, first.id), (first.id, None)):
         assignment, new = await w.back(session, "start")
         assert assignment.files is not None and assignment.files.id == expected, done
@@ -173,7 +175,7 @@ async def test_one_that_waits_for_a_retry_begins_at_once_with_the_new_version(w:
     await w.report(fence, S.FAILED, reason=Reason.EXITED, exit_code=1)
     view = await w.control.session(session)
     assert (view.state, view.attempt) == (S.QUEUED, 2)
-    done = await w.control.upgrade(session, NEW)
+    done = await w.control.versions.upgrade(session, NEW)
     assignment = await w.node.one("start", session)
     assert (assignment.agent, assignment.attempt, done.changed) == (NEW, 2, True)
     assert await w.control.agent_of(session, 1) == patient and await w.control.agent_of(session, 2) == NEW
@@ -204,7 +206,7 @@ async def test_an_ended_session_is_revived(w: World, end: State) -> None:
     last = await w.act(fence)
     await w.report(fence, end, reason=Reason.EXITED, exit_code=1)
     with pytest.raises(Conflict, match="runs version 1 already"):
-        await w.control.upgrade(session, OLD)
+        await w.control.versions.upgrade(session, OLD)
     done, assignment, new = await upgraded(w, session)
     assert (assignment.attempt, done.files) == (2, info.id)
     assert last.seq in [e.seq for e in await w.log.read(session)]
@@ -251,7 +253,7 @@ async def test_from_before_the_damage(w: World) -> None:
     assert (done.from_version, done.to_version, done.changed, assignment.attempt) == (2, 2, True, 3)
     for at in (0, 9999):
         with pytest.raises(InvalidInput, match=f"no event {at}"):
-            await w.control.upgrade(session, NEW, at=at)
+            await w.control.versions.upgrade(session, NEW, at=at)
     assert (await w.log.verify(session)).ok
 
 
@@ -302,18 +304,18 @@ async def test_going_back_takes_the_version_whose_memory_it_is(w: World) -> None
 
 async def test_a_downgrade_is_the_same(w: World) -> None:
     session, _ = await w.start()
-    await w.control.deploy(NEW)
+    await w.control.versions.deploy(NEW)
     done, assignment, _ = await upgraded(w, session, None, files="fresh")
     assert (done.to_version, assignment.agent) == (2, NEW)
     done, assignment, _ = await upgraded(w, session, None, version=1, files="fresh")
     assert (done.from_version, done.to_version, assignment.agent, assignment.attempt) == (2, 1, OLD, 3)
-    done = await w.control.upgrade(session, None, 1)
+    done = await w.control.versions.upgrade(session, None, 1)
     assert not done.changed and await w.node.work() == []
 
 
 async def test_its_key_still_means_it(w: World) -> None:
     session, _ = await w.start(key="k", topic=1)
-    await w.control.upgrade(session, NEW, files="fresh")
+    await w.control.versions.upgrade(session, NEW, files="fresh")
     for agent in (OLD, NEW):
         view, new = await w.control.create(agent, {"topic": 1}, "k")
         assert (view.id, new) == (session, False)
@@ -334,12 +336,13 @@ async def test_one_that_a_person_suspended_stays_so(w: World) -> None:
 
 
 async def test_one_that_has_not_begun_begins_with_the_new_version(w: World) -> None:
+    await w.larger_node_away()
     big = OLD.model_copy(update={"memory_bytes": 1 << 50})
     view, _ = await w.control.create(big, {}, None)
     assert view.state == S.QUEUED
     with pytest.raises(Conflict, match="nothing to go back to"):
-        await w.control.upgrade(view.id, NEW, at=1)
-    done = await w.control.upgrade(view.id, NEW)
+        await w.control.versions.upgrade(view.id, NEW, at=1)
+    done = await w.control.versions.upgrade(view.id, NEW)
     assignment = await w.node.one("start", view.id)
     assert (assignment.agent, assignment.attempt, done.changed) == (NEW, 1, True)
     assert assignment.boot is not None and not assignment.boot.fresh
@@ -349,34 +352,34 @@ async def test_what_is_refused(w: World) -> None:
     session, _ = await w.start()
     other = NEW.model_copy(update={"name": "other"})
     with pytest.raises(InvalidInput, match=r"of agent tester, not of other.*name=\"tester\""):
-        await w.control.upgrade(session, other)
+        await w.control.versions.upgrade(session, other)
     with pytest.raises(NotFound, match="never deployed"):
-        await w.control.upgrade(session)
+        await w.control.versions.upgrade(session)
     with pytest.raises(NotFound, match="no version 7"):
-        await w.control.upgrade(session, None, 7)
+        await w.control.versions.upgrade(session, None, 7)
     with pytest.raises(NotFound, match="s_nobody"):
-        await w.control.upgrade("s_nobody", NEW)
+        await w.control.versions.upgrade("s_nobody", NEW)
     await w.control.cancel(session)
     with pytest.raises(Conflict, match="being cancelled"):
-        await w.control.upgrade(session, NEW)
-    template = await w.control.create_template("warm", OLD, {})
+        await w.control.versions.upgrade(session, NEW)
+    template = await w.control.warm.create("warm", OLD, {})
     with pytest.raises(Conflict, match="template rm"):
-        await w.control.upgrade(template.session, NEW)
+        await w.control.versions.upgrade(template.session, NEW)
 
 
 async def test_one_that_began_from_a_template_finds_its_arguments_again(w: World) -> None:
-    template = await w.control.create_template("warm", OLD, {})
+    template = await w.control.warm.create("warm", OLD, {})
     _, fence = await w.back(template.session, "start")
     await w.control.open_wait(fence, 1, WaitSpec(id="1.1", kind="signal", name="rethaw.start"))
     info = await w.save(fence)
-    await w.control.template_ready(template, info.id, "call")
-    view, _ = await w.control.start_template("warm", b'{"topic": 1}', None)
+    await w.control.warm.ready(template, info.id, "call")
+    view, _ = await w.control.warm.start("warm", b'{"topic": 1}', None)
     await w.back(view.id)
     assert view.version == 1
     _, assignment, _ = await upgraded(w, view.id, files="fresh")
     assert assignment.agent == NEW.model_copy(update={"env": {"RETHAW_TEMPLATE": "warm"}})
     assert (await w.control.session(view.id)).version == 2
-    assert not (await w.control.upgrade(view.id, NEW)).changed
+    assert not (await w.control.versions.upgrade(view.id, NEW)).changed
 
 
 async def test_the_result_of_a_former_version_is_not_the_new_ones(w: World) -> None:

@@ -60,28 +60,28 @@ def router(rooms: Rooms) -> APIRouter:
     async def deploy(body: DeployBody, response: Response) -> Deployed:
         """Register a version and let starts by name take it. Repeating it is harmless."""
         has_code(body.agent)
-        version, new = await control.deploy(body.agent, body.starting)
+        version, new = await control.versions.deploy(body.agent, body.starting)
         response.status_code = 201 if new else 200
         return Deployed(version=version, new=new)
 
     @api.get("/agents")
     async def find() -> Agents:
         """The current version of each agent."""
-        return Agents(agents=await control.agents())
+        return Agents(agents=await control.versions.every())
 
     @api.get("/agents/{name}")
     async def show(name: str) -> AgentDetail:
-        return await control.agent(name)
+        return await control.versions.show(name)
 
     @api.get("/agents/{name}/version")
     async def version(name: str, number: int | None = None) -> AgentVersion:
         """The version `number`, or what a start by name takes."""
-        return await control.agent_version(name, number)
+        return await control.versions.get(name, number)
 
     @api.post("/agents/{name}/pin")
     async def pin(name: str, body: PinBody) -> AgentVersion:
         """What a start by name takes from now on."""
-        return await control.pin(name, body.version)
+        return await control.versions.pin(name, body.version)
 
     @api.post("/sessions/{session}/upgrade")
     async def upgrade(session: str, body: UpgradeBody) -> Upgraded:
@@ -91,7 +91,7 @@ def router(rooms: Rooms) -> APIRouter:
         if body.agent is not None:
             has_code(body.agent)
         ident = await control.resolve(session)
-        return await control.upgrade(ident, body.agent, body.to, at=body.from_seq, files=body.files)
+        return await control.versions.upgrade(ident, body.agent, body.to, at=body.from_seq, files=body.files)
 
     unused: Any = (deploy, find, show, version, pin, upgrade)
     _ = unused

@@ -33,7 +33,7 @@ def router(rooms: Rooms, warming: Warming) -> APIRouter:
         rooms.must_have(body.agent)
         started = None
         if body.agent.template == "auto":
-            started = await control.start_auto(body.agent, body.args, body.key, body.options)
+            started = await control.warm.start_auto(body.agent, body.args, body.key, body.options)
         view, new = started or await control.create(body.agent, body.args, body.key, body.options)
         if started is None and body.agent.template == "auto":
             warming.begin(body.agent)

@@ -61,7 +61,7 @@ def router(rooms: Rooms) -> APIRouter:
                 remedy="choose another",
             )
         rooms.must_have(body.agent)
-        template = await control.create_template(body.name, body.agent, body.args)
+        template = await control.warm.create(body.name, body.agent, body.args)
         if template.snapshot is not None:
             return template
         try:
@@ -72,23 +72,23 @@ def router(rooms: Rooms) -> APIRouter:
                 f"template {body.name} was not ready within {body.within_s:g} s",
                 remedy=f"see `rethaw logs {template.session}`; ask again to wait longer",
             ) from None
-        return await control.template_ready(template, await suspended(rooms, template.session), by)
+        return await control.warm.ready(template, await suspended(rooms, template.session), by)
 
     @api.get("")
     async def find() -> Templates:
-        return Templates(templates=await control.templates())
+        return Templates(templates=await control.warm.every())
 
     @api.post("/{name}/sessions", status_code=201)
     async def start(name: str, body: TemplateStart, response: Response) -> SessionView:
         """A session that goes on where the template stands."""
-        view, new = await control.start_template(name, json.dumps(body.args).encode(), body.key, body.options)
+        view, new = await control.warm.start(name, json.dumps(body.args).encode(), body.key, body.options)
         response.status_code = 201 if new else 200
         return view
 
     @api.delete("/{name}")
     async def remove(name: str) -> Template:
         """The name goes. Its session goes too unless others were forked from it."""
-        return await control.drop_template(name)
+        return await control.warm.drop(name)
 
     _ = (create, find, start, remove)
     return api

@@ -37,20 +37,20 @@ class Warming:
     async def _make(self, name: str, agent: AgentSpec) -> None:
         control = self._rooms.control
         try:
-            template = await control.create_template(name, agent, {})
+            template = await control.warm.create(name, agent, {})
             if template.snapshot is None:
                 async with asyncio.timeout(_WITHIN_S):
                     await until_ready(self._rooms, template, "call")
-                await control.template_ready(template, await suspended(self._rooms, template.session), "call")
+                await control.warm.ready(template, await suspended(self._rooms, template.session), "call")
         except (RethawError, TimeoutError) as error:
             log.warning("no template of agent %s: %s", agent.name, error or f"not ready within {_WITHIN_S:g} s")
             self._failed[name] = time.monotonic()
             with contextlib.suppress(RethawError):
-                await control.drop_template(name)
+                await control.warm.drop(name)
             return
         self._failed.pop(name, None)
         with contextlib.suppress(RethawError):  # then the next version's template sees to them
-            await control.drop_outdated(agent)
+            await control.warm.drop_outdated(agent)
 
     async def close(self) -> None:
         for task in list(self._tasks.values()):

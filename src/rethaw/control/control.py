@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Literal, TypeVar
 
 from rethaw.control import (
-    agents,
     budgets,
     children,
     finding,
@@ -33,9 +32,9 @@ from rethaw.control import (
     sessions,
     specs,
     stats,
-    templates,
-    upgrade,
+    versions,
     waits,
+    warm,
 )
 from rethaw.control.policy import Policy
 from rethaw.control.prices import Prices
@@ -67,11 +66,9 @@ from rethaw.model.types import (
     Spent,
     StartOptions,
     StateChange,
-    Template,
     WaitSpec,
     WaitState,
 )
-from rethaw.model.versions import AgentDetail, AgentVersion, Files, Upgraded
 
 T = TypeVar("T")
 _SNAPSHOT_WAIT_S = 55.0
@@ -96,6 +93,8 @@ class Control:
         self.transactions = Transactions(db, hub)
         self.queues = queues.Queues(self.transactions)
         self.schedules = schedules.Schedules(self.transactions, lambda: self.policy)
+        self.versions = versions.Versions(self.transactions, lambda: self.policy, self.snapshot)
+        self.warm = warm.Warm(self.transactions, lambda: self.policy)
         self.hub = hub
         self._log = log
         self._addresses = Addresses(public_url, secret or os.urandom(32))
@@ -330,56 +329,6 @@ class Control:
                 await self._run(lambda conn, s=row.id: sessions.place(conn, s, self.policy))
         return [await self.session(row.id) for row in made]
 
-    async def create_template(self, name: str, agent: AgentSpec, args: dict[str, Any]) -> Template:
-        """Begin a template, or find the one that has begun."""
-        session = new_id("s")
-        return await self._run(lambda conn: templates.create(conn, name, session, agent, args, self.policy))
-
-    async def template_ready(self, template: Template, snapshot: str, by: str) -> Template:
-        return await self._run(lambda conn: templates.ready(conn, template.name, template.session, snapshot, by))
-
-    async def templates(self) -> list[Template]:
-        return await self._run(templates.every)
-
-    async def start_auto(
-        self, agent: AgentSpec, args: dict[str, Any], key: str | None, options: StartOptions | None = None
-    ) -> tuple[SessionView, bool] | None:
-        """A session from the agent's own template, and whether it is new; None when there is none to start from."""
-        schedules.check_key(key)
-        session, generation = new_id("s"), new_generation()
-        found = await self._run(
-            lambda conn: templates.start_auto(conn, session, generation, agent, args, key, self.policy, options)
-        )
-        return None if found is None else await self._forked(*found)
-
-    async def drop_outdated(self, agent: AgentSpec) -> None:
-        """Templates of former versions of `agent` go."""
-        for name in await self._run(lambda conn: templates.outdated(conn, agent)):
-            await self.drop_template(name)
-
-    async def start_template(
-        self, name: str, payload: bytes, key: str | None, options: StartOptions | None = None
-    ) -> tuple[SessionView, bool]:
-        """A session forked from a template, and whether it is new."""
-        schedules.check_key(key)
-        session, generation = new_id("s"), new_generation()
-        row, new = await self._run(
-            lambda conn: templates.start(conn, name, session, generation, payload, key, self.policy, options)
-        )
-        return await self._forked(row, new)
-
-    async def _forked(self, row: Row, new: bool) -> tuple[SessionView, bool]:
-        if row.state in (State.QUEUED, State.RESUMING):
-            await self._run(lambda conn: sessions.place(conn, row.id, self.policy))
-        return await self.session(row.id), new
-
-    async def drop_template(self, name: str) -> Template:
-        """The name goes, and its session unless others were forked from it."""
-        gone = await self._run(lambda conn: templates.drop(conn, name))
-        with contextlib.suppress(Conflict, NotFound):
-            await self.erase(gone.session, force=True)
-        return gone
-
     async def rewind(self, session: str, to: int | str, *, redeliver: bool = False) -> SessionView:
         """Take the session back to `to` (a SEQ or a snapshot). `redeliver`: as with `fork`."""
         generation = new_generation()
@@ -417,56 +366,6 @@ class Control:
     async def agent_of(self, session: str, attempt: int) -> AgentSpec:
         """What that attempt of the session runs or ran."""
         return (await self._run(lambda conn: specs.of_attempt(conn, session, attempt)))[0]
-
-    async def deploy(self, agent: AgentSpec, starting: StartOptions | None = None) -> tuple[AgentVersion, bool]:
-        """Register a version and let starts by name take it (with `starting`, unless they say otherwise); whether it was not
-        deployed before."""
-        sessions.check_agent(agent, self.policy)
-        return await self._run(lambda conn: agents.deploy(conn, agent, starting or StartOptions()))
-
-    async def agents(self) -> list[AgentVersion]:
-        """The current version of each agent."""
-        return await self._run(agents.every)
-
-    async def agent(self, name: str) -> AgentDetail:
-        return await self._run(lambda conn: agents.show(conn, name))
-
-    async def agent_version(self, name: str, version: int | None = None) -> AgentVersion:
-        """`version`, or what a start by name takes."""
-        return await self._run(lambda conn: agents.pick(conn, name, version))
-
-    async def pin(self, name: str, version: int | None) -> AgentVersion:
-        """Let starts by name take `version`; None: what was deployed last."""
-        return await self._run(lambda conn: agents.pin(conn, name, version))
-
-    async def upgrade(
-        self,
-        session: str,
-        agent: AgentSpec | None = None,
-        version: int | None = None,
-        *,
-        at: int | None = None,
-        files: Files = "keep",
-    ) -> Upgraded:
-        """Let the session go on with `agent`, or with a version of its own (None: the current one). `at`: from this event
-        on; what came after it is left. Of one that runs a snapshot is taken first if its files are to be kept."""
-        view = await self.session(session)
-        wanted = agent or (await self.agent_version(view.agent.name, version)).spec
-        row = await self._run(lambda conn: upgrade.ask(conn, session, wanted, at, self.policy))
-        same = row.version is not None and (await self._run(lambda conn: agents.number(conn, wanted))) == row.version
-        if files == "keep" and at is None and row.state in upgrade.LIVE and not same:
-            try:
-                await self.snapshot(session)
-            except WaitTimeout as error:
-                raise WaitTimeout(error.message, remedy="`--files fresh` upgrades it without its files") from error
-        faults.point("control.upgrade.before")
-        want = upgrade.Wanted(wanted, at, files == "keep", row.state.final, new_generation())
-        done = await self._run(lambda conn: upgrade.upgrade(conn, session, want, self.policy))
-        faults.point("control.upgrade.after")
-        return Upgraded(
-            session=rows.view(done.row), from_version=done.before, to_version=done.after, changed=done.changed,
-            at=done.at, files=done.row.files_from if done.changed else None,
-        )  # fmt: skip
 
     async def described(self, info: SnapshotInfo) -> dict[str, Any]:
         """What an exported snapshot says of its session."""
