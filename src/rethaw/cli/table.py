@@ -80,6 +80,17 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("snapshot get", "inspect:get", "Copy files out of a snapshot.", "SNAPSHOT PATH DESTINATION"),
         Command("snapshot verify", "inspect:verify", "Check every stored byte.", "SNAPSHOT|SESSION ... | --all"),
     ),
+    "Images": (
+        Command("image ls", "image:ls", "List images."),
+        Command(
+            "image build",
+            "image:build",
+            "Build an image before it is needed.",
+            "[DIR|rethaw.toml|ARCHIVE|FILE.py[::NAME]|NAME]",
+        ),
+        Command("image inspect", "image:inspect", "Show an image's layers and who needs it.", "IMAGE"),
+        Command("image rm", "image:rm", "Remove images.", "IMAGE ..."),
+    ),
     "Templates": (
         Command(
             "template create",
@@ -122,6 +133,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
 GROUP_HELP = {
     "agent": "Agents by name, and their versions.",
     "snapshot": "Snapshots of a session.",
+    "image": "What sandboxes are made of.",
     "template": "Warm agents that sessions are started from.",
     "queue": "How many sessions run at once, and who is next.",
     "schedule": "Sessions that start by the clock.",

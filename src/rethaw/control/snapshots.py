@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rethaw.control import placement, recovery, rows
@@ -132,6 +133,19 @@ class Catalog:
             return await rows.many(conn, "SELECT id FROM snapshots WHERE node = %s", (node,))
 
         return {str(r["id"]) for r in await self._db.run(fn)}
+
+    async def made_on(self, images: Sequence[str]) -> list[tuple[str, str]]:
+        """(id, session) of snapshots that were made on one of the composed `images`, the newest first."""
+
+        async def fn(conn: Conn) -> list[dict[str, Any]]:
+            return await rows.many(
+                conn,
+                """SELECT id, session FROM snapshots WHERE NOT erased AND info::json ->> 'image' = ANY(%s)
+                   ORDER BY created_at DESC""",
+                (list(images),),
+            )
+
+        return [(str(r["id"]), str(r["session"])) for r in await self._db.run(fn)]
 
     async def needed(self, node: str) -> tuple[set[str], set[str]]:
         """Engine builds and image digests that some snapshot of `node` was made with."""

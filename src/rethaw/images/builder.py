@@ -2,6 +2,7 @@
 
 DATA/images/DIGEST/rootfs/        a complete tree
 DATA/images/DIGEST/manifest.json  what it is made of; written last, so its presence means "complete"
+DATA/images/specs/DIGEST.json     the spec of an image that was built
 DATA/images/.DIGEST.lock          held while DIGEST is built
 DATA/images/.new-DIGEST-*/        being built; garbage once the lock is free
 """
@@ -19,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ class ImageStore:
         """Where the trees are."""
         return self._home
 
-    async def ensure(self, spec: ImageSpec, progress: Progress) -> BuiltImage:
-        """The image of `spec`, built when it is not there: about 20 s, once, whoever else asks meanwhile.
+    async def ensure(self, spec: ImageSpec, progress: Progress, *, record: bool = True) -> BuiltImage:
+        """The image of `spec`, built when it is not there: about 20 s, once, whoever else asks meanwhile. `record`: somebody
+        wants it, and not only another image.
 
         Raises ImageError with the last lines of the step that failed; nothing is left behind then.
         """
@@ -83,6 +85,8 @@ class ImageStore:
                 rootfs = await self._pip(spec, digests[i], rootfs, progress)
             else:
                 rootfs = await self._step(spec, number, digests[i], rootfs, progress)
+        if record:
+            await asyncio.to_thread(self._record, spec)
         plain = spec.model_copy(update={"steps": ()}) if spec.steps else None
         runtime_ = await self.runtime(spec.suite, progress) if spec.oci is not None else None
         env = {**BASE_ENV, **spec.env}
@@ -100,13 +104,40 @@ class ImageStore:
 
         return await self._build(digest, {"kind": "runtime", "suite": suite}, make, progress)
 
+    def _record(self, spec: ImageSpec) -> None:
+        """Remember what an image is made of, for those who list and remove images."""
+        path = self.records / f"{spec_digest(spec)}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            fresh = path.with_name(f".{path.name}.{os.getpid()}")
+            fresh.write_text(spec.model_dump_json())
+            fresh.rename(path)
+
+    @property
+    def records(self) -> Path:
+        """DIGEST.json for each image that was built, its spec."""
+        return self._home / "specs"
+
+    async def remove(self, digests: Sequence[str]) -> None:
+        """Take trees away; one that is being built is waited for."""
+        for digest in digests:
+            async with self._locked(digest, log.debug):
+                await asyncio.to_thread(self._take_away, digest)
+
+    def _take_away(self, digest: str) -> None:
+        home = self._home / digest
+        # The manifest goes first: a tree half removed must not look complete.
+        (home / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(home, ignore_errors=True)
+        (self._home / f".{digest}.lock").unlink(missing_ok=True)
+
     async def _step(self, spec: ImageSpec, number: int, digest: str, below: Path, progress: Progress) -> Path:
         async def make(rootfs: Path) -> None:
             trusted, private = below, None
             if spec.oci is not None:
                 private = await self.runtime(spec.suite, progress)
             elif spec.steps[number].kind == "pip":
-                trusted = (await self.ensure(spec.model_copy(update={"steps": ()}), progress)).rootfs
+                trusted = (await self.ensure(spec.model_copy(update={"steps": ()}), progress, record=False)).rootfs
             await steps.perform(spec, number, steps.Below(below, trusted, private), rootfs, self._blobs, progress)
 
         about = {"kind": "step", "suite": spec.suite, "step": spec.steps[number].model_dump(mode="json")}
@@ -164,7 +195,7 @@ class ImageStore:
             elif image.plain is None:
                 await build.byte_compile(rootfs, rootfs / guest.LIB)
             else:
-                trusted = await self.ensure(image.plain, log.debug)
+                trusted = await self.ensure(image.plain, log.debug, record=False)
                 await build.compile_apart(trusted.rootfs, rootfs, rootfs / guest.LIB)
             if image.workdir is not None:
                 await asyncio.to_thread(places.inside, rootfs, image.workdir)
@@ -308,11 +339,7 @@ class ImageStore:
             spared[layer] = spared.get(layer, 0) + 1
             if spared[layer] <= spare:
                 continue
-            home = self._home / digest
-            # The manifest goes first: a tree half removed must not look complete.
-            (home / "manifest.json").unlink(missing_ok=True)
-            shutil.rmtree(home, ignore_errors=True)
-            (self._home / f".{digest}.lock").unlink(missing_ok=True)
+            self._take_away(digest)
             gone.append(digest)
         return gone
 

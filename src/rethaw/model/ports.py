@@ -22,7 +22,9 @@ from rethaw.model.types import (
     Exchange,
     Fence,
     ImageBuilt,
+    ImageDetail,
     ImageInfo,
+    ImageRemoved,
     ImageSpec,
     Lease,
     NewEvent,
@@ -249,12 +251,25 @@ class ControlPlane(Protocol):
 class Images(Protocol):
     """The images of a node."""
 
-    async def build(self, spec: ImageSpec) -> ImageBuilt:
-        """Build what is missing of it. Raises InvalidInput, ImageError with the last lines of the step that failed."""
+    async def build(self, spec: ImageSpec, progress: Callable[[str], None] | None = None) -> ImageBuilt:
+        """Build what is missing of it; `progress` is told each line. Raises InvalidInput, ImageError with the last lines of
+        the step that failed."""
         ...
 
     async def list(self) -> list[ImageInfo]:
         """What is there, the last used first."""
+        ...
+
+    def digest(self, spec: ImageSpec) -> str:
+        """That names the image."""
+        ...
+
+    async def find(self, digest: str) -> ImageDetail:
+        """By the beginning of a digest, without who uses it. Raises NotFound, InvalidInput."""
+        ...
+
+    async def remove(self, digest: str) -> ImageRemoved:
+        """An image and the trees that only it stands on, or one tree. The caller has made sure that nobody needs it."""
         ...
 
 

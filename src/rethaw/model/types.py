@@ -72,8 +72,10 @@ class ImageSpec(Wire):
 
 
 class ImageInfo(Wire):
-    """A tree of files that this node has. `kind`: "base" (a Debian), "pip" or "step" (a layer on another tree), "composed"
-    (what a sandbox boots: an image, Rethaw's own modules and an agent's code). `own_bytes`: that no other tree shares."""
+    """An image that was built here, or a tree of files that it stands on. `kind`: "image"; of trees "base" (a Debian), "oci"
+    (another tool's image), "pip" or "step" (a layer on another tree), "runtime" (the private interpreter), "composed" (what a
+    sandbox boots: an image, Rethaw's own modules and an agent's code). `own_bytes`: that no other tree shares; of an image
+    those of its layers."""
 
     digest: str
     kind: str
@@ -90,6 +92,24 @@ class ImageBuilt(Wire):
     built: bool
     seconds: float
     lines: tuple[str, ...] = ()  # what the builder said
+
+
+class ImageDetail(Wire):
+    """An image or tree, and who needs it: sessions that have not ended, and snapshots."""
+
+    info: ImageInfo
+    spec: ImageSpec | None = None  # of an image
+    layers: tuple[ImageInfo, ...] = ()  # of an image, the lowest first
+    composed: tuple[str, ...] = ()  # digests of what sandboxes boot that is made of it
+    sessions: tuple[str, ...] = ()
+    snapshots: tuple[str, ...] = ()
+
+
+class ImageRemoved(Wire):
+    """`digests`: of the image and of the trees that nothing else stands on; `bytes`: that this freed, about."""
+
+    digests: tuple[str, ...]
+    bytes: int
 
 
 EngineName = Literal["gvisor", "qemu"]

@@ -190,7 +190,8 @@ class Image:
         return replace(self, steps=(*self.steps, step))
 
     def env(self, variables: dict[str, str] | None = None, /, **more: str) -> Image:
-        """Environment variables of everything that runs in it. No secrets: snapshots keep them."""
+        """Environment variables of everything that runs in it. No secrets, since snapshots keep them: what looks like a key
+        is refused, unless RETHAW_NOT_SECRET names the variable."""
         merged = {**dict(self.environment), **checked_env(variables or {}), **checked_env(more)}
         return replace(self, environment=tuple(sorted(merged.items())))
 
@@ -264,10 +265,14 @@ def _beside(path: str | Path) -> Path:
 
 
 def checked_env(variables: dict[str, str]) -> dict[str, str]:
-    """`variables`, or InvalidInput naming the one that no process could be given."""
+    """`variables`, or InvalidInput naming the one that no process could be given, or that looks like a key."""
     for name, value in variables.items():
         if not _NAME.fullmatch(name):
             raise InvalidInput(f"{name!r} is not an environment variable's name", remedy="use letters, digits and _")
         if not isinstance(value, str) or "\0" in value:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidInput(f"environment variable {name} = {value!r} is not text", remedy="pass a string")
+            raise InvalidInput(f"environment variable {name} is not text", remedy="pass a string")
+    if not _in_sandbox():
+        from rethaw.sdk import keys
+
+        keys.check(variables)
     return dict(variables)

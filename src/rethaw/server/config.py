@@ -78,7 +78,7 @@ def load(
     source = _find(path, env)
     table = _read(source) if source else {}
     where = str(source) if source else "rethaw.toml"
-    known = {*SETTINGS, "providers", "snapshots", "prices", "egress"}
+    known = {*SETTINGS, "providers", "snapshots", "prices", "egress", "image"}  # the last: see `cli.imagefile`
     for key in table:
         if key not in known:
             raise InvalidInput(f"{where}: {key!r} is not a setting", remedy=f"known: {', '.join(sorted(known))}")

@@ -85,7 +85,9 @@ def run(
     Parameters
     ----------
     image:
-        Run a command in this image; "base" is Debian with Python, git and ripgrep.
+        Run a command in this image: base or python (Debian with Python, git and ripgrep), node (that with nodejs and npm),
+        a rethaw.toml with a table [image], an archive of "docker save" or an OCI layout (whose own command runs if none is
+        given), or the digest of one that "rethaw image ls" lists.
     agent:
         NAME[@VERSION] of a deployed agent, in place of FILE.py.
     detach:
@@ -185,7 +187,7 @@ def run(
             session = _of_name(connection, agent, tokens, image, given, key, how)
         elif image is not None:
             command = [*([target] if target is not None else []), *rest]
-            spec = joined.over(connection, of_command(image, command, given))
+            spec = joined.over(connection, of_command(image, command, given, connection))
             session = connection.sessions.start(spec, key=key, **how.given())
         else:
             session = _of_file(connection, target, list(rest), given, key, how)
@@ -208,7 +210,7 @@ def agent_of(
     from rethaw.model.errors import InvalidInput
 
     if image is not None:
-        return of_command(image, [*([target] if target is not None else []), *command], given)
+        return of_command(image, [*([target] if target is not None else []), *command], given, connection)
     if target is None or command:
         raise InvalidInput("what to run is not named", remedy="write FILE.py, or --image base -- COMMAND ARG ...")
     return changed_agent(target, given).uploaded(connection)
@@ -228,18 +230,18 @@ def changed_agent(
     return Agent[..., Any](found.function, _overridden(found.options, given), key=key, how=how)
 
 
-def of_command(image: str, command: list[str], given: dict[str, Any]) -> AgentSpec:
-    from rethaw.model.errors import InvalidInput, NotFound
-    from rethaw.model.nearest import did_you_mean
+def of_command(image: str, command: list[str], given: dict[str, Any], connection: Client | None = None) -> AgentSpec:
+    """`connection`: what the image takes from this machine is uploaded there."""
+    from rethaw.cli import imagefile
+    from rethaw.model.errors import InvalidInput
     from rethaw.sdk.agents import options
 
-    if image != "base":
-        remedy = did_you_mean(image, ["base"], "use --image base, or an Image in a Python file")
-        raise NotFound(f"there is no image {image!r}", remedy=remedy)
+    found, form = imagefile.resolved(image, connection)
+    command = command or list(found.command)
     if not command:
         raise InvalidInput("no command is given", remedy="write rethaw run --image base -- COMMAND ARG ...")
     name = given.pop("name", None) or PurePosixPath(command[0]).name or "command"
-    return _overridden(options(name), given).spec(command=tuple(command))
+    return _overridden(options(name), given).spec(command=tuple(command), image=form)
 
 
 def _of_file(

@@ -43,7 +43,7 @@ def create(
     command:
         With --image: the program to run, after "--".
     image:
-        Run a command in this image; "base" is Debian with Python.
+        Run a command in this image: base, python, node, a rethaw.toml, an archive; see rethaw run --help.
     memory:
         What the sandbox may use, like 1GiB.
     workdir:
