@@ -247,7 +247,7 @@ def _outcome(session: Session, program: Program, result: Any, calls: list[Any]) 
                 text = re.sub(vary, "<varies>", text)
             return text
         if isinstance(value, dict):
-            return {plain(k): plain(v) for k, v in value.items()}
+            return {plain(k): plain(v) for k, v in sorted(value.items())}  # some clients write them in random order
         return [plain(v) for v in value] if isinstance(value, list) else value
 
     requests = [(c.path, plain(c.json)) for c in calls]

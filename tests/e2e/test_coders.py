@@ -37,6 +37,7 @@ def test_claude_code(home: House) -> None:
     assert disturbed.result["answer"] == f"The primes are {FOUND}."
 
 
+@pytest.mark.long
 def test_codex(home: House) -> None:
     _, disturbed = compare(home, guide("codex", ids=[UUID, *SESSION], vary=CODEX))
     assert disturbed.result["answer"] == f"The primes are {FOUND}."
@@ -47,6 +48,7 @@ def test_a_node_program_with_a_child_process(home: House) -> None:
     assert disturbed.stdout.splitlines()[-1] == "the child saw pear, maple, heron; the timer ran: true"
 
 
+@pytest.mark.long
 def test_a_page_in_chromium(home: House) -> None:
     _, disturbed = compare(home, guide("chromium"))
     assert disturbed.result == {
