@@ -187,6 +187,22 @@ def test_nothing_is_allowed_by_default_and_the_command_line_allows(home: House, 
     assert wrong.returncode == 2 and "is a URL, not a host" in wrong.stderr
 
 
+ALONE = agents.add("""
+def main(ctx):
+    import urllib.request
+    urllib.request.urlopen("https://api.github.com/user")
+""")
+
+
+def test_a_function_that_may_go_nowhere_is_told_what_to_add(home: House) -> None:
+    """It has no proxy in its environment that could refuse: all it sees is a name that cannot be resolved."""
+    session = agents.start(home, ALONE)
+    session.until_state("failed")
+    remedy = 'rethaw: this agent may connect to no host, so it can resolve no name; add allow=["HOST"] to it'
+    assert session.output("stderr").splitlines()[-1].startswith(remedy)
+    assert remedy in home.server.cli("why", session.id).stdout
+
+
 DOWNLOAD = agents.add("""
 def main(ctx, url, snapshot):
     import hashlib, http.client, urllib.parse

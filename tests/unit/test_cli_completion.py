@@ -22,17 +22,26 @@ def test_every_command_is_in_the_script(shell: str, capsys: pytest.CaptureFixtur
         subprocess.run([shell, "-n"], input=script.encode(), check=True)
 
 
-def test_bash_completes(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("snapshot ver", ["verify"]),
+        ("sus", ["suspend"]),
+        ("ls --sta", ["--state"]),
+        ("queue set reports --key", ["--key-limit"]),
+        ("crash s_1 no", ["node"]),
+    ],
+)
+def test_bash_completes(words: str, meant: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "bash"]) == 0
-    asked = (
-        capsys.readouterr().out
-        + """
-COMP_WORDS=(rethaw snapshot ver); COMP_CWORD=2; COMP_LINE="rethaw snapshot ver"; COMP_POINT=19
-_rethaw; echo "${COMPREPLY[@]}"
+    line = f"rethaw {words}"
+    typed = f"""
+COMP_WORDS=({line}); COMP_CWORD={len(line.split()) - 1}; COMP_LINE="{line}"; COMP_POINT={len(line)}
+_rethaw; echo "${{COMPREPLY[@]}}"
 """
-    )
+    asked = capsys.readouterr().out + typed
     done = subprocess.run(["bash", "-c", asked], check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["verify"]
+    assert done.stdout.split() == meant
 
 
 def test_the_users_own_shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, Generator, cast
+from typing import Any, Callable, Dict, Generator, List, cast
 
 from rethaw.guest import protocol
 from rethaw.guest.acontext import AsyncContext
@@ -141,10 +141,31 @@ def main() -> int:
         if isinstance(error, NoRetry) or "arguments" in error.details:  # the next attempt would have the same
             _say_no_retry(error)
         return 1
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if "HTTP_PROXY" not in os.environ and _wanted_a_name(error):
+            print(
+                'rethaw: this agent may connect to no host, so it can resolve no name; add allow=["HOST"] to it '
+                "(or rethaw run --allow HOST)",
+                file=sys.stderr,
+            )
         return 1
     return 0
+
+
+def _wanted_a_name(error: BaseException) -> bool:
+    """Whether it comes of a host's name that could not be resolved, however a client has wrapped that."""
+    seen: List[BaseException] = []
+    todo: List[object] = [error]
+    while todo and len(seen) < 50:
+        one = todo.pop()
+        if not isinstance(one, BaseException) or any(one is other for other in seen):
+            continue
+        if type(one).__name__ == "gaierror":
+            return True
+        seen.append(one)
+        todo += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
+    return False
 
 
 def _say_no_retry(error: RethawError) -> None:

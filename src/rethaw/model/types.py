@@ -17,7 +17,9 @@ EXCHANGE_LIMIT = 64 * MIB  # one request or response body
 class Wire(BaseModel):
     """Base of all wire types: immutable, unknown fields refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64", defer_build=True
+    )
 
 
 # ---------------------------------------------------------------- agents and images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import httpx2
@@ -13,18 +14,13 @@ from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.enums import State
 from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
-from rethaw.sdk import calls, versions
+from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
 from rethaw.sdk.limits import Budget, add_names
 from rethaw.sdk.listing import PAGE, Page, When, wanted
-from rethaw.sdk.queues import AsyncQueues
-from rethaw.sdk.schedules import AsyncSchedules
-from rethaw.sdk.snapshots import AsyncSnapshots
 from rethaw.sdk.sse import Parser
 from rethaw.sdk.starting import starting
-from rethaw.sdk.templates import AsyncTemplates
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, TIMEOUT_S, OnGap, Patience, Target, failure
-from rethaw.sdk.trees import AsyncImages
 from rethaw.sdk.types import Detail, Message, Outcome, Why
 
 if TYPE_CHECKING:
@@ -33,6 +29,12 @@ if TYPE_CHECKING:
     from rethaw.model.loads import MachineLoad
     from rethaw.model.versions import Files, Upgraded
     from rethaw.sdk.agents import Agent
+    from rethaw.sdk.queues import AsyncQueues
+    from rethaw.sdk.schedules import AsyncSchedules
+    from rethaw.sdk.snapshots import AsyncSnapshots
+    from rethaw.sdk.templates import AsyncTemplates
+    from rethaw.sdk.trees import AsyncImages
+    from rethaw.sdk.versions import AsyncAgents
 
 T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
@@ -61,12 +63,44 @@ class AsyncClient:
         self.http = httpx2.AsyncClient(**self.target.settings)
         self.sessions = AsyncSessions(self)
         self.blobs = AsyncBlobs(self)
-        self.snapshots = AsyncSnapshots(self)
-        self.templates = AsyncTemplates(self)
-        self.images = AsyncImages(self)
-        self.queues = AsyncQueues(self)
-        self.schedules = AsyncSchedules(self)
-        self.agents = versions.AsyncAgents(self)
+
+    # Loaded when they are used: most commands use none of them.
+
+    @cached_property
+    def snapshots(self) -> AsyncSnapshots:
+        from rethaw.sdk.snapshots import AsyncSnapshots
+
+        return AsyncSnapshots(self)
+
+    @cached_property
+    def templates(self) -> AsyncTemplates:
+        from rethaw.sdk.templates import AsyncTemplates
+
+        return AsyncTemplates(self)
+
+    @cached_property
+    def images(self) -> AsyncImages:
+        from rethaw.sdk.trees import AsyncImages
+
+        return AsyncImages(self)
+
+    @cached_property
+    def queues(self) -> AsyncQueues:
+        from rethaw.sdk.queues import AsyncQueues
+
+        return AsyncQueues(self)
+
+    @cached_property
+    def schedules(self) -> AsyncSchedules:
+        from rethaw.sdk.schedules import AsyncSchedules
+
+        return AsyncSchedules(self)
+
+    @cached_property
+    def agents(self) -> AsyncAgents:
+        from rethaw.sdk.versions import AsyncAgents
+
+        return AsyncAgents(self)
 
     @property
     def url(self) -> str:
@@ -422,6 +456,8 @@ class AsyncSessions:
         log up to this event is its context, what came after is left. Also one that has ended.
 
         Answers once the new attempt is on its way. Raises NotFound, InvalidInput, Conflict."""
+        from rethaw.sdk import versions
+
         spec = None
         if to is not None and not isinstance(to, int):
             spec = await versions.found(to).uploaded_async(self._client)

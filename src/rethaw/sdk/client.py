@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import httpx2
@@ -12,18 +13,13 @@ from rethaw.model.durations import Duration, optional_seconds, seconds
 from rethaw.model.enums import State
 from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
-from rethaw.sdk import calls, versions
+from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
 from rethaw.sdk.limits import Budget, add_names
 from rethaw.sdk.listing import PAGE, Page, When, wanted
-from rethaw.sdk.queues import Queues
-from rethaw.sdk.schedules import Schedules
-from rethaw.sdk.snapshots import Snapshots
 from rethaw.sdk.sse import Parser
 from rethaw.sdk.starting import starting
-from rethaw.sdk.templates import Templates
 from rethaw.sdk.transport import PATIENCE_S, POLL_S, TIMEOUT_S, OnGap, Patience, Target, failure
-from rethaw.sdk.trees import Images
 from rethaw.sdk.types import Detail, Message, Outcome, Why
 
 if TYPE_CHECKING:
@@ -32,6 +28,12 @@ if TYPE_CHECKING:
     from rethaw.model.loads import MachineLoad
     from rethaw.model.versions import Files, Upgraded
     from rethaw.sdk.agents import Agent
+    from rethaw.sdk.queues import Queues
+    from rethaw.sdk.schedules import Schedules
+    from rethaw.sdk.snapshots import Snapshots
+    from rethaw.sdk.templates import Templates
+    from rethaw.sdk.trees import Images
+    from rethaw.sdk.versions import Agents
 
 T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
@@ -60,12 +62,44 @@ class Client:
         self.http = httpx2.Client(**self.target.settings)
         self.sessions = Sessions(self)
         self.blobs = Blobs(self)
-        self.snapshots = Snapshots(self)
-        self.templates = Templates(self)
-        self.images = Images(self)
-        self.queues = Queues(self)
-        self.schedules = Schedules(self)
-        self.agents = versions.Agents(self)
+
+    # Loaded when they are used: most commands use none of them.
+
+    @cached_property
+    def snapshots(self) -> Snapshots:
+        from rethaw.sdk.snapshots import Snapshots
+
+        return Snapshots(self)
+
+    @cached_property
+    def templates(self) -> Templates:
+        from rethaw.sdk.templates import Templates
+
+        return Templates(self)
+
+    @cached_property
+    def images(self) -> Images:
+        from rethaw.sdk.trees import Images
+
+        return Images(self)
+
+    @cached_property
+    def queues(self) -> Queues:
+        from rethaw.sdk.queues import Queues
+
+        return Queues(self)
+
+    @cached_property
+    def schedules(self) -> Schedules:
+        from rethaw.sdk.schedules import Schedules
+
+        return Schedules(self)
+
+    @cached_property
+    def agents(self) -> Agents:
+        from rethaw.sdk.versions import Agents
+
+        return Agents(self)
 
     @property
     def url(self) -> str:
@@ -418,6 +452,8 @@ class Sessions:
         log up to this event is its context, what came after is left. Also one that has ended.
 
         Answers once the new attempt is on its way. Raises NotFound, InvalidInput, Conflict."""
+        from rethaw.sdk import versions
+
         spec = None
         if to is not None and not isinstance(to, int):
             spec = versions.found(to).uploaded(self._client)

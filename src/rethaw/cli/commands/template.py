@@ -32,7 +32,7 @@ def create(
 
     For example:
       rethaw template create writer agent.py::writer
-      rethaw template create shell --image base -- python3 -i
+      rethaw template create box --image base -- sleep infinity
 
     Parameters
     ----------
