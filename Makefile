@@ -39,7 +39,7 @@ test: lint
 	  $(PY) -m pytest -m "not long" --last-failed --last-failed-no-failures none; }
 
 ## The suites of sessions once more, with every agent in a microVM, by emulation; the last ones with all memory read lazily.
-ON_QEMU := promises forks context_api templates inspect node_recovery sdk_sessions second_place frozen_clients
+ON_QEMU := promises forks context_api templates inspect node_recovery sdk_sessions second_place frozen_clients queues
 test-long: setup-long lint
 	$(PY) -m pytest
 	RETHAW_ENGINE=qemu $(PY) -m pytest -m "not long" --timeout 400 $(ON_QEMU:%=tests/e2e/test_%.py)

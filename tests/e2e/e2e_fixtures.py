@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ def ask(text, timeout=60, headers={}, provider="OPENAI_BASE_URL", path="/chat/co
         return "HTTP %d: %s" % (response.status, data.decode())
     return json.loads(data)["choices"][0]["message"]["content"]
 """
+
+
+# An emulated CPU may take a minute for a boot when other things run.
+SLOWER = 4 if os.environ.get("RETHAW_ENGINE") == "qemu" else 1
 
 
 class Provider(ScriptedModel):
@@ -88,7 +93,7 @@ class Session:
     def until(self, what: str, condition: Callable[[Session], object], timeout_s: float = 60.0) -> None:
         """Wait for `condition`; a session that failed meanwhile ends the wait with what is known."""
         try:
-            processes.wait_until(lambda: condition(self), timeout_s, what)
+            processes.wait_until(lambda: condition(self), timeout_s * SLOWER, what)
         except Exception as error:
             tail = "\n".join(
                 f"{e['seq']} {e['line']} {e['type']} {e['data']}" for e in self.events(all_lines=True)[-25:]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from e2e_agents import Agents
-from e2e_fixtures import ASK, House, Session, house
+from e2e_fixtures import ASK, SLOWER, House, Session, house
 
 from rethaw.model.errors import Conflict
 from rethaw.sdk import Client
@@ -23,7 +23,7 @@ from rethaw.testing.provider import ProviderRequest, Reply
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(180 * SLOWER),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 agents = Agents()
