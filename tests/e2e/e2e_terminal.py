@@ -79,6 +79,14 @@ class Person:
             select.select([], [self._master], [])
             data = data[os.write(self._master, data[:4096]) :]
 
+    def enter(self, command: str) -> None:
+        """Type a command once the shell's prompt, a "$", is there and nothing behind it."""
+        self.until(prompted, "a prompt")
+        with self._lock:
+            known = len(self.raw)
+        self.type(command)
+        self.until(lambda _: len(self.raw) > known, "an echo")
+
     @property
     def text(self) -> list[str]:
         with self._lock:
@@ -107,3 +115,8 @@ class Person:
         now = termios.tcgetattr(self._slave)
         assert now == self.before, (now, self.before)
         return code
+
+
+def prompted(text: list[str]) -> bool:
+    """The last line is a prompt, and nothing more."""
+    return [line for line in text if line][-1:] == ["$"]

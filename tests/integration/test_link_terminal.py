@@ -123,8 +123,8 @@ async def test_a_terminal_over_freezes() -> None:
         g.link._on_resized = resized.append
         await g.start("sh", "-i", terminal={"rows": 24, "cols": 80}, env={"PS1": "$ ", "ENV": ""})
         await until(lambda: stdout(g).endswith("$ "))
-        typist.type(b"x=before; sleep 1000\n")
-        await until(lambda: "sleep 1000\r\n" in stdout(g))
+        typist.type(b"x=before; sh -c 'echo asleep; exec sleep 1000'\n")
+        await until(lambda: "\r\nasleep\r\n" in stdout(g))
         await g.thaw("g-1")
         typist.type(b"\x03")  # the sleep, not the shell
         await until(lambda: "^C" in stdout(g) and stdout(g).endswith("$ "))

@@ -35,6 +35,7 @@ KEPT = 256 << 10  # bytes of output that a screen is drawn from
 _STEP = 256  # events that are looked at for them, at first
 _STREAMS = {"stdout": 1, "stderr": 2}
 _POSITION = 8
+_WAKE_S = 0.5
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -75,7 +76,8 @@ async def _attend(rooms: Rooms, socket: WebSocket, session: str) -> None:
     seat = rooms.terminals.seat(ident)
     try:
         look = _read(Look, await socket.receive_text())
-        view = View(rooms, socket, ident, seat)
+        agent = (await rooms.control.session(ident)).agent
+        view = View(rooms, socket, ident, seat, terminal=agent.terminal is not None)
         if look.rows is not None and look.cols is not None:
             seat.resize(look.rows, look.cols)
         await _both(view.down(), view.up(typing=look.type))
@@ -106,12 +108,12 @@ async def _both(*sides: Any) -> None:
 class View:
     """One client's connection."""
 
-    def __init__(self, rooms: Rooms, socket: WebSocket, session: str, seat: Seat) -> None:
+    def __init__(self, rooms: Rooms, socket: WebSocket, session: str, seat: Seat, *, terminal: bool) -> None:
         self._rooms = rooms
         self._socket = socket
         self._session = session
         self._seat = seat
-        self._terminal = False
+        self._terminal = terminal
         self._line = 0
         self._attempt = 0
         self._next: dict[str, int] = {}
@@ -136,7 +138,7 @@ class View:
             outputs, sizes = await self._tail(view, after)
             if (await control.session(self._session)).line == view.line:
                 break
-        self._terminal, self._line, self._attempt = view.agent.terminal is not None, view.line, view.attempt
+        self._line, self._attempt = view.line, view.attempt
         start = outputs[0][0] if outputs else 0
         self._next = {"stdout": start}
         first = [size for size in sizes if size[0] <= start]
@@ -258,8 +260,8 @@ class View:
             if message["type"] == "websocket.disconnect":
                 return
             if (data := message.get("bytes")) is not None:
-                if typing and not await self._typed(data):
-                    self._wake()
+                if typing:
+                    await self._typed(data)
                 continue
             text = message.get("text") or ""
             if '"end"' in text and typing:
@@ -268,10 +270,24 @@ class View:
                 size = _read(Resize, text, drop="type")
                 self._seat.resize(size.rows, size.cols)
 
-    async def _typed(self, data: bytes) -> bool:
+    async def _typed(self, data: bytes) -> None:
+        """Given to the program, which is woken for it."""
         if self._terminal:
-            return await self._seat.type(data)
-        return await self._seat.give(int.from_bytes(data[:_POSITION], "big"), data[_POSITION:])
+            giving = asyncio.ensure_future(self._seat.type(data))
+        else:
+            at = int.from_bytes(data[:_POSITION], "big")
+            giving = asyncio.ensure_future(self._seat.give(at, data[_POSITION:]))
+        try:
+            while not (await asyncio.wait({giving}, timeout=_WAKE_S))[0]:
+                self._wake_if_asleep()  # it was suspended while this waits for room
+            giving.result()
+        finally:
+            giving.cancel()
+        self._wake_if_asleep()
+
+    def _wake_if_asleep(self) -> None:
+        if not self._seat.awake:
+            self._wake()
 
     def _wake(self, only: Reason | None = None) -> None:
         """A suspended session goes on; one that is awake, or on its way, is left alone."""

@@ -48,11 +48,16 @@ class Seat(Protocol):
         """What happens next. What was there before the seat was taken is in the log, but `Came`, which is said again."""
         ...
 
-    async def type(self, data: bytes) -> bool:
-        """Keys for the program, in the order they come; waits while too many wait. Whether a life of it is here."""
+    @property
+    def awake(self) -> bool:
+        """Whether a life of the session is here."""
         ...
 
-    async def give(self, offset: int, data: bytes) -> bool:
+    async def type(self, data: bytes) -> None:
+        """Keys for the program, in the order they come; waits while too many wait."""
+        ...
+
+    async def give(self, offset: int, data: bytes) -> None:
         """The part of a piped stdin that begins at `offset`: what was given before is left out, and what comes after a
         gap is dropped."""
         ...

@@ -51,7 +51,7 @@ class Keyboard:
         self._unused = unused
         self._waiting = bytearray()
         self._base = 0  # offset of its first byte in what the guest counts
-        self._attempt = 0
+        self._sent = 0  # offset up to which a guest was given it
         self._ends_at: int | None = None
         self._more = asyncio.Event()
         self._room = asyncio.Event()
@@ -113,14 +113,19 @@ class Keyboard:
 
     # ------------------------------------------------------------ to the guest
 
-    def opened(self, taken: int, attempt: int, terminal: bool) -> None:
-        """The guest has had `taken` bytes."""
-        same = attempt == self._attempt
-        if same and self._base <= taken <= self._base + len(self._waiting):
+    def opened(self, taken: int, *, first: bool, piped: bool) -> None:
+        """The guest has had `taken` bytes. `first`: of a new life. Keys that a former life was given and this one has not
+        are lost with it: what they were meant for may not be there any more. Of a pipe everything is given again, by
+        who has it."""
+        if first and piped:
+            self._waiting.clear()
+        elif first:
+            del self._waiting[: max(0, self._sent - self._base)]
+        elif taken >= self._base:
             self._forget(taken)
-        elif not terminal:
-            self._waiting.clear()  # these were of another place; who gives them is told which are wanted
-        self._attempt, self._base = attempt, taken
+        if first or taken >= self._base:
+            self._base = self._sent = taken
+        self._room.set()
 
     async def serve(self, stream: GuestStream) -> None:
         """Until the stream is over, or the guest falls quiet (then this is cancelled)."""
@@ -129,7 +134,10 @@ class Keyboard:
             self._forget(stream.confirmed)
             at = stream.received - self._base
             if at < len(self._waiting):
-                await stream.write(bytes(self._waiting[at : at + _PIECE]))
+                try:
+                    await stream.write(bytes(self._waiting[at : at + _PIECE]))
+                finally:
+                    self._sent = max(self._sent, stream.received)
             elif self._ends_at is not None and stream.received >= self._ends_at:
                 await stream.end()
                 return
@@ -138,8 +146,7 @@ class Keyboard:
 
     def gone(self) -> None:
         """The program has closed its stdin."""
-        self._base += len(self._waiting)
-        self._forget(self._base)
+        self._forget(self._base + len(self._waiting))
 
     def _forget(self, offset: int) -> None:
         size = min(offset - self._base, len(self._waiting))
@@ -200,7 +207,7 @@ class Life:
         if stream.meta.get("ended"):
             self._keyboard.gone()
             return
-        self._keyboard.opened(stream.received, self._attempt, self._terminal)
+        self._keyboard.opened(stream.received, first=first, piped=not self._terminal)
         if first:
             self._keyboard.tell(self.began(stream.received))
         await self._keyboard.serve(stream)
@@ -276,13 +283,15 @@ class NodeSeat:
             self._size = max(0, self._size - len(live.data))
         return live
 
-    async def type(self, data: bytes) -> bool:
-        await self._keyboard.type(data)
+    @property
+    def awake(self) -> bool:
         return self._keyboard.life is not None
 
-    async def give(self, offset: int, data: bytes) -> bool:
+    async def type(self, data: bytes) -> None:
+        await self._keyboard.type(data)
+
+    async def give(self, offset: int, data: bytes) -> None:
         await self._keyboard.give(offset, data)
-        return self._keyboard.life is not None
 
     def end(self, offset: int) -> None:
         self._keyboard.end(offset)
