@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DETACH_KEYS = "ctrl-p,ctrl-q"
 _CHUNK = 1 << 15
+_AHEAD = 1 << 20  # bytes of it that are read before the program has taken what is before them
 _KEPT = 64 << 20  # bytes of a piped stdin that can be given again after a crash
 _AHEAD_S = 0.5  # how long the first of the keys to detach is held back for the next
 
@@ -208,12 +209,14 @@ class Piped:
         self._kept = bytearray()
         self._base = 0  # offset of its first byte
         self._next: int | None = None  # what the program wants; None: it is not there
+        self._ended = False
         self._said = threading.Condition()
         self.failed: str | None = None
 
     def start(self) -> None:
         """In threads that end with the process."""
         threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._feed, daemon=True).start()
 
     def _listen(self) -> None:
@@ -246,33 +249,45 @@ class Piped:
             self._next = max(at, self._base)
             self._said.notify_all()
 
-    def _feed(self) -> None:
-        ended = False
+    def _read(self) -> None:
         while True:
             with self._said:
-                self._said.wait_for(lambda: self._next is not None)
-                at, terminal = self._next or 0, self._terminal
-                end = self._base + len(self._kept)
-                data = bytes(self._kept[at - self._base : at - self._base + _CHUNK])
-                if not data and ended and terminal is not None:
-                    terminal.end(end)
-                    self._said.wait_for(lambda at=at: self._next != at)
-                    continue
-            if data:
-                if terminal is not None:
-                    terminal.give(at, data)
-                with self._said:
-                    if self._next == at:  # else another place is wanted
-                        self._next = at + len(data)
-                continue
-            more = os.read(sys.stdin.fileno(), _CHUNK)
-            ended = not more
+                self._said.wait_for(lambda: self._base + len(self._kept) - (self._next or 0) < _AHEAD)
+            data = os.read(sys.stdin.fileno(), _CHUNK)
             with self._said:
-                self._kept += more
-                over = len(self._kept) - _KEPT
-                if over > 0:
-                    del self._kept[:over]
-                    self._base += over
+                self._kept += data
+                over = max(0, len(self._kept) - _KEPT)
+                del self._kept[:over]
+                self._base += over
+                self._ended = not data
+                self._said.notify_all()
+            if not data:
+                return
+
+    def _feed(self) -> None:
+        told: tuple[int, Terminal | None] | None = None  # of the end
+        while True:
+            with self._said:
+                self._said.wait_for(lambda told=told: self._has_news(told))
+                at, terminal, end = self._next or 0, self._terminal, self._base + len(self._kept)
+                data = bytes(self._kept[at - self._base : at - self._base + _CHUNK])
+            if terminal is None:
+                continue
+            if data:
+                terminal.give(at, data)
+            else:
+                terminal.end(end)
+                told = (at, terminal)
+            with self._said:
+                if self._next == at:  # else another place is wanted
+                    self._next = at + len(data)
+                    self._said.notify_all()
+
+    def _has_news(self, told: tuple[int, Terminal | None] | None) -> bool:
+        if self._next is None:
+            return False
+        more = self._next < self._base + len(self._kept)
+        return more or (self._ended and told != (self._next, self._terminal))
 
 
 @contextlib.contextmanager
