@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_fixtures import House, house
+from e2e_fixtures import House, Session, house
 from oci_fixtures import IMAGES, Layout, busybox_layers
 
 from rethaw import AsyncClient, Client, Conflict, Image, ImageError, NotFound
@@ -166,6 +166,35 @@ def test_who_goes_away_ends_the_build(home: House, project: Path, images: Path) 
         running.send_signal(signal.SIGINT)
         assert running.wait(30) == 130
     processes.wait_until(lambda: left(images) == before, 60, "nothing is left")
+
+
+def test_an_export_carries_what_the_image_took_from_uploads(
+    home: House, client: Client, images: Path, tmp_path: Path
+) -> None:
+    layout = Layout(tmp_path / "busy")
+    layout.add(busybox_layers(), {"Env": ["PATH=/bin"]})
+    (tmp_path / "words").write_text("one two three")
+    image = Image.from_oci(layout.top).add_local_file(tmp_path / "words", "/srv/")
+    command = ["sh", "-c", "x=kept; rethaw snapshot > /dev/null; m=$(rethaw receive); echo $x $m $(cat /srv/words)"]
+    session = home.start(
+        {"name": "carried", "command": command, "image": client.images.upload(image).model_dump(mode="json")}
+    )
+    session.until_state("waiting")
+    rethaw(home, "snapshot", "export", session.id, str(tmp_path / "file"))
+    elsewhere = Path(tempfile.mkdtemp(prefix="store-", dir=IMAGES))
+    try:
+        digest = runtime_digest("bookworm")
+        subprocess.run(["cp", "-al", str(images / digest), str(elsewhere / digest)], check=True)
+        with house(images=elsewhere) as other:
+            taken = rethaw(other, "snapshot", "import", str(tmp_path / "file")).stdout.strip()
+            there = Session(other, {"id": taken})
+            there.send(1)
+            there.post("resume")
+            there.until_state("completed")
+            assert there.output() == "kept 1 one two three\n"
+    finally:
+        subprocess.run(["rm", "-rf", str(elsewhere)], check=True)
+    session.post("cancel")
 
 
 def test_mistakes_are_one_line(home: House) -> None:
