@@ -12,6 +12,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -42,14 +43,17 @@ def toml(config: Mapping[str, Any]) -> str:
     """`config` as TOML: tables of tables, strings, numbers, booleans, lists of strings."""
     lines: list[str] = []
 
+    def key(name: str) -> str:
+        return name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name)
+
     def table(prefix: str, values: Mapping[str, Any]) -> None:
         plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
         if prefix and plain:
             lines.append(f"[{prefix}]")
-        lines.extend(f"{k} = {json.dumps(v)}" for k, v in plain.items())
+        lines.extend(f"{key(k)} = {json.dumps(v)}" for k, v in plain.items())
         for k, v in values.items():
             if isinstance(v, Mapping):
-                table(f"{prefix}.{k}" if prefix else k, cast(Mapping[str, Any], v))
+                table(f"{prefix}.{key(k)}" if prefix else key(k), cast(Mapping[str, Any], v))
 
     table("", config)
     return "\n".join(lines) + "\n"
