@@ -36,6 +36,7 @@ def guest_env(a: Assignment, providers: Iterable[str]) -> dict[str, str]:
         "RETHAW_SESSION": a.session,
         "RETHAW_ATTEMPT": str(a.attempt),
         "OPENAI_BASE_URL": f"{GATEWAY}/openai/v1",
+        "OPENAI_API_BASE": f"{GATEWAY}/openai/v1",  # of older clients, and of LiteLLM and what is built on it
         "OPENAI_API_KEY": "rethaw",
         "ANTHROPIC_BASE_URL": f"{GATEWAY}/anthropic",
         "ANTHROPIC_API_KEY": "rethaw",
