@@ -85,7 +85,7 @@ def measure(rounds: int, pause_s: float, wakes: int, engine: str) -> dict[str, A
         env = {**server.env, "TERM": "xterm-256color", "PS1": "$ "}
         through, raw, woken, drawn = [], [], [], []
         with keys(attach(server, session), env) as here, keys(["sh"], env) as plain:
-            here.until(b"$ ")
+            here.until(b"$")
             plain.until(b"$ ")
             for number in range(rounds):
                 key = b"abcdefgh"[number % 8 : number % 8 + 1]
@@ -103,7 +103,7 @@ def measure(rounds: int, pause_s: float, wakes: int, engine: str) -> dict[str, A
                 woken.append(here.echo(b"w"))
         for _ in range(wakes):
             with keys(attach(server, session), env) as again:
-                again.until(b"$ ")
+                again.until(b"$")
                 drawn.append((time.perf_counter() - again.started) * 1000)
         server.request("POST", f"/v1/sessions/{session}/cancel", {"now": True})
     p50 = statistics.median(through)

@@ -286,6 +286,10 @@ def test_wrong_use(home: House) -> None:
     refused(cli("attach", "s_none"), 4, "s_none")
     waits = home.server.cli("run", "-dit", "--image", "base", "--", "sh").stdout.strip()
     refused(cli("attach", waits), 2, "terminal", "--no-stdin")
+    with Person(home.server, "attach", waits) as person:
+        person.shows("#")
+        person.process.terminate()
+        assert person.ended() == 143  # and its terminal is as it was
     home.server.cli("cancel", "--now", waits)
 
 
