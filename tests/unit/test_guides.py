@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rethaw.cli.imagefile import read
 from rethaw.sdk.agents import find
 from rethaw.server.config import load
 from rethaw.testing.provider import load_script
@@ -46,6 +47,12 @@ def test_versions_in_examples_are_pinned(name: str) -> None:
     packages = [*image.pip, *(word for step in image.steps if step.kind in ("pip", "npm") for word in step.words)]
     for package in packages:
         assert re.search(r"==\d|@\d", package), package
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if (EXAMPLES / n / "rethaw.toml").exists()])
+def test_an_image_in_a_file_is_the_example_s(name: str) -> None:
+    image = read(EXAMPLES / name / "rethaw.toml")
+    assert image.spec == find(EXAMPLES / name / "agent.py").options.image.spec
 
 
 def test_scripts_are_quoted_as_they_are() -> None:
