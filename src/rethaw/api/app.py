@@ -17,6 +17,7 @@ from rethaw.api import (
     blobs,
     errors,
     images,
+    inside,
     models,
     queues,
     rawjson,
@@ -28,13 +29,16 @@ from rethaw.api import (
     terminal,
     top,
 )
+from rethaw.api.doors import Doors
 from rethaw.api.errors import Ascii
 from rethaw.api.guard import Guard
+from rethaw.api.links import Links
 from rethaw.api.rooms import Rooms
 from rethaw.api.warming import Warming
 from rethaw.control.control import Control
 from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
+from rethaw.model.dialing import Dialing
 from rethaw.model.looking import Looking
 from rethaw.model.ports import Carrier, Images
 from rethaw.model.terminal import Terminals
@@ -58,8 +62,11 @@ def create_app(
     trees: Images | None = None,
     usage: Callable[[], Awaitable[dict[str, tuple[float, int]]]] | None = None,
     terminals: Terminals | None = None,
+    dialing: Dialing | None = None,
+    link_key: bytes | None = None,
 ) -> FastAPI:
-    """The application. Everything but /healthz, /openapi.json and /v1/callbacks wants `Authorization: Bearer TOKEN`."""
+    """The application. Everything but /healthz, /openapi.json and /v1/callbacks wants `Authorization: Bearer TOKEN`; what is
+    below /sessions is a guest's, for that token or a signed link."""
     rooms = Rooms(
         control,
         log,
@@ -75,13 +82,15 @@ def create_app(
         terminals,
         cpu,
         usage,
+        dialing,
+        Links(link_key, public_url) if link_key else None,
     )
     app = FastAPI(
         title="Rethaw",
         version=__version__,
         description="Durable AI agents by snapshot and restore.",
         servers=[{"url": public_url}],
-        middleware=[Middleware(Guard, token=token)],
+        middleware=[Middleware(Doors, rooms=rooms, token=token), Middleware(Guard, token=token)],
         docs_url=None,
         redoc_url=None,
     )
@@ -97,6 +106,7 @@ def create_app(
     app.include_router(agents.router(rooms))
     app.include_router(images.router(rooms))
     app.include_router(top.router(rooms))
+    app.include_router(inside.router(rooms))
     _other_routes(app, rooms)
     _describe_token(app)
     return app

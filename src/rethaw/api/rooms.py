@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rethaw.api.links import Links
 from rethaw.control.control import Control
 from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
+from rethaw.model.dialing import Dialing
 from rethaw.model.errors import NotFound
 from rethaw.model.looking import Looking
 from rethaw.model.ports import Carrier, Images
@@ -38,6 +40,8 @@ class Rooms:
     terminals: Terminals | None = None
     cpu: Callable[[str], float | None] | None = None  # CPU seconds that a session's sandbox has used here
     usage: Callable[[], Awaitable[dict[str, tuple[float, int]]]] | None = None  # that and memory bytes, of all of them
+    dialing: Dialing | None = None
+    links: Links | None = None
 
     def has_blob(self, digest: str) -> bool:
         return _DIGEST.fullmatch(digest) is not None and (self.blobs_dir / f"{digest}.tar.gz").is_file()

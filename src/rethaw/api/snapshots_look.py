@@ -1,34 +1,26 @@
 """Routes that look into snapshots: files, differences, verification, and a shell over a WebSocket.
 
-A shell's connection: the client says a ShellRequest as text. The server says {"type": "ready"} and then what the program
-writes, as binary messages whose first byte is 1 (stdout) or 2 (stderr); the client sends binary messages for its input,
-and as text {"type": "resize", "columns", "rows"} or {"type": "end"}. The server's last words are {"type": "exit", "code",
-"why"} or {"type": "error", "error": {...}}. Whoever hangs up ends it; the sandbox goes with it.
+`api.programs` says what travels on a shell's connection.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import json
 from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request, Response, WebSocket
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.responses import StreamingResponse
-from starlette.websockets import WebSocketDisconnect, WebSocketState
 
-from rethaw.api import models
-from rethaw.api.errors import Ascii, answer, body, unforeseen
+from rethaw.api import models, programs
+from rethaw.api.errors import Ascii, answer
 from rethaw.api.rooms import Rooms
 from rethaw.control.compare import compare_logs
-from rethaw.model.errors import AmbiguousId, InvalidInput, NotFound, RethawError, Unavailable
+from rethaw.model.errors import AmbiguousId, InvalidInput, NotFound, Unavailable
 from rethaw.model.looking import IDLE_MAX_S, FileChange, FileEntry, Looking, Shell, ShellRequest, Verified
 from rethaw.model.types import SnapshotInfo
 
-_MESSAGE = 1 << 20
-_CHANNELS = {"stdout": b"\1", "stderr": b"\2"}
 _BYTES = {"Cache-Control": "no-store"}
 
 
@@ -165,98 +157,19 @@ async def _shell(rooms: Rooms, socket: WebSocket, snapshot: str) -> None:
         await socket.send_denial_response(answer(error))
         return
     await socket.accept()
-    shell: Shell | None = None
-    try:
-        opening = asyncio.ensure_future(looking.shell(info, await _request(socket)))
-        try:
-            opened = await asyncio.shield(opening)
-            shell = opened
-        except asyncio.CancelledError:
-            opening.add_done_callback(_abandon)
-            raise
-        await socket.send_json({"type": "ready", "snapshot": info.id, "session": info.session, "frozen": opened.frozen})
-        await _talk(socket, opened)
-    except WebSocketDisconnect:
-        pass
-    except RethawError as error:
-        await _say_error(socket, body(error.code, error.message, error.remedy, error.details))
-    except Exception as error:
-        response = unforeseen("a shell", error)
-        await _say_error(socket, json.loads(bytes(response.body)))
-    finally:
-        if shell is not None:
-            await asyncio.shield(shell.close())
 
+    async def start() -> Shell:
+        return await looking.shell(info, await _request(socket))
 
-def _abandon(opening: asyncio.Task[Shell]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        _closing.add(task := asyncio.ensure_future(opening.result().close()))
-        task.add_done_callback(_closing.discard)
-
-
-_closing: set[asyncio.Task[None]] = set()
+    await programs.serve(
+        socket, start, lambda shell: {"snapshot": info.id, "session": info.session, "frozen": shell.frozen}
+    )
 
 
 async def _request(socket: WebSocket) -> ShellRequest:
-    text = await socket.receive_text()
-    try:
-        request = ShellRequest.model_validate_json(text)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the request"
-        raise InvalidInput(f"{where}: {problem['msg']}", remedy="see docs/inspect.md") from error
+    request = await programs.request(socket, ShellRequest, "docs/inspect.md")
     if not 0 < request.idle_s <= IDLE_MAX_S:
         raise InvalidInput(f"idle_s {request.idle_s:g} is out of range", remedy=f"use up to {IDLE_MAX_S:g}")
     if any("\0" in word for word in request.command):
         raise InvalidInput("the command has a NUL character", remedy="leave it out")
     return request
-
-
-async def _talk(socket: WebSocket, shell: Shell) -> None:
-    """Until the program has ended or the client has left."""
-    down = asyncio.ensure_future(_down(socket, shell))
-    up = asyncio.ensure_future(_up(socket, shell))
-    try:
-        await asyncio.wait({down, up}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (down, up):
-            task.cancel()
-        results = await asyncio.gather(down, up, return_exceptions=True)
-    for result in results:
-        if isinstance(result, Exception) and not isinstance(result, WebSocketDisconnect):
-            raise result
-
-
-async def _down(socket: WebSocket, shell: Shell) -> None:
-    while (got := await shell.read()) is not None:
-        await socket.send_bytes(_CHANNELS[got[0]] + got[1])
-    code, why = await shell.wait()
-    await socket.send_json({"type": "exit", "code": code, "why": why})
-    await socket.close()
-
-
-async def _up(socket: WebSocket, shell: Shell) -> None:
-    while True:
-        message = await socket.receive()
-        if message["type"] == "websocket.disconnect":
-            return
-        if (data := message.get("bytes")) is not None:
-            await shell.write(data)
-            continue
-        try:
-            said: dict[str, Any] = json.loads(message.get("text") or "")
-            if said["type"] == "resize":
-                shell.resize(int(said["columns"]), int(said["rows"]))
-            elif said["type"] == "end":
-                shell.end_input()
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidInput(f"{str(message.get('text'))[:80]!r} is no message of a shell") from error
-
-
-async def _say_error(socket: WebSocket, error: dict[str, Any]) -> None:
-    if socket.client_state is WebSocketState.CONNECTED and socket.application_state is WebSocketState.CONNECTED:
-        try:
-            await socket.send_json({"type": "error", **error})
-            await socket.close()
-        except (RuntimeError, WebSocketDisconnect):
-            return

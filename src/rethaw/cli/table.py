@@ -19,6 +19,8 @@ class Command:
     aliases: tuple[str, ...] = ()
 
 
+STREAM = "\0-"  # what "-" is for cyclopts, which takes that for an option
+
 GROUPS: dict[str, tuple[Command, ...]] = {
     "Server": (
         Command("up", "server:up", "Start everything on this machine (as root)."),
@@ -90,6 +92,16 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         Command("image inspect", "image:inspect", "Show an image's layers and who needs it.", "IMAGE"),
         Command("image rm", "image:rm", "Remove images.", "IMAGE ..."),
+    ),
+    "Reaching in": (
+        Command("exec", "inside:exec_", "Run a command in a running session's sandbox.", "SESSION -- COMMAND ..."),
+        Command(
+            "cp", "inside:cp", "Copy files into a sandbox or out of it.", "SESSION:PATH LOCAL | LOCAL SESSION:PATH"
+        ),
+        Command(
+            "forward", "ports:forward", "Let ports of this machine lead to a session's.", "SESSION PORT[:LOCALPORT] ..."
+        ),
+        Command("link", "ports:link", "Print an address of a session's port that expires.", "SESSION PORT"),
     ),
     "Templates": (
         Command(

@@ -1,4 +1,4 @@
-"""This terminal, or these pipes, joined to a program in a throwaway restore."""
+"""This terminal, or these pipes, joined to a program elsewhere: in a throwaway restore, or in a running session."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from rethaw.cli import output
 from rethaw.model.errors import RethawError
 
 if TYPE_CHECKING:
+    from rethaw.model.looking import TerminalSize
     from rethaw.sdk.client import Client
-    from rethaw.sdk.shell import Shell
+    from rethaw.sdk.shell import Program
 
 _CHUNK = 1 << 15
 
@@ -30,28 +31,35 @@ def _size() -> os.terminal_size:
 
 def run(connection: Client, snapshot: str, command: Sequence[str], idle_s: float) -> int:
     """Until it ends; its exit code."""
-    from rethaw.model.looking import TerminalSize
-
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    terminal = None
-    if interactive:
-        size = _size()
-        kind = os.environ.get("TERM", "xterm-256color")
-        terminal = TerminalSize(columns=size.columns, rows=size.lines, kind=kind)
+    terminal = size_now() if interactive else None
     with connection.snapshots.shell(snapshot, command, terminal=terminal, idle=idle_s) as shell:
         if interactive and not command:
             output.note(
                 f"inside snapshot {shell.snapshot} of session {shell.session}: {shell.frozen} processes stand still, "
                 "nothing that you change is kept"
             )
-        with _raw(shell) if interactive else contextlib.nullcontext():
-            feeding = threading.Thread(target=_feed, args=(shell, interactive), daemon=True)
-            feeding.start()
-            while (got := shell.read()) is not None:
-                output.raw(got[1], stderr=got[0] == "stderr")
-        if shell.why:
-            output.note(shell.why)
-        return shell.exit_code or 0
+        return join(shell, interactive=interactive)
+
+
+def size_now() -> TerminalSize:
+    """Of this terminal."""
+    from rethaw.model.looking import TerminalSize
+
+    size = _size()
+    return TerminalSize(columns=size.columns, rows=size.lines, kind=os.environ.get("TERM", "xterm-256color"))
+
+
+def join(program: Program, *, interactive: bool, feed: bool = True) -> int:
+    """This process's streams and the program's, until it ends; its exit code. `feed`: what is typed goes there."""
+    with _raw(program) if interactive else contextlib.nullcontext():
+        if feed:
+            threading.Thread(target=_feed, args=(program, interactive), daemon=True).start()
+        while (got := program.read()) is not None:
+            output.raw(got[1], stderr=got[0] == "stderr")
+    if program.why:
+        output.note(program.why)
+    return program.exit_code or 0
 
 
 def collect(connection: Client, snapshot: str, command: Sequence[str], idle_s: float) -> dict[str, Any]:
@@ -68,7 +76,7 @@ def collect(connection: Client, snapshot: str, command: Sequence[str], idle_s: f
         return {"snapshot": shell.snapshot, **texts, "exit_code": shell.exit_code, "why": shell.why}
 
 
-def _feed(shell: Shell, interactive: bool) -> None:
+def _feed(shell: Program, interactive: bool) -> None:
     """What is typed goes there, until there is no more of it. The thread ends with the process."""
     with contextlib.suppress(OSError, ValueError, RethawError):
         fd = sys.stdin.fileno()
@@ -83,7 +91,7 @@ def _feed(shell: Shell, interactive: bool) -> None:
 
 
 @contextlib.contextmanager
-def _raw(shell: Shell) -> Generator[None]:
+def _raw(shell: Program) -> Generator[None]:
     """Each key is the program's own, Ctrl-C too, and it hears of new sizes."""
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)

@@ -26,6 +26,7 @@ from rethaw.control import (
     recovery,
     reports,
     retries,
+    rousing,
     rows,
     schedules,
     self_forks,
@@ -46,7 +47,7 @@ from rethaw.db.pool import Database
 from rethaw.log.store import Log
 from rethaw.model import faults
 from rethaw.model.enums import Durability, EventType, Reason, State
-from rethaw.model.errors import Conflict, Fenced, InvalidInput, NotFound, WaitTimeout
+from rethaw.model.errors import Conflict, Fenced, InvalidInput, NotFound, Unavailable, WaitTimeout
 from rethaw.model.ids import is_whole, new_generation, new_id
 from rethaw.model.types import (
     AgentFork,
@@ -282,6 +283,22 @@ class Control:
 
     async def resume(self, session: str) -> SessionView:
         return rows.view(await self._run(lambda conn: sessions.resume(conn, session, self.policy)))
+
+    async def awake(self, session: str, timeout_s: float) -> SessionView:
+        """The session once it runs, for somebody who connects to it: what policy suspended is woken. Raises SessionEnded,
+        Conflict for what a person suspended, Unavailable after the time."""
+
+        async def look() -> Row | None:
+            row = await self._run(lambda conn: rousing.rouse(conn, session, self.policy))
+            return row if row.state in rousing.RUNS else None
+
+        row = await self._until(SESSION_CHANNEL, session, look, timeout_s)
+        if row is None:
+            now = await self.session(session)
+            raise Unavailable(
+                f"session {session} is {now.state.value} and has not run for {timeout_s:.0f} s: {now.detail}"
+            )
+        return rows.view(row)
 
     async def cancel(self, session: str, *, now: bool = False) -> SessionView:
         return rows.view(await self._run(lambda conn: sessions.cancel(conn, session, now, self.policy)))

@@ -79,6 +79,12 @@ class Unauthorized(RethawError):
     code, status, exit_code = "unauthorized", 401, 3
 
 
+class Forbidden(RethawError):
+    """A link that is forged, has expired or is for something else."""
+
+    code, status, exit_code = "forbidden", 403, 3
+
+
 class TooLarge(RethawError):
     """A payload over its limit."""
 

@@ -158,7 +158,7 @@ class Dials:
                 remedy="rethaw upgrade SESSION starts it anew with its files",
             )
         if len(self._dials) >= MOST:
-            raise Unavailable(f"{MOST} connections into the session are open, which is the limit", sent=False)
+            raise Unavailable(f"{MOST} connections into the session are open, which is the limit")
         dial = Dial({"id": new_id("d"), "kind": kind, **more})
         self._dials[dial.id] = dial
         self._opening += 1
@@ -194,6 +194,11 @@ class Dials:
         if self._opening or any(d.kind == "exec" for d in self._dials.values()):
             return None
         return max(since, self.moved + QUIET_S) if self._dials else since
+
+    def quiet(self) -> bool:
+        """Whether nothing of this keeps the session awake."""
+        since = self.idle_since(0.0)
+        return since is not None and since <= time.monotonic()
 
     # ------------------------------------------------------------ what the guest says
 

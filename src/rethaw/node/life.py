@@ -237,7 +237,7 @@ class Life:
         )  # a program that was connected to waits for the next one
         if self.gateway.open() or not (self.calls.waiting or serves):
             return None
-        return self.dials.idle_since(max(self.last_active, *self.calls.waiting.values()))
+        return self.dials.idle_since(max((self.last_active, *self.calls.waiting.values())))
 
     # ------------------------------------------------------------ watching
 

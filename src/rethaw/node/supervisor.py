@@ -443,8 +443,11 @@ class Supervisor:
 
     async def _freeze_held(self, life: Life) -> None:
         await asyncio.sleep(self._parts.timing.hold_freeze)
-        if life.gateway.held():
-            self._queue.put_nowait(_Freeze(life, Reason.PROVIDER_HOLD))
+        while life.gateway.held():
+            if life.dials.quiet():
+                self._queue.put_nowait(_Freeze(life, Reason.PROVIDER_HOLD))
+                return
+            await asyncio.sleep(self._parts.timing.hold_freeze)
 
     def answered(self, exchange: str) -> None:
         """A held provider has answered: thaw."""

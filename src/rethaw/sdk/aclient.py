@@ -16,6 +16,7 @@ from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
 from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
+from rethaw.sdk.inside import AsyncInside
 from rethaw.sdk.limits import Budget, add_names
 from rethaw.sdk.listing import PAGE, Page, When, wanted
 from rethaw.sdk.sse import Parser
@@ -476,7 +477,7 @@ class AsyncSessions:
         return await self._client.run(calls.delete(session, force))
 
 
-class AsyncSession(Generic[R_co]):
+class AsyncSession(AsyncInside, Generic[R_co]):
     """One session. `R` is the type of its result. `view` is as of the last `refresh` (or call that returned one)."""
 
     def __init__(self, client: AsyncClient, id: str, view: SessionView) -> None:

@@ -15,6 +15,7 @@ from rethaw.model.errors import Unavailable, WaitTimeout
 from rethaw.model.types import AgentSpec, Event, SessionView, SnapshotInfo
 from rethaw.sdk import calls
 from rethaw.sdk.calls import Call
+from rethaw.sdk.inside import Inside
 from rethaw.sdk.limits import Budget, add_names
 from rethaw.sdk.listing import PAGE, Page, When, wanted
 from rethaw.sdk.sse import Parser
@@ -472,7 +473,7 @@ class Sessions:
         return self._client.run(calls.delete(session, force))
 
 
-class Session(Generic[R_co]):
+class Session(Inside, Generic[R_co]):
     """One session. `R` is the type of its result. `view` is as of the last `refresh` (or call that returned one)."""
 
     def __init__(self, client: Client, id: str, view: SessionView) -> None:

@@ -1,4 +1,5 @@
-"""A program in a throwaway restore, over a WebSocket. `snapshots_look` in the API says what travels on it."""
+"""Programs elsewhere over a WebSocket: in a throwaway restore, or in a running session. `programs` in the API says what
+travels on it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 from websockets.exceptions import ConnectionClosed
 
+from rethaw.model.dialing import ExecRequest
 from rethaw.model.errors import RethawError, Unavailable
 from rethaw.model.looking import ShellRequest
 from rethaw.sdk import calls
@@ -16,35 +18,32 @@ from rethaw.sdk.sockets import dial
 from rethaw.sdk.transport import Target
 
 _STREAMS = {1: "stdout", 2: "stderr"}
-_RESTORE_S = 120.0
+_RESTORE_S = 120.0  # a restore or a thaw, before the program runs
+_PIECE = 1 << 18
+LOST = 70  # exit code of a program whose connection is gone
 
 
-class Shell:
-    """Reading in one thread and writing in another is fine. Closing it destroys the sandbox.
+class Program:
+    """Reading in one thread and writing in another is fine. Closing it ends the program.
 
-    Raises what the server says when it could not be opened: NotFound, SnapshotUnusable, Unavailable and so on.
+    Raises what the server says when it could not be started: NotFound, Unavailable and so on.
     """
 
-    def __init__(self, target: Target, snapshot: str, request: ShellRequest) -> None:
+    def __init__(self, target: Target, path: str, request: str, lost: str) -> None:
         self.exit_code: int | None = None
         self.why = ""  # it ended, when not by itself
-        self._socket = dial(target, calls.path("snapshots", snapshot, "shell"))
-        self._target = target
+        self._lost = lost
+        self._target, self._socket = target, dial(target, path)
         try:
-            self._socket.send(request.model_dump_json())
-            ready = self._text(self._socket.recv(timeout=_RESTORE_S))
+            self._socket.send(request)
+            self._ready = self._text(self._socket.recv(timeout=_RESTORE_S))
         except (ConnectionClosed, TimeoutError) as e:
             self.close()
             raise self._broken() from e
         except RethawError:
             self.close()
             raise
-        self.snapshot = str(ready.get("snapshot"))
-        self.session = str(ready.get("session"))
-        self.frozen = int(ready.get("frozen", 0))
-
-    def __enter__(self) -> Shell:
-        return self
+        self.session = str(self._ready.get("session"))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
@@ -69,7 +68,8 @@ class Shell:
 
     def write(self, data: bytes) -> None:
         """To its standard input; nothing happens once it has ended."""
-        self._send(data)
+        for at in range(0, len(data), _PIECE):
+            self._send(data[at : at + _PIECE])
 
     def resize(self, columns: int, rows: int) -> None:
         self._send(json.dumps({"type": "resize", "columns": columns, "rows": rows}))
@@ -93,8 +93,28 @@ class Shell:
         return said
 
     def _broken(self) -> Unavailable:
-        return Unavailable(
-            f"the connection to {self._target.url} broke, and the throwaway sandbox is gone with it",
-            remedy="open another one",
-            sent=True,
-        )
+        return Unavailable(f"the connection to {self._target.url} broke, {self._lost}", sent=True)
+
+
+class Shell(Program):
+    """In a throwaway restore of a snapshot, which is destroyed with it. Raises SnapshotUnusable as well."""
+
+    def __init__(self, target: Target, snapshot: str, request: ShellRequest) -> None:
+        lost = "and the throwaway sandbox is gone with it; open another one"
+        super().__init__(target, calls.path("snapshots", snapshot, "shell"), request.model_dump_json(), lost)
+        self.snapshot = str(self._ready.get("snapshot"))
+        self.frozen = int(self._ready.get("frozen", 0))
+
+    def __enter__(self) -> Shell:
+        return self
+
+
+class Exec(Program):
+    """In a running session, beside its agent. Raises SessionEnded, and Conflict for a session that a person suspended."""
+
+    def __init__(self, target: Target, session: str, request: ExecRequest) -> None:
+        lost = "and what became of the program is not known"
+        super().__init__(target, calls.path("sessions", session, "exec"), request.model_dump_json(), lost)
+
+    def __enter__(self) -> Exec:
+        return self

@@ -39,6 +39,7 @@ from rethaw.images.shelf import Shelf
 from rethaw.log.store import Log
 from rethaw.model.errors import Conflict, InvalidInput, RethawError
 from rethaw.model.ids import new_generation
+from rethaw.node.dialing import NodeDialing
 from rethaw.node.look import NodeLook
 from rethaw.node.node import Node, node_id
 from rethaw.node.parts import Parts
@@ -99,6 +100,18 @@ def token_of(data_dir: Path) -> str:
     return path.read_text().strip()
 
 
+def link_key_of(data_dir: Path) -> bytes:
+    """What signs links; made at the first start. Without the file every link is void."""
+    path = data_dir / "link-key"
+    if not path.exists():
+        partial = path.with_suffix(".new")
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "wb") as f:
+            f.write(secrets.token_bytes(32))
+        partial.rename(path)
+    return path.read_bytes()
+
+
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -106,6 +119,9 @@ def _listen(host: str, port: int) -> socket.socket:
     # Inherited by what it accepts, for which asyncio does not set it: an answer's body would wait for the caller's
     # delayed acknowledgement of its head, 40 ms on a connection that is used again.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 20), (socket.TCP_KEEPCNT, 3)):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     try:
         sock.bind((host, port))
     except OSError as error:
@@ -223,6 +239,8 @@ async def _run(
             usage=node.usage,
             trees=Shelf(parts.images),
             terminals=parts.terminals,
+            dialing=NodeDialing(node.life),
+            link_key=link_key_of(data),
         )
         server = uvicorn.Server(
             uvicorn.Config(
@@ -234,7 +252,12 @@ async def _run(
                 ws="websockets-sansio",
                 ws_max_size=1 << 20,
                 ws_per_message_deflate=False,
+                ws_ping_timeout=None,  # a peer whose reader waits answers late; one that is gone is found by keep-alives
             )
+        )
+        # It says so of each WebSocket that was refused with an answer of its own.
+        logging.getLogger("uvicorn.error").addFilter(
+            lambda said: "without completing handshake" not in said.getMessage()
         )
         tasks = [
             asyncio.ensure_future(ControlLoops(control).run()),
