@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from rethaw import __version__
-from rethaw.cli.table import GROUP_HELP, group_help, root_help
+from rethaw.cli.table import GROUP_HELP, STREAM, group_help, root_help
 from rethaw.model.errors import RethawError
 
 _INTERRUPTED = 130
@@ -65,6 +65,8 @@ def _run(args: list[str]) -> int:
         if args[1:] in ([], ["-h"], ["--help"]) and args[0] in GROUP_HELP:
             sys.stdout.write(group_help(args[0]))
             return 0
+        if args[0] == "cp":
+            args = [STREAM if word == "-" else word for word in args]
 
     if args[0] != "up":
         # Modules make many objects and drop few: looking for garbage takes a tenth of the time of a short command.

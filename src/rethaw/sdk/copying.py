@@ -121,7 +121,7 @@ def gone(where):
     except FileNotFoundError:
         pass
 try:
-    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
+    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|*") as tar:
         for member in tar:
             where = place(member.name)
             above = os.path.dirname(where)
