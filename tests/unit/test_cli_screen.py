@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 import unicodedata
 
+import pyte
 import pytest
 
 from rethaw.cli.screen import Screen
-
-pyte = pytest.importorskip("pyte")
 
 SAMPLES: dict[str, bytes] = {
     "plain": b"one\r\ntwo\r\n\tthree",

@@ -147,7 +147,7 @@ class GvisorSandbox:
             notes: dict[str, object] = {"frozen": False, "why": f"not proven for runsc {self.runsc.features.version}"}
             if self._freeze_clock():
                 notes = clock.freeze(sections["checkpoint.img"], before_ns, after_ns)
-            epoll.hush(sections["checkpoint.img"])
+            await asyncio.to_thread(epoll.hush, sections["checkpoint.img"])
             if not notes["frozen"]:
                 log.warning("the clock of %s will jump when it is restored: %s", self.id, notes["why"])
             faults.point("engine.capture.after")
