@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import select
 import subprocess
 import sys
 import tarfile
@@ -83,6 +84,35 @@ def test_a_terminal_through_the_command_line(home: House, box: Session) -> None:
         os.write(master, b"\x03")
         assert process.wait(30) == 6
         assert b"33 91" in seen and b"/dev/pts/" in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+def test_a_key_that_interrupts_was_left_in_the_input(home: House, box: Session) -> None:
+    """Where the kernel leaves keys in the input (gVisor), the command after an interrupted one got it in front of its name."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "rethaw.cli.main", "exec", "-it", box.id, "--", "sh"]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=home.server.env | {"TERM": "vt100"}, start_new_session=True)  # fmt: skip
+    os.close(slave)
+    seen = b""
+
+    def until(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            assert select.select([master], [], [], 60)[0], seen
+            seen += os.read(master, 1000)
+
+    try:
+        until(b"# ")
+        for n in range(3):
+            os.write(master, b"echo $((%d + 40)); sleep 1000\n" % n)
+            until(b"\n%d" % (40 + n))
+            os.write(master, b"\x03")
+            until(b"^C")
+        os.write(master, b"exit 7\n")
+        assert process.wait(30) == 7, seen
     finally:
         process.kill()
         process.wait()

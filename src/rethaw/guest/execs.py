@@ -27,12 +27,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Dict, List, Optional, Tuple
 
+    from rethaw.guest.terminal import Keys, Terminal
+
 AHEAD = 128 << 10  # bytes read from the program before the node has taken them
 READ_SIZE = 32768
 RECORD = struct.Struct(">BI")
 INPUT, INPUT_END, SIZE, SIGNAL = 0, 1, 2, 3
 STDOUT, STDERR, EXIT = 1, 2, 3
-_TIOCSWINSZ = 0x5414
 
 
 def begin(dials: Dials, ident: str, message: Dict[str, Any]) -> None:
@@ -54,7 +55,7 @@ def begin(dials: Dials, ident: str, message: Dict[str, Any]) -> None:
         command[0] = sys.executable
     env = {**dials.env, **given}
     try:
-        pid, fds, why = _spawn(command, env, workdir, terminal, fed)
+        pid, fds, screen, why = _spawn(command, env, workdir, terminal, fed)
     except OSError as error:
         Refused(dials, ident, f"the program cannot be started: {error.strerror}", "unavailable", exit=126)
         return
@@ -65,14 +66,16 @@ def begin(dials: Dials, ident: str, message: Dict[str, Any]) -> None:
         code = "not_found" if missing else "invalid_input"
         Refused(dials, ident, f"{subject}: {os.strerror(number)}", code, exit=127 if missing else 126)
         return
-    Program(dials, ident, pid, fds, terminal is not None)
+    Program(dials, ident, pid, fds, screen)
 
 
 def _spawn(
     command: List[str], env: Dict[str, str], workdir: str, terminal: Optional[Tuple[int, int]], fed: bool
-) -> Tuple[int, Dict[int, int], Optional[Tuple[str, int]]]:
-    """Process id; our descriptors (INPUT, STDOUT, STDERR); why it could not run."""
+) -> Tuple[int, Dict[int, int], Optional[Terminal], Optional[Tuple[str, int]]]:
+    """Process id; our descriptors (INPUT, STDOUT, STDERR), of a terminal only where its output comes; that terminal; why it
+    could not run."""
     opened: List[int] = []
+    screen: Optional[Terminal] = None
 
     def pipe() -> Tuple[int, int]:
         ends = os.pipe()
@@ -81,10 +84,12 @@ def _spawn(
 
     try:
         if terminal is not None:
-            master, slave = os.openpty()
-            opened += [master, slave]
-            _resize(master, *terminal)
-            theirs, ours = (slave, slave, slave), {INPUT: master, STDOUT: master}
+            from rethaw.guest.terminal import Terminal
+
+            columns, rows = terminal
+            screen = Terminal(rows & 0xFFFF, columns & 0xFFFF)
+            theirs = screen.program, screen.program, screen.program
+            ours = {STDOUT: screen.master}
         else:
             if fed:
                 in_read, in_write = pipe()
@@ -100,28 +105,46 @@ def _spawn(
     except OSError:
         for fd in opened:
             os.close(fd)
+        if screen is not None:
+            _closed(screen)
         raise
     if pid == 0:
-        become(command, env, workdir, theirs, why_write, terminal is not None)
-    for fd in {*theirs, why_write}:
+        become(command, env, workdir, theirs, why_write, enter=screen.enter if screen is not None else None)
+    for fd in {why_write} if screen is not None else {*theirs, why_write}:
         os.close(fd)
+    if screen is not None:
+        screen.entered()
     with os.fdopen(why_read, "rb") as said:
         why = said.read()
     if why:
         os.waitpid(pid, 0)
+        if screen is not None:
+            screen.close()
         for fd in set(ours.values()):
             os.close(fd)
         step, number = why.decode().split(" ")
-        return 0, {}, (step, int(number))
+        return 0, {}, None, (step, int(number))
     for fd in ours.values():
         os.set_blocking(fd, False)
-    return pid, ours, None
+    return pid, ours, screen, None
 
 
-def _resize(fd: int, columns: int, rows: int) -> None:
-    import fcntl
+def _closed(screen: Terminal) -> None:
+    """Nobody has entered it."""
+    screen.entered()
+    screen.close()
+    os.close(screen.master)
 
-    fcntl.ioctl(fd, _TIOCSWINSZ, struct.pack("HHHH", rows & 0xFFFF, columns & 0xFFFF, 0, 0))
+
+def _keys(program: Program, screen: Terminal) -> Keys:
+    """What is typed into the program's terminal; the records' stream has the credits for it."""
+    from rethaw.guest.terminal import Keys
+
+    class Typed(Keys):
+        def took(self, size: int) -> None:
+            program.grant()
+
+    return Typed(program.loop, screen, program.echoed, program.fresh)
 
 
 class Program(Stream):
@@ -129,14 +152,14 @@ class Program(Stream):
 
     kind = "dial"
 
-    def __init__(self, dials: Dials, ident: str, pid: int, fds: Dict[int, int], terminal: bool) -> None:
+    def __init__(self, dials: Dials, ident: str, pid: int, fds: Dict[int, int], screen: Optional[Terminal]) -> None:
         super().__init__()
         self._dials = dials
-        self._loop = dials.loop
+        self.loop = dials.loop
         self._ident = ident
         self._pid = pid
         self._running = True
-        self._terminal = terminal
+        self._terminal = screen is not None
         self._fds = fds
         self._attached = True
         self._status: Optional[int] = None  # exit code; the program has ended
@@ -144,6 +167,7 @@ class Program(Stream):
         self._left = 0  # bytes of the present input record that are still to come
         self._input = bytearray()  # not yet taken by the program
         self._input_ended = INPUT not in fds
+        self._keys = _keys(self, screen) if screen is not None else None
         dials.open[ident] = self
         dials.programs[pid] = self
         dials.wire.open(self)
@@ -171,7 +195,9 @@ class Program(Stream):
                 part = bytes(self._in[: self._left])
                 del self._in[: len(part)]
                 self._left -= len(part)
-                if not self._input_ended and INPUT in self._fds:
+                if self._keys is not None:
+                    self._keys.on_data(part)
+                elif not self._input_ended and INPUT in self._fds:
                     self._input += part
                 continue
             if len(self._in) < RECORD.size:
@@ -190,20 +216,22 @@ class Program(Stream):
             self._told(kind, payload)
         self._feed()
 
-    def _grant(self) -> None:
+    def grant(self) -> None:
         """Nothing is held but what neither the records' reader nor the program has taken."""
-        size = self.inp.held - len(self._in) - len(self._input)
+        typed = self._keys.pending if self._keys is not None else 0
+        size = self.inp.held - len(self._in) - len(self._input) - typed
         if size > 0:
             self.took(size)
 
     def _told(self, kind: int, payload: bytes) -> None:
         if kind == INPUT_END:
-            if self._terminal and not self._input_ended:
-                self._input += b"\4"
+            if self._keys is not None:
+                self._keys.on_data(b"\4")
             self._input_ended = True
         elif kind == SIZE and len(payload) == 4:
-            if self._terminal and STDOUT in self._fds:
-                _resize(self._fds[STDOUT], *struct.unpack(">HH", payload))
+            if self._keys is not None and STDOUT in self._fds:
+                columns, rows = struct.unpack(">HH", payload)
+                self._keys.resize(rows, columns)
         elif kind == SIGNAL and len(payload) == 1:
             self._signal(payload[0])
         else:
@@ -238,6 +266,8 @@ class Program(Stream):
         if hang_up:
             self._signal(signal.SIGHUP)
             self._signal(signal.SIGCONT)
+        if self._keys is not None:
+            self._keys.close()
         if self._terminal or not self._running:
             for kind in list(self._fds):
                 self._close(kind)
@@ -263,7 +293,9 @@ class Program(Stream):
         self._close(INPUT)
         self._input.clear()
         self._input_ended = True
-        self._grant()
+        if self._keys is not None:
+            self._keys.close()
+        self.grant()
         self._drain()
 
     def _drain(self) -> None:
@@ -288,12 +320,11 @@ class Program(Stream):
             except OSError:  # it does not read any more
                 done = len(self._input)
                 self._input_ended = True
-                if not self._terminal:
-                    self._close(INPUT)
+                self._close(INPUT)
             del self._input[:done]
-        if self._input_ended and not self._input and not self._terminal:
+        if self._input_ended and not self._input:
             self._close(INPUT)
-        self._grant()
+        self.grant()
         self._watch()
 
     def _watch(self) -> None:
@@ -307,9 +338,9 @@ class Program(Stream):
             masks[fd] = masks.get(fd, 0) | (loops.WRITE if self._input else 0)
         for fd, mask in masks.items():
             if mask:
-                self._loop.watch(fd, mask, self._events_of(fd))
+                self.loop.watch(fd, mask, self._events_of(fd))
             else:
-                self._loop.mute(fd)  # a pipe whose other end is closed would be told of for ever
+                self.loop.mute(fd)  # a pipe whose other end is closed would be told of for ever
 
     def _events_of(self, fd: int) -> Any:
         def happened(events: int) -> None:
@@ -321,6 +352,17 @@ class Program(Stream):
             self._watch()
 
         return happened
+
+    def echoed(self, data: bytes) -> None:
+        """The terminal shows `data`, which the kernel did not echo."""
+        if self._attached:
+            self.say(RECORD.pack(STDOUT, len(data)) + data)
+
+    def fresh(self) -> int:
+        """Take what the terminal shows by now."""
+        while STDOUT in self._fds and len(self.out.buffer) <= AHEAD and self._read(STDOUT):
+            pass
+        return 0
 
     def _read(self, kind: int) -> bool:
         """Whether bytes came. Closes at the end."""
@@ -340,7 +382,7 @@ class Program(Stream):
     def _close(self, kind: int) -> None:
         fd = self._fds.pop(kind, None)
         if fd is not None and fd not in self._fds.values():
-            self._loop.mute(fd)
+            self.loop.mute(fd)
             os.close(fd)
 
 

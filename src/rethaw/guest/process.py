@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 KEEP = 1 << 20  # unacknowledged output bytes after which the agent's pipe is not read any more
 READ_SIZE = 65536
-TIOCSCTTY = 0x540E
 
 
 class Output(Stream):
@@ -245,7 +244,6 @@ def become(
     workdir: str,
     streams: Tuple[int, int, int],
     why: int,
-    terminal: bool = False,
     enter: Optional[Callable[[], None]] = None,
 ) -> None:
     """In the forked child, with these as its standard streams: never returns. `enter` is called in its new session."""
@@ -254,10 +252,6 @@ def become(
         os.setsid()
         if enter is not None:
             enter()
-        if terminal:
-            import fcntl
-
-            fcntl.ioctl(streams[0], TIOCSCTTY, 0)
         for target, fd in enumerate(streams):
             os.dup2(fd, target)
         signal.set_wakeup_fd(-1)

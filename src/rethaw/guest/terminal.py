@@ -90,6 +90,11 @@ class Input(Stream):
                 return
             del self._ready[:done]
 
+    @property
+    def pending(self) -> int:
+        """Bytes that nothing has looked at yet."""
+        return len(self._held)
+
     def cook(self) -> None:
         """Move bytes from `_held` to `_ready`."""
         self._ready += self._held[:PIECE]

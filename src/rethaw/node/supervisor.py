@@ -63,7 +63,7 @@ class Supervisor:
         self._reporting = asyncio.Lock()  # a late "waiting" would undo a "suspending"
         self._changed = asyncio.Event()
         self._seen: set[tuple[str, str]] = set()
-        self._tasks = [asyncio.ensure_future(self._run()), asyncio.ensure_future(self._watch_idle())]
+        self._tasks = [asyncio.ensure_future(self._run()), asyncio.ensure_future(self._watch())]
         self._ends: set[asyncio.Task[None]] = set()
 
     @property
@@ -374,6 +374,15 @@ class Supervisor:
                 await self._parts.control.report(life.fence, StateChange(state=State.RUNNING))
                 self._reported = State.RUNNING
         self._changed.set()
+
+    async def _watch(self) -> None:
+        """A defect must not keep the session awake for ever."""
+        while True:
+            try:
+                await self._watch_idle()
+            except Exception:
+                log.exception("session %s: its idleness is watched anew", self.session)
+                await asyncio.sleep(1.0)
 
     async def _watch_idle(self) -> None:
         """Reports waiting and running as they alternate, and asks for a freeze when a wait lasts."""
