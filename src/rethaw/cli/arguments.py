@@ -35,6 +35,7 @@ VALUES = frozenset(
         "--memory",
         "--durability",
         "--idle-suspend",
+        "--nap",
         "--max-duration",
         "--template",
         "--engine",

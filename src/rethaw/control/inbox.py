@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rethaw.control import rows, waits
+from rethaw.control import naps, rows, waits
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.control.waits import Addresses
 from rethaw.log.writer import append_for
-from rethaw.model.enums import EventType
+from rethaw.model.enums import EventType, Reason
 from rethaw.model.errors import Conflict, InvalidInput, KeyReused, NotFound, TooLarge
 from rethaw.model.types import MESSAGE_LIMIT, Fence, Message, NewEvent
 
@@ -46,6 +46,8 @@ async def send(conn: Conn, session: str, message: str, payload: bytes, key: str 
     check_open(row)  # else it was not taken: the transaction ends here
     await _received(conn, row, sent)
     await waits.settle(conn, row, policy)
+    if row.reason == Reason.NAP:
+        await naps.rouse(conn, await rows.load(conn, row.id), policy)
     return sent
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, LiteralString
 
-from rethaw.control import budgets, children, rows, schedules, sessions, waits
+from rethaw.control import budgets, children, naps, rows, schedules, sessions, waits
 from rethaw.control.control import Control
 from rethaw.control.rows import Conn
 from rethaw.control.wakeups import ANY, QUEUE_CHANNEL, SCHEDULE_CHANNEL, TIMER_CHANNEL
@@ -29,6 +29,7 @@ SELECT EXISTS (SELECT 1 FROM waits WHERE state = 'open' AND deadline <= t) AS wa
        EXISTS (SELECT 1 FROM session_specs WHERE expires_at <= t AND slot = 'waiting') AS expire,
        EXISTS (SELECT 1 FROM sessions WHERE retry_at <= t) AS retry,
        EXISTS (SELECT 1 FROM sessions WHERE wall_at <= t) AS wall,
+       EXISTS (SELECT 1 FROM sessions WHERE nap_until <= t) AS nap,
        EXISTS (SELECT 1 FROM children WHERE state = 'due') OR EXISTS (SELECT 1 FROM sessions WHERE untold)
            OR EXISTS (SELECT 1 FROM children WHERE state = 'ended' AND NOT told)
            OR EXISTS (SELECT 1 FROM child_acts WHERE done_at IS NULL) AS children,
@@ -37,6 +38,7 @@ SELECT EXISTS (SELECT 1 FROM waits WHERE state = 'open' AND deadline <= t) AS wa
            UNION ALL SELECT min(expires_at) FROM session_specs WHERE expires_at IS NOT NULL AND slot = 'waiting'
            UNION ALL SELECT min(retry_at) FROM sessions WHERE retry_at > t
            UNION ALL SELECT min(wall_at) FROM sessions WHERE wall_at IS NOT NULL
+           UNION ALL SELECT min(nap_until) FROM sessions WHERE nap_until IS NOT NULL
            UNION ALL SELECT min(give_up_at) FROM sessions WHERE give_up_at IS NOT NULL
            UNION ALL SELECT min(cancel_by) FROM sessions WHERE cancel_by IS NOT NULL) n) AS left
 FROM (SELECT clock_timestamp() AS t OFFSET 0) c"""
@@ -141,6 +143,11 @@ class ControlLoops:
             await self._each(
                 "SELECT id FROM sessions WHERE wall_at <= clock_timestamp() LIMIT %s",
                 lambda s: run(lambda conn: budgets.look_at_wall(conn, s)),
+            )
+        if due["nap"]:
+            await self._each(
+                "SELECT id FROM sessions WHERE nap_until <= clock_timestamp() LIMIT %s",
+                lambda s: run(lambda conn: naps.over(conn, s, self._policy)),
             )
         return self._soon(due["left"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rethaw.control import lineage, placement, recovery, retries, rows, transitions, waits
+from rethaw.control import lineage, naps, placement, recovery, retries, rows, transitions, waits
 from rethaw.control.endings import finish
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
@@ -156,4 +156,4 @@ async def _suspended(conn: Conn, row: Row, change: StateChange, policy: Policy) 
         wake=False,
     )
     await placement.clear(conn, row.id)
-    return row
+    return await naps.begin(conn, row)

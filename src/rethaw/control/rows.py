@@ -22,7 +22,7 @@ from rethaw.model.versions import digest
 
 Conn = Connection
 # suspended by policy: whatever it waits for resumes it
-POLICY_REASONS = (Reason.IDLE, Reason.PROVIDER_HOLD, Reason.NODE_STOPPED)
+POLICY_REASONS = (Reason.IDLE, Reason.NAP, Reason.PROVIDER_HOLD, Reason.NODE_STOPPED)
 
 
 async def many(
@@ -111,6 +111,7 @@ class Row:
     awake_until: datetime | None
     wall_at: datetime | None
     files_from: str | None
+    nap_until: datetime | None
     version: int | None
 
     @property
@@ -224,7 +225,7 @@ async def move(
     detail = None if detail is None else clean(detail)[:_DETAIL_LIMIT]
     more = {"node": columns.get("node"), "exit_code": columns.get("exit_code")}
     await append(conn, row.id, *events, state_event(state, reason, detail, **more))
-    columns |= {"state": state.value, "reason": reason.value, "detail": detail}
+    columns |= {"state": state.value, "reason": reason.value, "detail": detail, "nap_until": None}
     columns |= await awake.counted(conn, row, state)
     await conn.execute(_update(tuple(columns), ", state_since = now()"), [*columns.values(), row.id])
     await _slot(conn, row, state, reason)

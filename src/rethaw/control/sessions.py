@@ -44,6 +44,7 @@ _LEAST = {
     "max_duration_s": 0.1,
     "grace_s": 0.0,
     "keep_all_s": 0.0,
+    "nap_s": 1.0,
     "keep_bytes": 0,
 }
 
@@ -72,6 +73,11 @@ def check_agent(agent: AgentSpec, policy: Policy) -> None:
             raise InvalidInput(
                 f"{field} = {value!r} does not fit agent {agent.name}", remedy=f"use {least:g} or more seconds"
             )
+    if agent.nap_s is not None and agent.idle_suspend_s is None:
+        raise InvalidInput(
+            f"agent {agent.name} has nap_s = {agent.nap_s:g}, but is never to be suspended for doing nothing",
+            remedy="leave out nap, or say with idle_suspend after how long",
+        )
     _check_limits(agent)
     arguments.check_record(agent)
     if not agent.workdir.startswith("/"):

@@ -11,7 +11,7 @@ from rethaw.control.lastwords import last_words
 from rethaw.control.retries import ended
 from rethaw.control.room import lacking
 from rethaw.control.rows import POLICY_REASONS, Conn
-from rethaw.model.enums import Desired, EventType, State
+from rethaw.model.enums import Desired, EventType, Reason, State
 from rethaw.model.types import Attempt
 
 
@@ -53,6 +53,18 @@ async def why(conn: Conn, session: str) -> dict[str, Any]:
                 "name": None,
                 "since": row.state_since.isoformat(),
                 "wakes_it": f"rethaw resume {row.id}",
+            }
+        )
+    elif row.state == State.SUSPENDED and row.reason == Reason.NAP and row.nap_until is not None:
+        until = row.nap_until.isoformat(timespec="seconds")
+        waiting.append(
+            {
+                "kind": "nap",
+                "name": None,
+                "since": row.state_since.isoformat(),
+                "wakes_it": f"time: {until}, a key (rethaw attach {row.id}), a request to one of its ports, rethaw exec, or a"
+                f" message (rethaw send {row.id} ...); it was suspended because it did nothing",
+                "deadline": row.nap_until.isoformat(),
             }
         )
     elif row.retry_at is not None and row.retry_at > datetime.now(UTC):

@@ -46,6 +46,7 @@ class Reason(StrEnum):
 
     NONE = "none"
     IDLE = "idle"  # suspended by policy while waiting
+    NAP = "nap"  # suspended by policy for a time: it did nothing that can be seen
     REQUESTED = "requested"  # a person asked
     PROVIDER_HOLD = "provider_hold"  # the provider said "later"; frozen meanwhile
     SANDBOX_DIED = "sandbox_died"

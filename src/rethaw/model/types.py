@@ -220,6 +220,8 @@ class AgentSpec(Wire):
         default=None, exclude_if=_empty
     )  # its stdin, stdout and stderr are one terminal
     stdin: bool = Field(default=False, exclude_if=_no)  # what is typed for it: keys, or without a terminal a pipe
+    # It is suspended for so long when it did nothing for `idle_suspend_s`, whatever it waits for. None: never.
+    nap_s: float | None = Field(default=None, exclude_if=_absent)
 
 
 # ---------------------------------------------------------------- the log

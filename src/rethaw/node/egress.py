@@ -100,6 +100,11 @@ class Egress:
         self._active_at = 0.0
         self._news = News()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a connection is open, whatever moves in it."""
+        return any(tunnel.live for tunnel in self._tunnels.values())
+
     def hello(self, streams: Collection[int]) -> None:
         """A thaw: the guest has these tunnels and no others."""
         for stream in [s for s in self._tunnels if s not in streams]:

@@ -233,11 +233,18 @@ class Life:
     def idle_since(self) -> float | None:
         """Since when (monotonic, may lie ahead) the agent only waits on what Rethaw can see; None while it does anything else."""
         serves = (
-            self.agent.entry is None and self.dials.served
+            self.agent.entry is None and self.dials.served and self.agent.nap_s is None
         )  # a program that was connected to waits for the next one
         if self.gateway.open() or not (self.calls.waiting or serves):
             return None
         return self.dials.idle_since(max((self.last_active, *self.calls.waiting.values())))
+
+    def still_since(self) -> float | None:
+        """Since when (monotonic, may lie ahead) nothing of the agent was to be seen but what it computes; None while
+        something is open that a nap would break, and without naps."""
+        if self.agent.nap_s is None or self.calls.waiting or self.gateway.open() or self.egress.busy:
+            return None
+        return self.dials.idle_since(self.last_active)
 
     # ------------------------------------------------------------ watching
 

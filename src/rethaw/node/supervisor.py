@@ -31,6 +31,7 @@ from rethaw.model.types import AgentSpec, Assignment, Fence, NewEvent, SnapshotI
 from rethaw.node import loading
 from rethaw.node.boot import start_config
 from rethaw.node.life import Life
+from rethaw.node.naps import Stretch
 from rethaw.node.parts import Parts
 
 log = logging.getLogger("rethaw.node")
@@ -59,6 +60,7 @@ class Supervisor:
         self._fence: Fence | None = None  # of the newest life, also while frozen
         self._frozen_for: Reason | None = None
         self._cancelling = False
+        self._stretch: Stretch | None = None  # in which nothing of an agent with naps is seen
         self._reported = State.STARTING
         self._reporting = asyncio.Lock()  # a late "waiting" would undo a "suspending"
         self._changed = asyncio.Event()
@@ -366,6 +368,8 @@ class Supervisor:
     def _still_wanted(self, wish: _Freeze) -> bool:
         if wish.reason is Reason.PROVIDER_HOLD:
             return wish.life.gateway.held()
+        if wish.reason is Reason.NAP:
+            return self._stretch is not None and self._stretch.lasts(wish.life)
         return wish.reason is not Reason.IDLE or wish.life.idle_since() is not None
 
     async def _report_running(self, life: Life) -> None:
@@ -415,6 +419,8 @@ class Supervisor:
                         pause = 5.0
                 elif state is State.WAITING:
                     pause = None if freeze is None else max(0.01, since + freeze - now)
+            elif life.agent.nap_s is not None:
+                pause = await self._look_for_nap(life)
             if state is not State.RUNNING or self._reported is not State.WAITING:
                 busy = None
             elif now - (busy := busy or now) < timing.run_report:  # what it says first must not wait for this
@@ -422,6 +428,23 @@ class Supervisor:
                 continue
             if state is not self._reported:
                 await self._report_quietly(life, state)
+
+    async def _look_for_nap(self, life: Life) -> float:
+        """Asks for a nap once nothing of the agent was seen for long enough. Seconds until the next look."""
+        if self._stretch is None or not self._stretch.lasts(life):
+            self._stretch = Stretch(life)
+        left = self._stretch.left(life)
+        if left > 0:
+            return left
+        if self._stretch.computed(life, _BUSY) or await self._computes(life):
+            life.last_active = time.monotonic()
+            return _LOOK_S
+        if self._stretch.lasts(life):
+            if life.terminal is not None:
+                life.terminal.heard()
+            self._queue.put_nowait(_Freeze(life, Reason.NAP))
+            return 5.0
+        return 0.01
 
     async def _computes(self, life: Life) -> bool:
         """Whether the guest is busy beside its waits: a thread may listen for messages while another one runs tests."""

@@ -52,6 +52,7 @@ class Keyboard:
         self._waiting = bytearray()
         self._base = 0  # offset of its first byte in what the guest counts
         self._sent = 0  # offset up to which a guest was given it
+        self._heard = 0  # offset up to which the program had time for it
         self._ends_at: int | None = None
         self._more = asyncio.Event()
         self._room = asyncio.Event()
@@ -62,7 +63,11 @@ class Keyboard:
     @property
     def typed(self) -> bool:
         """Whether something waits for the guest."""
-        return bool(self._waiting)
+        return self._base + len(self._waiting) > max(self._base, self._heard)
+
+    def heard(self) -> None:
+        """What was given was given long ago: the guest, which confirms nothing but many bytes, has it, and so has its program."""
+        self._heard = self._sent
 
     def tell(self, live: Live) -> None:
         for seat in self.seats:
@@ -117,6 +122,8 @@ class Keyboard:
         """The guest has had `taken` bytes. `first`: of a new life. Keys that a former life was given and this one has not
         are lost with it: what they were meant for may not be there any more. Of a pipe everything is given again, by
         who has it."""
+        if first:
+            self._heard = 0
         if first and piped:
             self._waiting.clear()
         elif first:
@@ -193,6 +200,9 @@ class Life:
     @property
     def typed(self) -> bool:
         return self._keyboard.typed
+
+    def heard(self) -> None:
+        self._keyboard.heard()
 
     def show(self, stream: str, offset: int, data: bytes) -> None:
         """Bytes that the program wrote; those that a thaw brings again are left out."""

@@ -60,6 +60,7 @@ class Options:
     retries: Retries | None = None
     budget: Budget | None = None
     allow: tuple[str, ...] = ()
+    nap: float | None = None
 
     def spec(
         self,
@@ -96,6 +97,7 @@ class Options:
             retries=self.retries.spec() if self.retries is not None else None,
             budget=self.budget.spec() if self.budget is not None else None,
             allow=self.allow,
+            nap_s=self.nap,
         )
 
 
@@ -124,6 +126,7 @@ def options(
     retries: int | Retries | None = None,
     budget: Budget | None = None,
     allow: Sequence[str] = (),
+    nap: Duration | None = None,
 ) -> Options:
     """Check what a person wrote. Raises InvalidInput naming the value and the remedy."""
     if not name or len(name) > 128 or not all(c.isalnum() or c in "._-" for c in name) or not name[0].isalnum():
@@ -159,6 +162,7 @@ def options(
         retries=retries_of(retries),
         budget=checked_budget(budget),
         allow=_allowed(allow),
+        nap=optional_seconds(nap),
     )
 
 
@@ -409,12 +413,14 @@ def agent(
     retries: int | Retries | None = None,
     budget: Budget | None = None,
     allow: Sequence[str] = (),
+    nap: Duration | None = None,
 ) -> _Decorator: ...
 def agent(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
     """Make a function a durable agent. Its first parameter is the Context; the others are the session's arguments. An `async
     def` gets an AsyncContext. What a generator yields are messages to the outbox, what it returns is the result.
 
     `memory`: what the sandbox may use. `idle_suspend`: how long it may wait for something before it is suspended
+    (None: never). `nap`: it is also suspended when it did nothing for that long without such a wait, for this time at most
     (None: never). `durability`: what an answer of the model survives once the agent sees it: "local" (this node's
     disk), "replicated", "relaxed" (nothing is held back). `snapshot_every`: without a model call. `hold_max`: how long
     a provider's "later" is waited for. `max_duration`: of the session. `grace`: from SIGTERM to SIGKILL on cancel.

@@ -43,6 +43,7 @@ def run(
     memory: str | None = None,
     durability: str | None = None,
     idle_suspend: str | None = None,
+    nap: str | None = None,
     max_duration: str | None = None,
     workdir: str | None = None,
     template: str | None = None,
@@ -117,6 +118,9 @@ def run(
         What an answer of the model survives: local, replicated or relaxed.
     idle_suspend:
         How long it may wait before it is suspended, like 20s; "never".
+    nap:
+        Suspend it also when it did nothing for so long, whatever it waits for, and wake it after this time, like 1h, or at a
+        key, a request or a message. Its clock stands still meanwhile.
     max_duration:
         End it after so long.
     workdir:
@@ -166,6 +170,7 @@ def run(
         "memory": memory,
         "durability": durability,
         "idle_suspend": idle_suspend,
+        "nap": nap,
         "max_duration": max_duration,
         "workdir": workdir,
         "template": template,
