@@ -13,7 +13,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from rethaw.testing.server import RunningServer
 
 
 class Person:
-    """`rethaw ARGS` in a terminal of its own. `screen` is what it shows, `raw` every byte of it."""
+    """`rethaw ARGS`, or `argv`, in a terminal of its own. `screen` is what it shows, `raw` every byte of it."""
 
     def __init__(
-        self, server: RunningServer, *args: str, rows: int = 24, cols: int = 80, cwd: Path | None = None
-    ) -> None:
+        self, server: RunningServer, *args: str, rows: int = 24, cols: int = 80, cwd: Path | None = None,
+        argv: Sequence[str] = (), env: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.screen = Screen(rows, cols)
         self.raw = bytearray()
         self._lock = threading.Condition()
@@ -35,11 +36,11 @@ class Person:
         self.before = termios.tcgetattr(slave)
         self._slave = slave
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rethaw.cli.main", *args],
+            argv or [sys.executable, "-m", "rethaw.cli.main", *args],
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env={**server.env, "TERM": "xterm-256color"},
+            env={**(env or server.env), "TERM": "xterm-256color"},
             cwd=cwd,
             start_new_session=True,
         )

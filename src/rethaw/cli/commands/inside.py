@@ -38,7 +38,7 @@ def exec_(
     For example:
       rethaw exec s_06f2 -- ls -l /app
       rethaw exec -it s_06f2 -- sh
-      echo 'SELECT 1' | rethaw exec -i s_06f2 -- sqlite3 /app/data.db
+      rethaw exec -i s_06f2 -- python3 - < check.py
 
     Parameters
     ----------
