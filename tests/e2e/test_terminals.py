@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -291,6 +292,17 @@ def test_wrong_use(home: House) -> None:
         person.process.terminate()
         assert person.ended() == 143  # and its terminal is as it was
     home.server.cli("cancel", "--now", waits)
+
+
+def test_attach_says_that_a_session_started_without_i_takes_no_keys(home: House) -> None:
+    looked_at = home.server.cli("run", "-dt", "--image", "base", "--", "sh").stdout.strip()
+    with Person(home.server, "attach", looked_at) as person:
+        person.shows("started without -i; Ctrl-C leaves")
+        person.shows("#")
+        person.process.send_signal(signal.SIGINT)
+        assert person.ended() == 0
+    assert Session(home, {"id": looked_at}).view["state"] not in ("completed", "failed", "cancelled")
+    home.server.cli("cancel", "--now", looked_at)
 
 
 def test_attach_without_a_terminal_shows_what_is_written(home: House) -> None:

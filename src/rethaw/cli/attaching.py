@@ -58,14 +58,18 @@ def size_here() -> tuple[int, int] | None:
 
 
 class Attached:
-    """Shows a session's terminal here. `fresh`: it has just been started, and the screen here is left as it is."""
+    """Shows a session's terminal here. `fresh`: it has just been started, and the screen here is left as it is. `hint`:
+    what is said in the last row of a screen that was drawn."""
 
-    def __init__(self, connection: Client, session: str, *, typing: bool, detach: bytes, fresh: bool = False) -> None:
+    def __init__(
+        self, connection: Client, session: str, *, typing: bool, detach: bytes, fresh: bool = False, hint: str = ""
+    ) -> None:
         self._connection = connection
         self._session = session
         self._typing = typing and os.isatty(sys.stdin.fileno())
         self._detach = detach
         self._fresh = fresh
+        self._hint = hint
         self._screen: Screen | None = None
         self._terminal: Terminal | None = None
         self._there = threading.Event()  # a connection
@@ -134,6 +138,8 @@ class Attached:
             if here is not None and here != (screen.rows, screen.cols):
                 screen.resize(*here)
             self._write(screen.redraw())
+            if self._hint and sys.stdout.isatty():
+                self._write(f"\x1b7\x1b[999;1H\x1b[7m rethaw: {self._hint} \x1b[m\x1b8".encode())
 
     def _write(self, data: bytes) -> None:
         self._keyboard = self._keyboard or b"\x1b[>" in data

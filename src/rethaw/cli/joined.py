@@ -148,11 +148,12 @@ def said(keys: str) -> str:
     return " ".join(word.strip().title() for word in keys.split(","))
 
 
-def joined(connection: Client, session: str, *, typing: bool, keys: str, fresh: bool = False) -> int:
+def joined(connection: Client, session: str, *, typing: bool, keys: str, fresh: bool = False, hint: str = "") -> int:
     """Until it ends or somebody detaches; the exit code."""
     from rethaw.cli import attaching, output
 
-    end = attaching.Attached(connection, session, typing=typing, detach=attaching.keys_of(keys), fresh=fresh).run()
+    detach = attaching.keys_of(keys)
+    end = attaching.Attached(connection, session, typing=typing, detach=detach, fresh=fresh, hint=hint).run()
     if end is None:
         output.note("")
         output.note(f"detached; {session} goes on. Come back: rethaw attach {session}")
@@ -193,4 +194,5 @@ def attach(connection: Client, session: str, *, typing: bool, keys: str) -> int:
             "attach wants a terminal here, and this command's input or output is none",
             remedy=f"add --no-stdin, or read `rethaw logs -f {view.id}`",
         )
-    return joined(connection, view.id, typing=typing and view.agent.stdin, keys=keys)
+    hint = "it takes no keys, for it was started without -i; Ctrl-C leaves" if typing and not view.agent.stdin else ""
+    return joined(connection, view.id, typing=typing and view.agent.stdin, keys=keys, hint=hint)

@@ -21,8 +21,9 @@ def attach(
     The screen is drawn as it is, however often the session was frozen or
     crashed meanwhile. Keys go to the program, Ctrl-C too; Ctrl-P Ctrl-Q leaves
     it as it is. A suspended session is shown without waking it: the first key
-    does. The exit code is the program's. Several may be attached at once. With
-    --json its output is printed as `rethaw logs -f --json` prints it.
+    does. The exit code is the program's. Several may be attached at once. One
+    that was started without -i takes no keys; Ctrl-C leaves it. With --json
+    its output is printed as `rethaw logs -f --json` prints it.
 
     For example:
       rethaw attach s_06f2
