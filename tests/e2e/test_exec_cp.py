@@ -154,6 +154,7 @@ def test_it_goes_on_through_saves_and_a_crash_cuts_it_off_three_times(home: Hous
 SLEEPER = "def main(ctx):\n    while True:\n        ctx.receive()\n"
 
 
+@pytest.mark.long  # a silence of a minute
 def test_a_suspended_session_is_resumed_for_it_and_stays_awake_meanwhile(home: House) -> None:
     session = home.agent(SLEEPER, idle_suspend_s=1.0)
     session.until_state("suspended")

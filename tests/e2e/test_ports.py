@@ -316,6 +316,7 @@ def test_a_frozen_session_thaws_at_the_first_request(home: House) -> None:
         assert status == 410 and b"is cancelled" in body
 
 
+@pytest.mark.long  # a silence of a minute
 def test_moving_bytes_keep_it_awake_and_silence_does_not(home: House) -> None:
     session = home.agent(WAITING, idle_suspend_s=1.0)
     session.until_output("serving")
