@@ -289,7 +289,7 @@ def test_top_on_a_terminal(home: House) -> None:
     """Wide and narrow, its keys, a server that goes away and comes back, Ctrl-C."""
     busy = home.start({"name": "busy", "command": ["sh", "-c", BUSY]})
     busy.until_state("running")
-    with terminal(home, "top", "--every", "300ms") as screen:
+    with terminal(home, "top", "--every", "300ms", columns=200) as screen:
         wide = screen.until("SNAPSHOTS", busy.id[:10], "running", "MiB", "q end")
         assert "\x1b[?1049h" in wide and "ACTIVE" in wide
         screen.press("m")

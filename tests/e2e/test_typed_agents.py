@@ -178,7 +178,8 @@ def test_a_step_that_fails_is_told_to_whoever_started_it(client: Client, tmp_pat
 
 def test_arguments_that_came_some_other_way_are_checked_inside(client: Client, file: Path) -> None:
     counter = find(file.with_name("counter_agent.py"))
-    session = client.sessions.start(counter.uploaded(client), {"start": {"total": "many", "names": []}})
+    older = counter.uploaded(client).model_copy(update={"signature": None})  # whose signature nobody recorded
+    session = client.sessions.start(older, {"start": {"total": "many", "names": []}})
     with pytest.raises(SessionFailed):
         session.result(timeout="60s")
     said = session.logs(stream="stderr").decode()
