@@ -107,7 +107,7 @@ def test_a_key_that_interrupts_was_left_in_the_input(home: House, box: Session) 
     try:
         for n in range(3):
             until("its prompt", lambda n=n: seen.count(b"# ") > n)
-            os.write(master, b"echo $((%d + 40)); sleep 1000\n" % n)
+            os.write(master, b"sh -c 'echo $((%d + 40)); exec sleep 1000'\n" % n)
             until("its answer", lambda n=n: b"\n%d" % (40 + n) in seen)
             os.write(master, b"\x03")
         until("its prompt", lambda: seen.count(b"# ") > 3)
