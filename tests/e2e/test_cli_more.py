@@ -176,6 +176,8 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         self.resize(columns, rows)
         env = {**home.server.env, "TERM": "xterm-256color"}
+        for name in ("COLUMNS", "LINES"):  # of another terminal
+            env.pop(name, None)
         command = ["setsid", "--ctty", sys.executable, "-m", "rethaw.cli.main", *args]
         self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
         self.attributes = termios.tcgetattr(theirs)
