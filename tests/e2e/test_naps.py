@@ -96,3 +96,23 @@ def test_a_server_naps_and_a_request_wakes_it(home: House) -> None:
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert answer.status == 200 and answer.read()
     session.post("cancel", {"now": True})
+
+
+def test_a_key_undid_the_next_suspension_of_a_session_that_waits(home: House) -> None:
+    """The guest says only of many bytes that it has them: what was given long ago counted as still to be given."""
+    waits = 'rethaw receive > /dev/null & while read line; do echo "woken $line"; done'
+    session = run(home, "-it", "--", "sh", "-c", waits)
+
+    def suspended() -> int:
+        session.until("it to sleep", lambda s: (s.view["state"], s.view["reason"]) == ("suspended", "idle"))
+        session.until("nothing to be left of it", lambda s: not s.house.server.sandboxes())
+        states = session.events("session.state", all_lines=True)
+        return sum(e["data"]["state"] == "suspended" for e in states)
+
+    with Person(home.server, "attach", session.id) as person:
+        known = suspended()
+        for generation in range(1, 4):
+            person.type(f"{generation}\n")
+            person.sees(f"woken {generation}")
+            assert suspended() == known + generation
+    session.post("cancel", {"now": True})

@@ -123,6 +123,19 @@ def test_nothing_leads_outside(hostile: list[Any], tmp_path: Path) -> None:
     assert not Path("/outside").exists() and not Path("/python").exists()
 
 
+def test_a_directory_that_became_a_link_gave_its_mode_to_one_of_the_host(tmp_path: Path) -> None:
+    """Directories are given their modes at a layer's end; by then what led to them may be a link to anywhere."""
+    theirs = tmp_path / "host/here"
+    theirs.mkdir(parents=True)
+    theirs.chmod(0o700)
+    before = theirs.stat()
+    members = [entry("a"), entry("a/here", mode=0o777, uid=77, mtime=1), entry("a", link=str(tmp_path / "host"))]
+    root = unpacked(made(tmp_path / "image", members), tmp_path / "work")
+    assert (root / "a").is_symlink()
+    after = theirs.stat()
+    assert (after.st_mode, after.st_uid, after.st_mtime) == (before.st_mode, before.st_uid, before.st_mtime)
+
+
 def test_docker_archives_and_layouts_are_the_same_image(tmp_path: Path) -> None:
     layers = [[entry("a", "1"), entry("b", "1")], [entry(".wh.a", ""), entry("c", "2")]]
     config = {

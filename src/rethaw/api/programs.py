@@ -43,10 +43,10 @@ async def serve(
     except WebSocketDisconnect:
         pass
     except RethawError as error:
-        await _say_error(socket, body(error.code, error.message, error.remedy, error.details))
+        await say_error(socket, body(error.code, error.message, error.remedy, error.details))
     except Exception as error:
         response = unforeseen("a program", error)
-        await _say_error(socket, json.loads(bytes(response.body)))
+        await say_error(socket, json.loads(bytes(response.body)))
     finally:
         if shell is not None:
             await asyncio.shield(shell.close())
@@ -113,7 +113,8 @@ async def _up(socket: WebSocket, shell: Shell) -> None:
             raise InvalidInput(f"{str(message.get('text'))[:80]!r} is no message of a shell") from error
 
 
-async def _say_error(socket: WebSocket, error: dict[str, Any]) -> None:
+async def say_error(socket: WebSocket, error: dict[str, Any]) -> None:
+    """The last words on an accepted connection, if anybody still listens."""
     if socket.client_state is WebSocketState.CONNECTED and socket.application_state is WebSocketState.CONNECTED:
         try:
             await socket.send_json({"type": "error", **error})

@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, WebSocket
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.websockets import WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocketDisconnect
 
-from rethaw.api import models, stream
+from rethaw.api import models, programs, stream
 from rethaw.api.errors import answer, body, unforeseen
 from rethaw.api.rooms import Rooms
 from rethaw.model.enums import Desired, EventType, Reason, State
@@ -84,9 +84,9 @@ async def _attend(rooms: Rooms, socket: WebSocket, session: str) -> None:
     except WebSocketDisconnect:
         pass
     except RethawError as error:
-        await _say_error(socket, body(error.code, error.message, error.remedy, error.details))
+        await programs.say_error(socket, body(error.code, error.message, error.remedy, error.details))
     except Exception as error:
-        await _say_error(socket, json.loads(bytes(unforeseen("a terminal", error).body)))
+        await programs.say_error(socket, json.loads(bytes(unforeseen("a terminal", error).body)))
     finally:
         seat.close()
 
@@ -321,12 +321,3 @@ def _offset(text: str) -> int:
         return int(json.loads(text)["offset"])
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidInput(f"{text[:80]!r} is no message of a terminal", remedy="see docs/terminals.md") from error
-
-
-async def _say_error(socket: WebSocket, error: dict[str, Any]) -> None:
-    if socket.client_state is WebSocketState.CONNECTED and socket.application_state is WebSocketState.CONNECTED:
-        try:
-            await socket.send_json({"type": "error", **error})
-            await socket.close()
-        except (RuntimeError, WebSocketDisconnect):
-            return

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import sys
-import termios
 import threading
-import tty
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from rethaw.cli import output
 from rethaw.cli.screen import RESET, Screen
+from rethaw.cli.terminal import raw
 from rethaw.model.errors import InvalidInput, RethawError, Unavailable
 from rethaw.sdk.terminal import Said, Terminal, Written
 from rethaw.sdk.transport import Patience
@@ -81,8 +79,8 @@ class Attached:
         """Until the session ends: {state, code, reason, detail}. None: somebody has detached. Raises Unavailable when the
         server stays away."""
         sys.stdout.flush()
-        raw = _raw(self._resized) if self._typing else contextlib.nullcontext()
-        with raw, self._tidy():
+        own = raw(self._resized) if self._typing else contextlib.nullcontext()
+        with own, self._tidy():
             if self._typing:
                 threading.Thread(target=self._feed, daemon=True).start()
             patience = Patience(self._connection.patience_s, self._gap)
@@ -294,35 +292,3 @@ class Piped:
             return False
         more = self._next < self._base + len(self._kept)
         return more or (self._ended and told != (self._next, self._terminal))
-
-
-@contextlib.contextmanager
-def _raw(resized: Any) -> Generator[None]:
-    """Each key is the program's own, Ctrl-C too, and it hears of new sizes."""
-    fd = sys.stdin.fileno()
-    before = termios.tcgetattr(fd)
-    changed = threading.Event()
-
-    def tell() -> None:
-        while True:
-            changed.wait()
-            changed.clear()
-            with contextlib.suppress(RethawError, OSError):
-                resized()
-
-    def notice(_number: int, _frame: object) -> None:
-        changed.set()  # a handler must not send: it may interrupt a send
-
-    def end(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)  # so that what follows is done
-
-    threading.Thread(target=tell, daemon=True).start()
-    former = [(number, signal.signal(number, notice if number == signal.SIGWINCH else end))
-              for number in (signal.SIGWINCH, signal.SIGTERM, signal.SIGHUP)]  # fmt: skip
-    try:
-        tty.setraw(fd)
-        yield
-    finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
-        for number, handler in former:
-            signal.signal(number, handler)

@@ -10,7 +10,7 @@ import sys
 import termios
 import threading
 import tty
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rethaw.cli import output
@@ -52,7 +52,12 @@ def size_now() -> TerminalSize:
 
 def join(program: Program, *, interactive: bool, feed: bool = True) -> int:
     """This process's streams and the program's, until it ends; its exit code. `feed`: what is typed goes there."""
-    with _raw(program) if interactive else contextlib.nullcontext():
+
+    def resized() -> None:
+        size = _size()
+        program.resize(size.columns, size.lines)
+
+    with raw(resized) if interactive else contextlib.nullcontext():
         if feed:
             threading.Thread(target=_feed, args=(program, interactive), daemon=True).start()
         while (got := program.read()) is not None:
@@ -91,8 +96,9 @@ def _feed(shell: Program, interactive: bool) -> None:
 
 
 @contextlib.contextmanager
-def _raw(shell: Program) -> Generator[None]:
-    """Each key is the program's own, Ctrl-C too, and it hears of new sizes."""
+def raw(resized: Callable[[], object]) -> Generator[None]:
+    """Each key is the program's own, Ctrl-C too; `resized` is called when this terminal has another size, in a thread of its
+    own. The terminal is as it was afterwards, whatever ends this."""
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
     changed = threading.Event()
@@ -101,17 +107,22 @@ def _raw(shell: Program) -> Generator[None]:
         while True:
             changed.wait()
             changed.clear()
-            size = _size()
-            shell.resize(size.columns, size.lines)
+            with contextlib.suppress(RethawError, OSError):
+                resized()
 
     def notice(_number: int, _frame: object) -> None:
         changed.set()  # a handler must not send: it may interrupt a send
 
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)  # so that what follows is done
+
     threading.Thread(target=tell, daemon=True).start()
-    former = signal.signal(signal.SIGWINCH, notice)
+    former = [(number, signal.signal(number, notice if number == signal.SIGWINCH else end))
+              for number in (signal.SIGWINCH, signal.SIGTERM, signal.SIGHUP)]  # fmt: skip
     try:
         tty.setraw(fd)
         yield
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
-        signal.signal(signal.SIGWINCH, former)
+        for number, handler in former:
+            signal.signal(number, handler)

@@ -1,8 +1,6 @@
 """Programs that the node starts beside the agent, in its environment.
 
-On the stream, in both directions, are records: kind (1 byte), length (4 bytes, big-endian), that many bytes.
-    from the node:  0 input, 1 the input has ended, 2 size (columns, rows: 2 bytes each), 3 signal (1 byte)
-    to the node:    1 stdout, 2 stderr, 3 it has ended: exit code (4 bytes)
+On the stream, in both directions, are the records of `rethaw.channel.records`.
 
 A program belongs to the session, not to the connection: it is in each snapshot. Whoever leaves hangs it up (SIGHUP). When
 a restore has cut the connection, one that has a terminal or still reads is hung up; any other goes on, and what it
@@ -17,6 +15,7 @@ import struct
 
 from rethaw.channel.lean import cast, signal
 from rethaw.channel.mux import Receiver
+from rethaw.channel.records import EXIT, INPUT, INPUT_END, RECORD, SIZE, STDERR, STDOUT
 from rethaw.guest import loop as loops
 from rethaw.guest.dial import Dials, Refused
 from rethaw.guest.process import become
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 
 AHEAD = 128 << 10  # bytes read from the program before the node has taken them
 READ_SIZE = 32768
-RECORD = struct.Struct(">BI")
-INPUT, INPUT_END, SIZE, SIGNAL = 0, 1, 2, 3
-STDOUT, STDERR, EXIT = 1, 2, 3
 
 
 def begin(dials: Dials, ident: str, message: Dict[str, Any]) -> None:
@@ -232,8 +228,6 @@ class Program(Stream):
             if self._keys is not None and STDOUT in self._fds:
                 columns, rows = struct.unpack(">HH", payload)
                 self._keys.resize(rows, columns)
-        elif kind == SIGNAL and len(payload) == 1:
-            self._signal(payload[0])
         else:
             raise ChannelBroken(f"stream {self.id}: a record of kind {kind} with {len(payload)} bytes")
 

@@ -139,9 +139,8 @@ def _layer(source: Path, diff: str, rootfs: Path, room: _Room, what: str) -> Non
     for name, member in sorted(
         directories.items(), reverse=True
     ):  # children first: a time survives what is written below
-        path = rootfs / name
-        if path.is_dir() and not path.is_symlink():
-            _dress(path, member)
+        if places.is_plain(rootfs, name):  # it, or what led to it, may be a link by now
+            _dress(rootfs / name, member)
 
 
 def _member(

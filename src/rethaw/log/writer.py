@@ -92,19 +92,13 @@ async def append_for(
     conn: Connection, fence: Fence, event: NewEvent, use: LiteralString, params: Sequence[Any]
 ) -> None:
     """Append `event`, under its fence, within one statement: `use`, which selects o_seq and o_line from {appended}, with
-    `params` for what stands before that. Raises Fenced, NotFound."""
+    `params` for what stands before that. What is refused is psycopg's error, which the pool translates."""
     rows = await encoding.rows([event])
     columns = (rows.types, rows.datas, rows.keys, rows.sizes, rows.codecs, rows.bodies)
     query = use.replace("{appended}", _APPEND_ONE.removeprefix("SELECT * FROM "))
-    try:
-        async with conn.cursor(binary=True) as cursor:
-            given = (*params, fence.session, fence.generation, *(column[0] for column in columns), False)
-            await cursor.execute(query, given)
-    except psycopg.Error as e:
-        own = translated(e)
-        if own is None:
-            raise
-        raise own from e
+    async with conn.cursor(binary=True) as cursor:
+        given = (*params, fence.session, fence.generation, *(column[0] for column in columns), False)
+        await cursor.execute(query, given)
 
 
 def event_of(session: str, row: Sequence[Any], *, superseded: bool = False) -> Event:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from rethaw.channel.records import EXIT, INPUT, INPUT_END, RECORD, SIZE, STDERR, STDOUT
 from rethaw.model.dialing import Connection, ExecRequest
 from rethaw.model.errors import ChannelBroken, Unavailable
 from rethaw.model.looking import Shell
 from rethaw.node.dials import Dial
 from rethaw.node.life import Life
 
-_RECORD = struct.Struct(">BI")
-_INPUT, _INPUT_END, _SIZE = 0, 1, 2
-_STREAMS = {1: "stdout", 2: "stderr"}
-_EXIT = 3
+_STREAMS = {STDOUT: "stdout", STDERR: "stderr"}
 _PIECE = 32768
 _RECORD_LIMIT = 1 << 16  # a guest may lie
 _LOST = 70  # the connection is gone, and what became of the program is not known (EX_SOFTWARE)
@@ -67,7 +65,7 @@ class Program:
             found = self._record()
             if found is not None:
                 kind, payload = found
-                if kind == _EXIT and len(payload) == 4:
+                if kind == EXIT and len(payload) == 4:
                     self._code = int.from_bytes(payload, "big") & 0xFF
                     self._dial.end()
                     break
@@ -87,15 +85,15 @@ class Program:
         return None
 
     def _record(self) -> tuple[int, bytes] | None:
-        if len(self._data) < _RECORD.size:
+        if len(self._data) < RECORD.size:
             return None
-        kind, length = _RECORD.unpack_from(self._data)
+        kind, length = RECORD.unpack_from(self._data)
         if length > _RECORD_LIMIT:
             return -1, b""
-        if len(self._data) < _RECORD.size + length:
+        if len(self._data) < RECORD.size + length:
             return None
-        payload = bytes(self._data[_RECORD.size : _RECORD.size + length])
-        del self._data[: _RECORD.size + length]
+        payload = bytes(self._data[RECORD.size : RECORD.size + length])
+        del self._data[: RECORD.size + length]
         return kind, payload
 
     def _lost(self, why: str) -> None:
@@ -106,15 +104,15 @@ class Program:
         try:
             for at in range(0, len(data), _PIECE):
                 piece = data[at : at + _PIECE]
-                await self._dial.write(_RECORD.pack(_INPUT, len(piece)) + piece)
+                await self._dial.write(RECORD.pack(INPUT, len(piece)) + piece)
         except ChannelBroken:
             return  # reading tells
 
     def end_input(self) -> None:
-        self._put(_RECORD.pack(_INPUT_END, 0))
+        self._put(RECORD.pack(INPUT_END, 0))
 
     def resize(self, columns: int, rows: int) -> None:
-        self._put(_RECORD.pack(_SIZE, 4) + struct.pack(">HH", columns & 0xFFFF, rows & 0xFFFF))
+        self._put(RECORD.pack(SIZE, 4) + struct.pack(">HH", columns & 0xFFFF, rows & 0xFFFF))
 
     def _put(self, record: bytes) -> None:
         try:

@@ -415,7 +415,7 @@ class Supervisor:
                     elif life.idle_since() != since:
                         pause = 0.01
                     else:
-                        self._queue.put_nowait(_Freeze(life, Reason.IDLE))
+                        self._ask_freeze(life, Reason.IDLE)
                         pause = 5.0
                 elif state is State.WAITING:
                     pause = None if freeze is None else max(0.01, since + freeze - now)
@@ -440,11 +440,15 @@ class Supervisor:
             life.last_active = time.monotonic()
             return _LOOK_S
         if self._stretch.lasts(life):
-            if life.terminal is not None:
-                life.terminal.heard()
-            self._queue.put_nowait(_Freeze(life, Reason.NAP))
+            self._ask_freeze(life, Reason.NAP)
             return 5.0
         return 0.01
+
+    def _ask_freeze(self, life: Life, reason: Reason) -> None:
+        """Nothing of the agent was seen for long enough. A key that it was given before that is no reason to wake it."""
+        if life.terminal is not None:
+            life.terminal.heard()
+        self._queue.put_nowait(_Freeze(life, reason))
 
     async def _computes(self, life: Life) -> bool:
         """Whether the guest is busy beside its waits: a thread may listen for messages while another one runs tests."""

@@ -90,24 +90,20 @@ def prepare_data_dir(path: Path) -> TextIO:
 
 def token_of(data_dir: Path) -> str:
     """The installation's bearer token; made at the first start, readable by root only."""
-    path = data_dir / "token"
-    if not path.exists():
-        partial = path.with_suffix(".new")
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(fd, "w") as f:
-            f.write(secrets.token_urlsafe(32))
-        partial.rename(path)
-    return path.read_text().strip()
+    return _secret(data_dir / "token", lambda: secrets.token_urlsafe(32).encode()).decode().strip()
 
 
 def link_key_of(data_dir: Path) -> bytes:
     """What signs links; made at the first start. Without the file every link is void."""
-    path = data_dir / "link-key"
+    return _secret(data_dir / "link-key", lambda: secrets.token_bytes(32))
+
+
+def _secret(path: Path, make: Callable[[], bytes]) -> bytes:
     if not path.exists():
         partial = path.with_suffix(".new")
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(fd, "wb") as f:
-            f.write(secrets.token_bytes(32))
+            f.write(make())
         partial.rename(path)
     return path.read_bytes()
 
