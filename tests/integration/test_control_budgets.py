@@ -15,7 +15,7 @@ from control_fixtures import (  # noqa: F401 - fixtures
     world,
 )
 
-from rethaw.control import spending
+from rethaw.control import loads, spending
 from rethaw.control.prices import Prices, prices_from
 from rethaw.gateway.run import completed
 from rethaw.model.enums import EventType, ExchangeState, Reason, State
@@ -325,6 +325,15 @@ async def test_sums_are_kept_and_are_those_of_the_log(w: World, monkeypatch: pyt
     await calls.ask(1, 1)
     after = (await w.control.limits(session))[1]
     assert (after.model_calls, after.tokens) == (used.model_calls + 5, used.tokens + 10)
+    # What `top` shows is the same, whether much of it is in the sums, nothing, or as much as it adds up itself.
+    monkeypatch.setattr(loads, "_MANY", 3)
+    for forget in (False, True, False):
+        if forget:
+            await w.sql("DELETE FROM spent_totals")
+        ((shown,), _) = await w.control.loads(10, False)
+        assert (shown["model_calls"], shown["input_tokens"]) == (after.model_calls, after.input_tokens)
+        assert shown["output_tokens"] == after.output_tokens and "new" not in shown
+    assert await w.sql("SELECT 1 FROM spent_totals") != []
     # A fork begins at zero, and what is removed takes its sums along.
     (fork,) = await w.control.fork(session, info.id)
     assert (await w.control.limits(fork.id))[1].model_calls == 0

@@ -32,6 +32,7 @@ from rethaw.control import (
     self_forks,
     sessions,
     specs,
+    spending,
     stats,
     versions,
     waits,
@@ -73,6 +74,7 @@ from rethaw.model.types import (
 
 T = TypeVar("T")
 _SNAPSHOT_WAIT_S = 55.0
+_ADDED_UP = 8  # sessions, at each look at all of them
 
 
 class Control:
@@ -458,7 +460,11 @@ class Control:
 
     async def loads(self, limit: int, ended: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:
         """See `loads.read`."""
-        return await self._run(lambda conn: loads.read(conn, limit, ended))
+        found, states, many = await self._run(lambda conn: loads.read(conn, limit, ended))
+        for session in many[:_ADDED_UP]:
+            with contextlib.suppress(NotFound):  # erased meanwhile
+                await self._run(lambda conn, s=session: spending.add_up(conn, s))
+        return found, states
 
     async def nodes(self) -> list[dict[str, Any]]:
         return await self._run(leases.nodes)

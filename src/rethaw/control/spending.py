@@ -79,6 +79,11 @@ async def used(conn: Conn, row: Row, *, fold: bool = False) -> list[Used]:
     return _added(found)
 
 
+async def add_up(conn: Conn, session: str) -> None:
+    """Keep the sums of what is settled by now. Raises NotFound."""
+    await used(conn, await rows.load(conn, session, lock=True), fold=True)
+
+
 async def _fold(conn: Conn, session: str, found: list[dict[str, Any]]) -> None:
     """Seqs are given out under the row's lock: no exchange that is not seen yet can have a smaller one."""
     sums = [{name: getattr(one, name) for name in _NAMES} for one in _added(one for one in found if one["settled"])]
