@@ -43,11 +43,13 @@ if TYPE_CHECKING:
         Unavailable,
         WaitTimeout,
     )
-    from rethaw.sdk.aclient import AsyncClient, AsyncSession
+    from rethaw.sdk.aclient import AsyncClient
     from rethaw.sdk.agents import Agent, agent
-    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.asession import AsyncSession
+    from rethaw.sdk.client import Client
     from rethaw.sdk.images import Image
     from rethaw.sdk.limits import Budget, Retries
+    from rethaw.sdk.session import Session
 
 _ERRORS = (
     "AmbiguousId", "ChannelBroken", "ChildFailed", "Conflict", "EngineError", "EngineMismatch", "EngineUnusable", "Fenced",
@@ -61,7 +63,7 @@ _WHERE = {
     "AsyncClient": "rethaw.sdk.aclient",
     "AsyncContext": "rethaw.guest.acontext",
     "AsyncLocalContext": "rethaw.guest.local",
-    "AsyncSession": "rethaw.sdk.aclient",
+    "AsyncSession": "rethaw.sdk.asession",
     "Budget": "rethaw.sdk.limits",
     "Child": "rethaw.guest.children",
     "Client": "rethaw.sdk.client",
@@ -71,7 +73,7 @@ _WHERE = {
     "LocalContext": "rethaw.guest.local",
     "Message": "rethaw.guest.protocol",
     "Retries": "rethaw.sdk.limits",
-    "Session": "rethaw.sdk.client",
+    "Session": "rethaw.sdk.session",
     "Signal": "rethaw.guest.protocol",
     "Timer": "rethaw.guest.waiting",
     **dict.fromkeys(_ERRORS, "rethaw.model.errors"),

@@ -18,7 +18,7 @@ from e2e_fixtures import House, Session, house
 
 from rethaw.model.errors import InvalidInput, NotFound, SessionEnded, Unavailable, WaitTimeout
 from rethaw.sdk.client import Client
-from rethaw.sdk.client import Session as Remote
+from rethaw.sdk.session import Session as Remote
 
 pytestmark = pytest.mark.root
 

@@ -15,7 +15,8 @@ from rethaw.sdk.images import Image
 
 if TYPE_CHECKING:
     from rethaw.model.types import AgentSpec
-    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.client import Client
+    from rethaw.sdk.session import Session
 
 WORK = "/work"
 DETACHED = 0

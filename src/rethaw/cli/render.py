@@ -20,12 +20,16 @@ _ORDINARY = frozenset({"none", "exited", "cancelled"})  # reasons that say no mo
 
 def state_text(view: SessionView) -> str:
     """`suspended (idle)`, with what is wrong."""
-    text = view.state.value
-    if view.reason.value not in _ORDINARY:
-        text += f" ({view.reason.value})"
-    if view.exit_code:
-        text += f" (exit code {view.exit_code})"
-    return f"{text}, durability degraded" if view.degraded else text
+    return state_words(view.state.value, view.reason.value, view.exit_code, degraded=view.degraded)
+
+
+def state_words(state: str, reason: str, exit_code: int | None, *, degraded: bool) -> str:
+    text = state
+    if reason not in _ORDINARY:
+        text += f" ({reason})"
+    if exit_code:
+        text += f" (exit code {exit_code})"
+    return f"{text}, durability degraded" if degraded else text
 
 
 def event_line(event: Event) -> str:

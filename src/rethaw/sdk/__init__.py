@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rethaw.sdk.aclient import AsyncClient, AsyncSession
+    from rethaw.sdk.aclient import AsyncClient
     from rethaw.sdk.agents import Agent, agent
-    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.asession import AsyncSession
+    from rethaw.sdk.client import Client
     from rethaw.sdk.images import Image
+    from rethaw.sdk.session import Session
 
 __all__ = ["Agent", "AsyncClient", "AsyncSession", "Client", "Image", "Session", "agent"]
 

@@ -23,9 +23,11 @@ from rethaw.sdk.starting import Starting, starting
 
 if TYPE_CHECKING:
     from rethaw.model.types import AgentSpec, ImageSpec
-    from rethaw.sdk.aclient import AsyncClient, AsyncSession
-    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.aclient import AsyncClient
+    from rethaw.sdk.asession import AsyncSession
+    from rethaw.sdk.client import Client
     from rethaw.sdk.package import Package
+    from rethaw.sdk.session import Session
 
 P = ParamSpec("P")
 R = TypeVar("R")

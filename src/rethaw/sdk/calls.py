@@ -10,15 +10,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 from urllib.parse import quote
 
 from rethaw.model.errors import InvalidInput, RethawError, Unauthorized, Unavailable, by_code
-from rethaw.model.types import AgentSpec, Attempt, BudgetSpec, Event, SessionView, SnapshotInfo, Spent
 from rethaw.sdk.listing import Page, Wanted
 from rethaw.sdk.sizes import size_bytes
 from rethaw.sdk.starting import Starting
 from rethaw.sdk.types import Detail, LastWords, Message, OpenWait, Outcome, Stats, Why
+
+if TYPE_CHECKING:
+    from rethaw.model.types import AgentSpec, Attempt, BudgetSpec, Event, SessionView, SnapshotInfo, Spent
 
 T = TypeVar("T")
 _CHARS = 300  # of a foreign answer quoted in a message
@@ -117,34 +119,38 @@ def _known(cls: type[T], values: dict[str, Any]) -> T:
     return cls(**{k: v for k, v in values.items() if k in names})
 
 
-def _wire(cls: Any, values: dict[str, Any]) -> Any:
+def _wire(name: str, values: dict[str, Any]) -> Any:
+    """The type of that name in `rethaw.model.types`, which are loaded here: a fifth of the time of `rethaw ls` without them."""
+    from rethaw.model import types
+
+    cls = getattr(types, name)
     return cls.model_validate_json(json.dumps({k: v for k, v in values.items() if k in cls.model_fields}))
 
 
 def session_view(body: bytes) -> SessionView:
-    return cast("SessionView", _wire(SessionView, _object(body)))
+    return cast("SessionView", _wire("SessionView", _object(body)))
 
 
 def event(data: bytes | str) -> Event:
     """An event from its JSON."""
-    return cast("Event", _wire(Event, cast("dict[str, Any]", json.loads(data))))
+    return cast("Event", _wire("Event", cast("dict[str, Any]", json.loads(data))))
 
 
 def _snapshot(body: bytes) -> SnapshotInfo:
-    return cast("SnapshotInfo", _wire(SnapshotInfo, _object(body)))
+    return cast("SnapshotInfo", _wire("SnapshotInfo", _object(body)))
 
 
 def _detail(body: bytes) -> Detail:
     values = _object(body)
     stats = _known(Stats, cast("dict[str, Any]", values.get("stats") or {}))
-    attempts = [cast("Attempt", _wire(Attempt, one)) for one in values.get("attempts") or ()]
+    attempts = [cast("Attempt", _wire("Attempt", one)) for one in values.get("attempts") or ()]
     limits, used = values.get("budget"), values.get("spent")
     return Detail(
-        cast("SessionView", _wire(SessionView, values)),
+        cast("SessionView", _wire("SessionView", values)),
         stats,
         attempts,
-        cast("BudgetSpec", _wire(BudgetSpec, limits)) if limits else None,
-        cast("Spent", _wire(Spent, used)) if used else None,
+        cast("BudgetSpec", _wire("BudgetSpec", limits)) if limits else None,
+        cast("Spent", _wire("Spent", used)) if used else None,
     )
 
 
@@ -218,10 +224,23 @@ def start(agent: AgentSpec, args: dict[str, Any], key: str | None, how: Starting
 
 def list_sessions(wanted: Wanted, limit: int, cursor: str | None) -> Call[Page]:
     def read(body: bytes) -> Page:
-        values = _object(body)
-        rows = [cast("SessionView", _wire(SessionView, row)) for row in values["sessions"]]
-        return Page(rows, cast("str | None", values.get("next")))
+        rows, following = _listed(body)
+        return Page([cast("SessionView", _wire("SessionView", row)) for row in rows], following)
 
+    return _list(wanted, limit, cursor, read)
+
+
+def list_rows(wanted: Wanted, limit: int, cursor: str | None) -> Call[tuple[list[dict[str, Any]], str | None]]:
+    """A page of sessions as the server's JSON, and the cursor of the next: for those that cannot wait for the model classes."""
+    return _list(wanted, limit, cursor, _listed)
+
+
+def _listed(body: bytes) -> tuple[list[dict[str, Any]], str | None]:
+    values = _object(body)
+    return cast("list[dict[str, Any]]", values["sessions"]), cast("str | None", values.get("next"))
+
+
+def _list(wanted: Wanted, limit: int, cursor: str | None, read: Callable[[bytes], T]) -> Call[T]:
     more = {"limit": str(limit)} if cursor is None else {"limit": str(limit), "cursor": cursor}
     return Call("GET", "/v1/sessions", read, params={**wanted.params, **more})
 
@@ -249,7 +268,7 @@ def event_params(after: int, types: Sequence[str], all_lines: bool) -> dict[str,
 
 def events(session: str, after: int, limit: int, types: Sequence[str], all_lines: bool) -> Call[list[Event]]:
     def read(body: bytes) -> list[Event]:
-        return [cast("Event", _wire(Event, row)) for row in _object(body)["events"]]
+        return [cast("Event", _wire("Event", row)) for row in _object(body)["events"]]
 
     params = {**event_params(after, types, all_lines), "limit": str(limit)}
     return Call("GET", path("sessions", session, "events"), read, params=params)
@@ -303,7 +322,7 @@ def action(
 
 def fork(session: str, at: int | str | None, n: int, redeliver: bool) -> Call[list[SessionView]]:
     def read(body: bytes) -> list[SessionView]:
-        return [cast("SessionView", _wire(SessionView, row)) for row in _object(body)["sessions"]]
+        return [cast("SessionView", _wire("SessionView", row)) for row in _object(body)["sessions"]]
 
     body = {"at": at, "n": n, "redeliver": redeliver}
     return Call("POST", path("sessions", session, "fork"), read, content=to_json(body), wait_s=120)
@@ -344,7 +363,7 @@ def import_() -> Call[SessionView]:
 
 def snapshots(session: str) -> Call[list[SnapshotInfo]]:
     def read(body: bytes) -> list[SnapshotInfo]:
-        return [cast("SnapshotInfo", _wire(SnapshotInfo, row)) for row in _object(body)["snapshots"]]
+        return [cast("SnapshotInfo", _wire("SnapshotInfo", row)) for row in _object(body)["snapshots"]]
 
     return Call("GET", path("sessions", session, "snapshots"), read)
 

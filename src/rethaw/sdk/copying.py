@@ -18,7 +18,7 @@ from rethaw.model.errors import Conflict, InvalidInput, NotFound, RethawError, U
 from rethaw.sdk import inside, looking
 
 if TYPE_CHECKING:
-    from rethaw.sdk.client import Session
+    from rethaw.sdk.session import Session
     from rethaw.sdk.shell import Exec
 
 Progress = Callable[[int], None]

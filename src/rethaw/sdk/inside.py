@@ -19,7 +19,8 @@ from rethaw.sdk.calls import Call, path, to_json
 
 if TYPE_CHECKING:
     from rethaw.sdk.aclient import AsyncClient
-    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.client import Client
+    from rethaw.sdk.session import Session
     from rethaw.sdk.shell import Exec
     from rethaw.sdk.transport import Target
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 from rethaw.model.durations import seconds
 from rethaw.model.enums import State
 from rethaw.model.errors import InvalidInput
-from rethaw.model.types import SessionView
+
+if TYPE_CHECKING:
+    from rethaw.model.types import SessionView
 
 When = datetime | str
 PAGE = 200

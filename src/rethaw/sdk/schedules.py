@@ -15,8 +15,10 @@ from rethaw.sdk.calls import Call, path, session_view, to_json
 from rethaw.sdk.starting import Starting, starting
 
 if TYPE_CHECKING:
-    from rethaw.sdk.aclient import AsyncClient, AsyncSession
-    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.aclient import AsyncClient
+    from rethaw.sdk.asession import AsyncSession
+    from rethaw.sdk.client import Client
+    from rethaw.sdk.session import Session
 
 CatchUp = Literal["latest", "none", "all"]
 Overlap = Literal["allow", "skip"]
@@ -135,7 +137,7 @@ class Schedules:
 
     def trigger(self, name: str) -> Session[Any]:
         """A session now, beside its times and whatever its overlap says."""
-        from rethaw.sdk.client import Session
+        from rethaw.sdk.session import Session
 
         view = self._client.run(_trigger(name))
         return Session(self._client, view.id, view)
@@ -200,7 +202,7 @@ class AsyncSchedules:
 
     async def trigger(self, name: str) -> AsyncSession[Any]:
         """See `Schedules.trigger`."""
-        from rethaw.sdk.aclient import AsyncSession
+        from rethaw.sdk.asession import AsyncSession
 
         view = await self._client.run(_trigger(name))
         return AsyncSession(self._client, view.id, view)

@@ -23,7 +23,8 @@ from rethaw.sdk.looking import Difference
 
 if TYPE_CHECKING:
     from rethaw.sdk.aclient import AsyncClient
-    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.client import Client
+    from rethaw.sdk.session import Session
     from rethaw.sdk.shell import Shell
 
 

@@ -12,8 +12,10 @@ from rethaw.sdk.calls import Call, path, session_view, to_json
 from rethaw.sdk.starting import Starting, starting
 
 if TYPE_CHECKING:
-    from rethaw.sdk.aclient import AsyncClient, AsyncSession
-    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.aclient import AsyncClient
+    from rethaw.sdk.asession import AsyncSession
+    from rethaw.sdk.client import Client
+    from rethaw.sdk.session import Session
 
 READY_WITHIN = 300.0
 By = Literal["call", "line", "quiet"]
@@ -89,7 +91,7 @@ class Templates:
         """A session that goes on where the template stands; its `ctx.ready()` returns `args`. With a `key` that is known
         the existing session comes back. The other options are those of `Sessions.start`. Raises NotFound, Conflict,
         KeyReused."""
-        from rethaw.sdk.client import Session
+        from rethaw.sdk.session import Session
 
         how = starting(queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags)
         view = self._client.run(_start(name, args or {}, key, how))
@@ -135,7 +137,7 @@ class AsyncTemplates:
         tags: Sequence[str] = (),
     ) -> AsyncSession[Any]:
         """See `Templates.start`."""
-        from rethaw.sdk.aclient import AsyncSession
+        from rethaw.sdk.asession import AsyncSession
 
         how = starting(queue=queue, priority=priority, delay=delay, ttl=ttl, concurrency_key=concurrency_key, tags=tags)
         view = await self._client.run(_start(name, args or {}, key, how))

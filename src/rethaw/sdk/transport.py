@@ -6,15 +6,17 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import httpx2
 
 from rethaw.model.errors import Unavailable
-from rethaw.model.types import SessionView
 from rethaw.sdk.calls import Call
 from rethaw.sdk.credentials import Credentials, checked_url, load
+
+if TYPE_CHECKING:
+    from rethaw.model.types import SessionView
 
 CONNECT_S = 5.0
 TIMEOUT_S = 30.0  # for one answer

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rethaw.model.types import Attempt, BudgetSpec, SessionView, Spent
+if TYPE_CHECKING:
+    from rethaw.model.types import Attempt, BudgetSpec, SessionView, Spent
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Detail:
 
     view: SessionView
     stats: Stats
-    attempts: list[Attempt] = field(default_factory=list[Attempt])
+    attempts: list[Attempt] = field(default_factory=list["Attempt"])
     budget: BudgetSpec | None = None
     spent: Spent | None = None
 

@@ -16,9 +16,11 @@ from rethaw.model.errors import Conflict, InvalidInput, NotFound, RethawError, U
 from rethaw.testing.server import RunningServer
 
 if TYPE_CHECKING:
-    from rethaw.sdk.aclient import AsyncClient, AsyncSession
+    from rethaw.sdk.aclient import AsyncClient
     from rethaw.sdk.agents import Agent
-    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.asession import AsyncSession
+    from rethaw.sdk.client import Client
+    from rethaw.sdk.session import Session
     from rethaw.testing.model import ScriptedModel
 
 P = ParamSpec("P")

@@ -12,7 +12,7 @@ from rethaw.cli.app import Flag, Json
 from rethaw.cli.connect import client
 
 if TYPE_CHECKING:
-    from rethaw.sdk.client import Session
+    from rethaw.sdk.session import Session
 
 Hyphens = Parameter(allow_leading_hyphen=True)
 

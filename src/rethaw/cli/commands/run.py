@@ -16,8 +16,9 @@ from rethaw.cli.connect import client
 if TYPE_CHECKING:
     from rethaw.model.types import AgentSpec
     from rethaw.sdk.agents import Agent, Options
-    from rethaw.sdk.client import Client, Session
+    from rethaw.sdk.client import Client
     from rethaw.sdk.limits import Budget
+    from rethaw.sdk.session import Session
     from rethaw.sdk.starting import Starting
 
 _INTERRUPTED = 130
