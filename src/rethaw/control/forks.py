@@ -17,7 +17,7 @@ from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
 from rethaw.model.enums import Desired, EventType, Reason, State
 from rethaw.model.errors import Conflict, InvalidInput, NotFound, SnapshotUnusable
-from rethaw.model.ids import new_id
+from rethaw.model.ids import is_whole, new_id
 from rethaw.model.types import NewEvent, SnapshotInfo
 
 MOST = 1000  # forks at once
@@ -47,6 +47,9 @@ async def locate(conn: Conn, row: Row, at: int | str | None) -> Target:
     stays at least until the transaction ends.
 
     Raises InvalidInput, NotFound, AmbiguousId, Conflict, SnapshotUnusable."""
+    at = parse(at)
+    if isinstance(at, str):
+        return await _by_snapshot(conn, row, at)
     target = await _locate(conn, row, at)
     kept = await rows.one(
         conn, "SELECT 1 AS ok FROM snapshots WHERE id = %s AND NOT erased FOR SHARE", (target.snapshot.id,)
@@ -56,12 +59,9 @@ async def locate(conn: Conn, row: Row, at: int | str | None) -> Target:
     return target
 
 
-async def _locate(conn: Conn, row: Row, at: int | str | None) -> Target:
-    at = parse(at)
-    if isinstance(at, int):
-        return await _by_seq(conn, row, at)
+async def _locate(conn: Conn, row: Row, at: int | None) -> Target:
     if at is not None:
-        return await _by_snapshot(conn, row, at)
+        return await _by_seq(conn, row, at)
     usable = await placement.usable(conn, row, limit=1)
     if not usable:
         raise _none_yet(row)
@@ -103,16 +103,19 @@ async def _by_seq(conn: Conn, row: Row, seq: int) -> Target:
 
 
 async def _by_snapshot(conn: Conn, row: Row, text: str) -> Target:
-    ident = await sessions.resolve(conn, text, table="snapshots", prefix="snap_")
-    found = await placement.snapshot_row(conn, ident)
+    ident = text
+    if not is_whole(text, "snap"):
+        ident = await sessions.resolve(conn, text, table="snapshots", prefix="snap_")
+    found = await rows.one(conn, "SELECT * FROM snapshots WHERE id = %s FOR SHARE", (ident,))
+    if found is None:
+        await sessions.resolve(conn, text, table="snapshots", prefix="snap_")  # says what may have been meant
     if found is None or found["erased"]:
         raise NotFound(f"there is no snapshot {ident}", remedy="`rethaw snapshot ls` shows those there are")
     info = placement.snapshot_info(found)
-    mine = await rows.one(
+    if info.session != row.id and not await rows.one(
         conn, "SELECT 1 AS ok FROM rethaw_ancestry(%s) a WHERE a.session = %s AND %s <= a.upto",
         (row.id, info.session, info.seq),
-    )  # fmt: skip
-    if mine is None:
+    ):  # fmt: skip
         raise InvalidInput(
             f"snapshot {ident} belongs to session {info.session}, not to {row.id}",
             remedy=f"`rethaw snapshot ls {row.id}` shows those of this one",
@@ -169,11 +172,12 @@ async def fork(
     await _insert(conn, parent, target, forks, State.SUSPENDED if asleep else awake)
     await specs.inherit(conn, parent, ids)
     await waits.inherit(conn, ids, target.snapshot.attempt)
-    first = await rows.load(conn, ids[0])
-    numbers = {"outbox_base": await outbox.shared_until(conn, ids[0]), "progress": await lineage.progress(conn, first)}
     await conn.execute(
-        "UPDATE sessions SET outbox_base = %(outbox_base)s, life_progress = %(progress)s WHERE id = ANY(%(ids)s)",
-        {**numbers, "ids": ids},
+        f"""UPDATE sessions u SET outbox_base = n.outbox, life_progress = n.progress
+            FROM (SELECT ({outbox.SHARED_UNTIL}) AS outbox, ({lineage.PROGRESS}) AS progress
+                  FROM sessions s WHERE s.id = %(first)s) n
+            WHERE u.id = ANY(%(ids)s)""",
+        {"agent_events": lineage.AGENT_EVENTS, "first": ids[0], "ids": ids},
     )
     data = {"seq": target.seq, "snapshot": target.snapshot.id}
     told = [NewEvent(type=EventType.SESSION_FORKED, data={"fork": fork, **data}) for fork in ids]

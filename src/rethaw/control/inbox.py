@@ -182,12 +182,11 @@ async def keep_signal(
     repeats: str | None = None,
 ) -> None:
     """A signal of the locked row. `only`: the wait (attempt, id) that it is for; `repeats`: one that it delivers again."""
-    await conn.execute(
-        """INSERT INTO signals (session, id, name, payload, idempotency_key, for_attempt, for_wait)
-           VALUES (%s, %s, %s, %s, %s, %s, %s)""",
-        (row.id, signal_id, name, payload, key, *(only or (None, None))),
-    )
     data = {"name": name, "signal": signal_id, **({"repeats": repeats} if repeats else {})}
     event = NewEvent(type=EventType.SIGNAL_RECEIVED, data=data, body=payload)
     (received,) = await rows.append(conn, row.id, event)
-    await conn.execute("UPDATE signals SET seq = %s WHERE id = %s", (received.seq, signal_id))
+    await conn.execute(
+        """INSERT INTO signals (session, id, name, payload, idempotency_key, seq, for_attempt, for_wait)
+           VALUES (%s, %s, %s, %s, %s, %s, %s, %s)""",
+        (row.id, signal_id, name, payload, key, received.seq, *(only or (None, None))),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, LiteralString
 
 from rethaw.control import rows, spawned
 from rethaw.control.rows import Conn, Row
@@ -46,16 +46,22 @@ async def sessions(conn: Conn, row: Row) -> list[str]:
     return [r["session"] for r in await rows.many(conn, "SELECT session FROM rethaw_ancestry(%s)", (row.id,))]
 
 
+def _progress(session: LiteralString, line: LiteralString, attempt: LiteralString) -> LiteralString:
+    return f"""SELECT count(*) AS n FROM events e
+        JOIN rethaw_path({session}, {line}) p ON e.session = p.session AND e.line = p.line AND e.seq <= p.upto
+        WHERE e.session = ANY(ARRAY(SELECT session FROM rethaw_ancestry({session})))
+          AND e.attempt = {attempt} AND e.type = ANY(%(agent_events)s)"""
+
+
+# `progress` of `s`, a row of sessions; takes `agent_events`.
+PROGRESS = _progress("s.id", "s.line", "s.attempt")
+_PROGRESS = _progress("%(session)s", "%(line)s", "%(attempt)s")
+
+
 async def progress(conn: Conn, row: Row) -> int:
     """How many things the agent did on the path in its current attempt (input of the crash-loop rule)."""
-    found = await rows.one(
-        conn,
-        """SELECT count(*) AS n FROM events e
-           JOIN rethaw_path(%s, %s) p ON e.session = p.session AND e.line = p.line AND e.seq <= p.upto
-           WHERE e.session = ANY(%s) AND e.attempt = %s AND e.type = ANY(%s)""",
-        (row.id, row.line, await sessions(conn, row), row.attempt, AGENT_EVENTS),
-    )
-    return int(found["n"]) if found else 0
+    values = {"session": row.id, "line": row.line, "attempt": row.attempt, "agent_events": AGENT_EVENTS}
+    return int((await rows.one_named(conn, _PROGRESS, values))["n"])
 
 
 async def open_line(

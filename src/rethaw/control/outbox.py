@@ -76,15 +76,12 @@ async def _publish_one(conn: Conn, row: Row, sent: Event) -> None:
 
 
 # What an ancestor had published of the line that the fork left it on: that line's snapshot, restored or not, has it.
-_SHARED = """FROM sessions f, rethaw_path(f.id, f.first_line) p
+_SHARED_BY = """FROM sessions f, rethaw_path(f.id, f.first_line) p
     JOIN outbox_places q ON q.session = p.session AND q.line = p.line AND q.seq <= p.upto
-    JOIN outbox o ON o.id = q.message WHERE f.id = %s AND p.session <> f.id"""
-
-
-async def shared_until(conn: Conn, fork: str) -> int:
-    """The highest number that a fork's outbox has from its ancestors."""
-    found = await rows.one(conn, f"SELECT coalesce(max(o.number), 0) AS n {_SHARED}", (fork,))
-    return int(found["n"]) if found else 0
+    JOIN outbox o ON o.id = q.message WHERE p.session <> f.id AND"""
+_SHARED = f"{_SHARED_BY} f.id = %s"
+# The highest number that the outbox of the fork `s` (a row of sessions) has from its ancestors.
+SHARED_UNTIL = f"SELECT coalesce(max(o.number), 0) {_SHARED_BY} f.id = s.id"
 
 
 _OWN = """SELECT s.state, s.outbox_base, o.* FROM sessions s

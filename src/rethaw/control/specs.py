@@ -41,11 +41,13 @@ async def of_attempt(conn: Conn, session: str, attempt: int) -> tuple[AgentSpec,
 
 async def inherit(conn: Conn, parent: Row, forks: list[str]) -> None:
     """Forks of the locked `parent` know what its attempts ran."""
-    await conn.execute(_SETTLE, (parent.id, False))
     await conn.execute(
-        """INSERT INTO attempt_specs (session, attempt, agent, version)
-           SELECT u, t.attempt, t.agent, t.version FROM unnest(%s::text[]) u, attempt_specs t WHERE t.session = %s""",
-        (forks, parent.id),
+        f"""WITH settled AS ({_SETTLE} RETURNING attempt, agent, version)
+            INSERT INTO attempt_specs (session, attempt, agent, version)
+            SELECT u, t.attempt, t.agent, t.version FROM unnest(%s::text[]) u, (
+                SELECT attempt, agent, version FROM attempt_specs WHERE session = %s
+                UNION ALL SELECT * FROM settled) t""",
+        (parent.id, False, forks, parent.id),
     )
 
 

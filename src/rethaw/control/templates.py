@@ -7,9 +7,10 @@ import json
 import re
 from typing import Any
 
-from rethaw.control import arguments, forks, inbox, meant, queues, rows, sessions
+from rethaw.control import arguments, forks, inbox, meant, placement, queues, rows, sessions
 from rethaw.control.policy import Policy
 from rethaw.control.rows import Conn, Row
+from rethaw.model.enums import State
 from rethaw.model.errors import Conflict, InvalidInput, KeyReused, NotFound
 from rethaw.model.ids import new_id
 from rethaw.model.types import AgentSpec, StartOptions, Template
@@ -102,8 +103,10 @@ async def start_auto(
         former = await rows.select(conn, "WHERE s.key = %s", (key,))
         if former and await _told(conn, former[0], name) is None:
             return None
-    found = await rows.one(conn, "SELECT 1 AS ok FROM templates WHERE name = %s AND snapshot IS NOT NULL", (name,))
-    return None if found is None else await start(conn, name, session, generation, payload, key, policy, options)
+    found = await rows.one(conn, "SELECT * FROM templates WHERE name = %s AND snapshot IS NOT NULL FOR SHARE", (name,))
+    if found is None:
+        return None
+    return await _start(conn, _template(found), session, generation, payload, key, policy, options)
 
 
 async def outdated(conn: Conn, agent: AgentSpec) -> list[str]:
@@ -137,13 +140,27 @@ async def start(
     options: StartOptions | None = None,
 ) -> tuple[Row, bool]:
     """A session forked from it, with `payload` (JSON) as its arguments, and whether it is new. It waits for its turn in
-    its queue as any other does.
+    its queue as any other does, and is given to a node at once where there is room.
 
     Raises NotFound, Conflict when it is not ready, KeyReused.
     """
-    options = options or StartOptions()
+    return await _start(
+        conn, await get(conn, name, lock=True), session, generation, payload, key, policy, options
+    )  # fmt: skip
+
+
+async def _start(
+    conn: Conn,
+    found: Template,
+    session: str,
+    generation: str,
+    payload: bytes,
+    key: str | None,
+    policy: Policy,
+    options: StartOptions | None,
+) -> tuple[Row, bool]:
+    name, options = found.name, options or StartOptions()
     queues.check_options(options)
-    found = await get(conn, name, lock=True)
     if found.snapshot is None:
         raise Conflict(f"template {name} is not ready yet", remedy=f"see `rethaw why {found.session}`")
     if key is not None:
@@ -151,15 +168,27 @@ async def start(
     former = await rows.select(conn, "WHERE s.id = %s OR (%s::text IS NOT NULL AND s.key = %s)", (session, key, key))
     if former:
         await _same(conn, former[0], name, payload, key)
-        return former[0], False
+        return await _placed(conn, former[0].id, policy), False
     wait = await queues.would_wait(conn, options)
     (row,) = await forks.fork(conn, found.session, found.snapshot, {session: generation}, False, queued=wait)
     await queues.enter(conn, row.id, options)
-    await rows.update(conn, row.id, key=key)
+    if key is not None:
+        await rows.update(conn, row.id, key=key)
     if wait and (why := await queues.obstacle(conn, await rows.load(conn, row.id))) is not None:
         await rows.update(conn, row.id, detail=why.text)
     await inbox.signal(conn, row.id, new_id("sig"), START, payload, f"{_KEY}{name}", policy)
-    return await rows.load(conn, row.id), True
+    return await _placed(conn, row.id, policy), True
+
+
+async def _placed(conn: Conn, session: str, policy: Policy) -> Row:
+    """The session as it is once it was given to a node, if it can be."""
+    row = await rows.load(conn, session, lock=True)
+    if row.node is None and row.state in (State.QUEUED, State.RESUMING):
+        row = await placement.dispatch(conn, row, policy)
+        if row.node is None:  # say why
+            await sessions.place(conn, row.id, policy)
+            row = await rows.load(conn, row.id)
+    return row
 
 
 async def _lock_key(conn: Conn, key: str) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 
 from rethaw.control import rows, schedules, sessions, templates
 from rethaw.control.policy import Policy
-from rethaw.control.rows import Row
 from rethaw.control.wakeups import Transactions
-from rethaw.model.enums import State
 from rethaw.model.errors import Conflict, NotFound
 from rethaw.model.ids import new_generation, new_id
 from rethaw.model.types import AgentSpec, SessionView, StartOptions, Template
@@ -43,7 +41,7 @@ class Warm:
         found = await self._run(
             lambda conn: templates.start_auto(conn, session, generation, agent, args, key, self._policy(), options)
         )
-        return None if found is None else await self._forked(*found)
+        return None if found is None else (rows.view(found[0]), found[1])
 
     async def drop_outdated(self, agent: AgentSpec) -> None:
         """Templates of former versions of `agent` go."""
@@ -59,12 +57,7 @@ class Warm:
         row, new = await self._run(
             lambda conn: templates.start(conn, name, session, generation, payload, key, self._policy(), options)
         )
-        return await self._forked(row, new)
-
-    async def _forked(self, row: Row, new: bool) -> tuple[SessionView, bool]:
-        if row.state in (State.QUEUED, State.RESUMING):
-            await self._run(lambda conn: sessions.place(conn, row.id, self._policy()))
-        return rows.view(await self._run(lambda conn: rows.load(conn, row.id))), new
+        return rows.view(row), new
 
     async def drop(self, name: str) -> Template:
         """The name goes, and its session unless others were forked from it."""
