@@ -39,7 +39,10 @@ test: lint
 	  $(PY) -m pytest -m "not long" --last-failed --last-failed-no-failures none; }
 
 ## The suites of sessions once more, with every agent in a microVM, by emulation; the last ones with all memory read lazily.
-ON_QEMU := promises forks context_api templates inspect node_recovery sdk_sessions second_place frozen_clients queues
+## A suite that is not here says why in tests/unit/test_parity.py.
+ON_QEMU := promises forks context_api templates inspect node_recovery sdk_sessions second_place frozen_clients queues \
+  context_family versions terminals exec_cp ports naps retries_budgets typed_agents egress command_inside programs coders \
+  oci_images image_cli cli_sessions cli_more cli_examples mcp testing_plugin bad_input bad_storage docs_run docs_pages
 test-long: setup-long lint
 	$(PY) -m pytest
 	RETHAW_ENGINE=qemu $(PY) -m pytest -m "not long" --timeout 400 $(ON_QEMU:%=tests/e2e/test_%.py)

@@ -33,8 +33,9 @@ def ask(text, timeout=60, headers={}, provider="OPENAI_BASE_URL", path="/chat/co
 """
 
 
+ENGINE = os.environ.get("RETHAW_ENGINE") or "gvisor"  # of agents that do not say which
 # An emulated CPU may take a minute for a boot when other things run.
-SLOWER = 4 if os.environ.get("RETHAW_ENGINE") == "qemu" else 1
+SLOWER = 4 if ENGINE == "qemu" else 1
 
 
 class Provider(ScriptedModel):

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from e2e_fixtures import SLOWER
+
 from rethaw.cli.screen import Screen
 from rethaw.testing.server import RunningServer
 
@@ -94,7 +96,7 @@ class Person:
             return self.screen.text
 
     def until(self, condition: Callable[[list[str]], Any], what: str = "", timeout_s: float = 60.0) -> None:
-        end = time.monotonic() + timeout_s
+        end = time.monotonic() + timeout_s * SLOWER
         with self._lock:
             while not condition(self.screen.text):
                 left = end - time.monotonic()
@@ -112,7 +114,7 @@ class Person:
 
     def ended(self, timeout_s: float = 60.0) -> int:
         """Its exit code. Its terminal is as it was."""
-        code = self.process.wait(timeout_s)
+        code = self.process.wait(timeout_s * SLOWER)
         now = termios.tcgetattr(self._slave)
         assert now == self.before, (now, self.before)
         return code

@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 from e2e_agents import Agents
 from e2e_cli import as_nobody, refused
-from e2e_fixtures import House, Session, house
+from e2e_fixtures import ENGINE, SLOWER, House, Session, house
 
 from rethaw.model.errors import AmbiguousId, InvalidInput, KeyReused, NotFound, TooLarge
 from rethaw.testing import processes
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(120 * SLOWER),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 agents = Agents()
@@ -246,13 +246,13 @@ def test_an_agent_that_always_runs_out_of_memory_fails_and_names_the_limit(home:
         assert (view["state"], view["reason"]) == ("failed", "out_of_memory"), view
         assert "96 MiB" in view["detail"]
         crashes = session.events("session.crashed", all_lines=True)
-        assert {c["data"]["reason"] for c in crashes} == {"out_of_memory"}
+        assert {c["data"]["reason"] for c in crashes} == {"out_of_memory"}, [c["data"] for c in crashes]
         assert "96 MiB" in crashes[0]["data"]["detail"]
     tried = [e["data"]["next"] for e in after_a_save.events("session.crashed", all_lines=True)]
     assert tried == ["same", "same", "fresh", "same", "same", "fail"]
     # A snapshot that the restored agent was waiting for is the one it was restored from.
     assert len(after_a_save.events("snapshot.created", all_lines=True)) == 2
-    assert time.monotonic() - before < 100
+    assert time.monotonic() - before < 100 * SLOWER
     refused(home.server.cli("run", "--image", "base", "--memory", "64MiB", "--key", "oom", "--", "python3", "-c",
         "x = bytearray(b'x' * (1 << 30))", check=False), 1, "64 MiB", "memory")  # fmt: skip
 
@@ -289,10 +289,17 @@ MALICIOUS = agents.add("""
 def main(ctx):
     ctx.snapshot()
     ctx.snapshot()
-    while True:
-        with open("/proc/1/fd/1", "wb", buffering=0) as channel:
-            channel.write(os.urandom(100_000))
-        time.sleep(0.01)
+    pid = os.getppid()
+    while (above := int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])) > 1:
+        pid = above
+    try:
+        while True:
+            with open(f"/proc/{pid}/fd/1", "wb", buffering=0) as channel:
+                channel.write(os.urandom(100_000))
+            time.sleep(0.01)
+    except OSError:  # a microVM's channel has room for guestd alone
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(60)
 """)
 
 
@@ -308,7 +315,7 @@ def test_an_agent_that_dies_right_after_every_restore_is_given_up(home: House) -
     tried = [e["data"]["next"] for e in session.events("session.crashed", all_lines=True)]
     assert tried[-1] == "fail"
     assert [t for t in tried if t != "same"] == ["parent", "fresh", "fail"] * 2, tried
-    assert session.events("channel.malformed", all_lines=True)
+    assert bool(session.events("channel.malformed", all_lines=True)) == (ENGINE == "gvisor")
     assert other.view["state"] == "running"  # what one guest writes into its channel is nobody else's trouble
     other.post("cancel", {"now": True})
     said = home.server.cli("why", session.id).stdout
@@ -523,6 +530,7 @@ def test_postgresql_data_of_a_newer_version(home: House, tmp_path: Path) -> None
     assert (cluster / "PG_VERSION").read_text() == "99\n"
 
 
+@pytest.mark.skipif(ENGINE != "gvisor", reason="it is not needed, then")
 def test_no_runsc(home: House, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "rethaw.cli.main", "up", "--data-dir", str(tmp_path / "d"), "--listen", "127.0.0.1:0"],

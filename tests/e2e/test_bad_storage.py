@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from e2e_agents import Agents
 from e2e_cli import refused
-from e2e_fixtures import House, Session, gapless, house
+from e2e_fixtures import ENGINE, SLOWER, House, Session, gapless, house
 
 from rethaw.snapshots import manifest
 from rethaw.snapshots.pack import Damaged
@@ -24,7 +24,7 @@ from rethaw.testing import processes
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(150 * SLOWER),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 agents = Agents()
@@ -312,6 +312,8 @@ def test_a_damaged_raw_copy_in_staging_is_not_believed_for_ever(home: House) -> 
 
 # ---------------------------------------------------------------- another runsc
 
+of_gvisor = pytest.mark.skipif(ENGINE != "gvisor", reason="runsc is kept with its snapshots, QEMU is not")
+
 
 def replace_runsc(home: House) -> None:
     """Another build on its place: the same program, with some bytes more."""
@@ -323,6 +325,7 @@ def replace_runsc(home: House) -> None:
     other.replace(path)
 
 
+@of_gvisor
 def test_runsc_replaced_while_a_session_is_suspended(home: House) -> None:
     session = asleep(home, "replaced")
     replace_runsc(home)
@@ -337,6 +340,7 @@ def test_runsc_replaced_while_a_session_is_suspended(home: House) -> None:
     assert len(builds) == 2
 
 
+@of_gvisor
 def test_runsc_replaced_under_a_running_server(home: House) -> None:
     session = agents.start(home, THREE, {"tag": "under"}, idle_suspend_s=None)
     session.until("all calls", lambda s: "said 2" in s.output() and s.view["state"] == "waiting")
@@ -352,6 +356,7 @@ def test_runsc_replaced_under_a_running_server(home: House) -> None:
         shutil.copy(str(shutil.which("runsc")), home.server.env["RETHAW_RUNSC"])
 
 
+@of_gvisor
 def test_the_kept_runsc_is_lost_as_well(home: House) -> None:
     session = asleep(home, "lost")
     home.server.restart()

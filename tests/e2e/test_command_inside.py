@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e_fixtures import House, gapless, house
+from e2e_fixtures import SLOWER, House, gapless, house
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(120 * SLOWER),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 

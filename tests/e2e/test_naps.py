@@ -8,12 +8,12 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from e2e_fixtures import House, Session, house
+from e2e_fixtures import SLOWER, House, Session, house
 from e2e_terminal import Person, prompted
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(240 * SLOWER),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 AWAKE = ("running", "waiting")

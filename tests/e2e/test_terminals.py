@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 from e2e_cli import refused
-from e2e_fixtures import House, Session, house
+from e2e_fixtures import SLOWER, House, Session, house
 from e2e_terminal import Person, prompted
 
 from rethaw.testing import processes
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(240 * SLOWER),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 DETACH = b"\x10\x11"

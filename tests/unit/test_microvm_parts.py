@@ -336,6 +336,19 @@ def test_a_layer_has_what_the_tree_has_beyond_its_base(tmp_path: Path) -> None:
     assert (tree / "app/link").readlink() == Path("code/agent.py")
 
 
+@pytest.mark.skipif(shutil.which("mke2fs") is None, reason="needs e2fsprogs")
+def test_an_image_of_more_files_than_a_disk_took_did_not_boot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A disk took 200,000 files, whatever was in the image."""
+    monkeypatch.setattr(assets, "_FILES", 64)
+    (tmp_path / "rootfs").mkdir()
+    for number in range(3000):
+        (tmp_path / "rootfs" / str(number)).touch()
+    assets._make_image(tmp_path / "disk", tmp_path / "rootfs")
+    said = subprocess.run(["dumpe2fs", "-h", str(tmp_path / "disk")], capture_output=True, text=True, check=True).stdout
+    counted = {key: value.strip() for key, _, value in (line.partition(":") for line in said.splitlines())}
+    assert int(counted["Inode count"]) - int(counted["Free inodes"]) > 3000
+
+
 async def test_disks_of_images_that_nobody_needs_go(tmp_path: Path) -> None:
     disks = assets.Assets(tmp_path)
     names = [f"layer-{n}-x.ext4" for n in "abcdef"] + ["image-0-x.ext4", "blank-8192.ext4"]

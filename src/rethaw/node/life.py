@@ -26,6 +26,7 @@ from rethaw.node.saver import Saver
 
 log = logging.getLogger("rethaw.node")
 _RESYNC_PAUSE_S = 0.5
+_LAST_WORDS_S = 10.0
 
 
 class Life:
@@ -260,6 +261,8 @@ class Life:
             try:
                 await self.link.ping(timing.ping_timeout)
             except RethawError as error:
+                if self.link.closed.done():
+                    return  # how it ended is told by who watches the sandbox
                 if not self.saver.frozen:
                     self.end(
                         Reason.GUEST_UNRESPONSIVE, f"guestd did not answer for {timing.ping_timeout:.0f} s: {error}"
@@ -271,8 +274,9 @@ class Life:
         try:
             await asyncio.wait({gone, self.link.closed}, return_when=asyncio.FIRST_COMPLETED)
             if not gone.done():
-                # The channel ended first: usually the sandbox is on its way down and says why in a moment.
-                await asyncio.wait({gone}, timeout=2.0)
+                # The channel ended first: usually the sandbox is on its way down and says why in a moment; an emulated
+                # machine needs longer for it.
+                await asyncio.wait({gone}, timeout=_LAST_WORDS_S)
             if not gone.done():
                 why = str(self.link.closed.result())
                 self.sandbox.kill()

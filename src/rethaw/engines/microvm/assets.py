@@ -29,6 +29,8 @@ KERNEL, BUSYBOX = "linux-image-cloud-amd64", "busybox-static"
 REMEDY = "apt-get update; apt-get install e2fsprogs qemu-system-x86"
 _STEP_S = 600.0
 _SLACK = 64 << 20  # of an image's disk beyond its files: nobody writes there, but mke2fs must be at ease
+_FILES = 200_000  # that a disk takes at least; each is a quarter of a KiB
+_FILE_BYTES = 256
 MIB = 1 << 20
 
 
@@ -191,11 +193,12 @@ def _download(work: Path) -> str:
 def _make_image(path: Path, rootfs: Path) -> None:
     if not rootfs.is_dir():
         raise EngineError(f"the root filesystem {rootfs} is not there", remedy="build the image again")
-    used = sum(_blocks(entry) for entry in rootfs.rglob("*"))
-    size = (used * 5 // 4 + _SLACK) // MIB * MIB
+    sizes = [_blocks(entry) for entry in rootfs.rglob("*")]
+    files = max(_FILES, len(sizes) + 1024)
+    size = (sum(sizes) * 5 // 4 + (files - _FILES) * _FILE_BYTES + _SLACK) // MIB * MIB
     with path.open("wb") as f:
         f.truncate(size)
-    options = ["-O", "^has_journal,^resize_inode", "-E", "lazy_itable_init=1,nodiscard", "-m", "0", "-N", "200000"]
+    options = ["-O", "^has_journal,^resize_inode", "-E", "lazy_itable_init=1,nodiscard", "-m", "0", "-N", str(files)]
     _run(["mke2fs", "-q", "-t", "ext4", *options, "-d", str(rootfs), str(path)])
     path.chmod(0o444)
 
