@@ -1,18 +1,15 @@
-"""The steps that make trees: Debian, Python packages, byte code. Each raises ImageError with its last lines."""
+"""What makes trees on this machine: Debian, copies, byte code. Each raises ImageError with its last lines."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import io
 import marshal
 import os
-import platform
 import re
 import shutil
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -26,14 +23,12 @@ _LAST_LINES = 12
 _SLOW = "check the mirror, and that no command waits for input"
 _EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/lintian/*")
 _INCLUDED = ("/usr/share/doc/*/copyright", "/usr/share/locale/locale.alias")
-DIST_PACKAGES = "usr/local/lib/python{}/dist-packages"
 # Files of /etc. No name server: an empty resolv.conf would make the resolver wait for one on loopback.
 NAMES = {
     "hosts": "127.0.0.1 localhost agent\n::1 localhost ip6-localhost ip6-loopback\n",
     "hostname": "agent\n",
     "resolv.conf": "# there is no network here; HTTP goes through $HTTP_PROXY\noptions timeout:1 attempts:1\n",
 }
-_GLIBC_MINOR = {"bookworm": 36}  # newest manylinux tag that the suite's libc takes
 
 
 async def run(
@@ -82,12 +77,13 @@ async def run(
         )
 
 
-async def debian(suite: str, packages: tuple[str, ...], rootfs: Path, progress: Callable[[str], None]) -> None:
-    """A minimal Debian with the base packages and `packages` in `rootfs` (made)."""
+async def debian(suite: str, rootfs: Path, progress: Callable[[str], None]) -> None:
+    """A minimal Debian with the base packages in `rootfs` (made). Their own scripts run as root here, in a chroot: nothing
+    that a user names may be among them."""
     if os.geteuid() != 0:
         raise ImageError("only root can build an image", remedy="start the server as root")
     found = await asyncio.to_thread(mirrors.find, suite)
-    include = ",".join(sorted({*BASE_PACKAGES, *packages}))
+    include = ",".join(BASE_PACKAGES)
     what = f"building Debian {suite} with {include}"
     argv = ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", f"--include={include}"]
     argv += [f"--aptopt={option}" for option in found.options]
@@ -99,11 +95,6 @@ async def debian(suite: str, packages: tuple[str, ...], rootfs: Path, progress: 
         if re.match(r"(I|W|E): ", line):
             progress(f"debian: {line[3:]}")
 
-    if packages:
-        # A misspelt name would be found after half a minute of unpacking.
-        trial = rootfs.with_name("trial")
-        await run(what, [*argv, "--simulate", suite, str(trial), *found.sources], lambda _: None)
-        await asyncio.to_thread(shutil.rmtree, trial, True)
     await run(what, [*argv, suite, str(rootfs), *found.sources], told)
     await asyncio.to_thread(_settle, rootfs)
 
@@ -138,74 +129,6 @@ def _replace(path: Path, text: str) -> None:
 async def link_copy(source: Path, target: Path) -> None:
     """A tree of hard links to `source`."""
     await run(f"copying {source}", ["cp", "-al", "--", str(source), str(target)], lambda _: None)
-
-
-def installer(suite: str, target: Path) -> list[str]:
-    """argv of an installer that can install for another Python than its own."""
-    version = SUITES[suite]
-    machine = platform.machine()
-    if importlib.util.find_spec("pip") is not None:
-        platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(_GLIBC_MINOR[suite], 4, -1)]
-        platforms += [
-            f"manylinux2014_{machine}",
-            f"manylinux2010_{machine}",
-            f"manylinux1_{machine}",
-            f"linux_{machine}",
-        ]
-        argv = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--no-compile"]
-        argv += [
-            "--progress-bar=off",
-            "--root-user-action=ignore",
-            "--implementation=cp",
-            f"--python-version={version}",
-        ]
-        argv += [f"--abi=cp{version.replace('.', '')}", "--abi=abi3", "--abi=none"]
-        argv += [f"--platform={name}" for name in platforms]
-        return [*argv, "--only-binary=:all:", f"--target={target}"]
-    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
-    if uv is not None:
-        where = f"{machine}-manylinux_2_{_GLIBC_MINOR[suite]}"
-        argv = [uv, "pip", "install", f"--python-version={version}", f"--python-platform={where}"]
-        return [*argv, "--only-binary=:all:", f"--target={target}"]
-    raise ImageError("neither pip nor uv is here to install Python packages", remedy=f"{sys.executable} -m ensurepip")
-
-
-async def python_packages(
-    suite: str, requirements: tuple[str, ...], rootfs: Path, progress: Callable[[str], None]
-) -> None:
-    """Install wheels for the tree's own python3. Nothing of them is executed on the host."""
-    target = rootfs / DIST_PACKAGES.format(SUITES[suite])
-    target.mkdir(parents=True, exist_ok=True)
-    argv = installer(suite, target)
-    progress(f"pip: installing {' '.join(requirements)}")
-
-    def told(line: str) -> None:
-        if line.startswith(("Downloading", "Installing", "Successfully", "ERROR", "Resolved", "Installed")):
-            progress(f"pip: {line}")
-
-    await run(f"installing {' '.join(requirements)}", [*argv, *requirements], told, pip_env())
-    await asyncio.to_thread(scripts, target / "bin", rootfs / "usr/local/bin")
-    await byte_compile(rootfs, target)
-
-
-def pip_env() -> dict[str, str]:
-    return {**os.environ, "PYTHONNOUSERSITE": "1"}
-
-
-def scripts(source: Path, target: Path) -> None:
-    """Console scripts name the host's interpreter; give them the tree's, and a place on PATH. Blocking."""
-    if not source.is_dir():
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        data = path.read_bytes()
-        if data.startswith(b"#!") and b"python" in data.partition(b"\n")[0]:
-            data = b"#!/usr/bin/python3\n" + data.partition(b"\n")[2]
-        goal = target / path.name
-        goal.unlink(missing_ok=True)
-        goal.write_bytes(data)
-        goal.chmod(0o755)
-    shutil.rmtree(source)
 
 
 async def byte_compile(rootfs: Path, directory: Path) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rethaw.images import archive, build, guest, oci, places, runtime, steps
-from rethaw.images.spec import check, layers, runtime_digest, spec_digest
+from rethaw.images.spec import all_steps, check, layers, runtime_digest, spec_digest
 from rethaw.model import faults
 from rethaw.model.errors import ImageError, RethawError
 from rethaw.model.types import ImageSpec
@@ -46,7 +46,7 @@ class BuiltImage:
     env: dict[str, str]
     suite: str = "bookworm"
     workdir: str | None = None  # made where it is missing
-    plain: ImageSpec | None = None  # with steps: the image without them, whose python3 may be executed on the host
+    plain: ImageSpec | None = None  # with anything on its base: the base, whose python3 may be executed on the host
     runtime: Path | None = None  # the tree with the interpreter that it is given, if it has no Debian below
 
 
@@ -79,15 +79,11 @@ class ImageStore:
             rootfs = await self.rootfs(digests[first])
         if rootfs is None:
             rootfs = await self._base(spec, digests[0], progress)
-        for i in range(first + 1, len(digests)):
-            number = i - (2 if spec.pip else 1)  # of the step
-            if number < 0:
-                rootfs = await self._pip(spec, digests[i], rootfs, progress)
-            else:
-                rootfs = await self._step(spec, number, digests[i], rootfs, progress)
+        for number in range(first, len(digests) - 1):
+            rootfs = await self._step(spec, number, digests[number + 1], rootfs, progress)
         if record:
             await asyncio.to_thread(self._record, spec)
-        plain = spec.model_copy(update={"steps": ()}) if spec.steps else None
+        plain = ImageSpec(suite=spec.suite) if len(digests) > 1 else None
         runtime_ = await self.runtime(spec.suite, progress) if spec.oci is not None else None
         env = {**BASE_ENV, **spec.env}
         return BuiltImage(spec_digest(spec), rootfs, env, spec.suite, spec.workdir, plain, runtime_)
@@ -133,14 +129,10 @@ class ImageStore:
 
     async def _step(self, spec: ImageSpec, number: int, digest: str, below: Path, progress: Progress) -> Path:
         async def make(rootfs: Path) -> None:
-            trusted, private = below, None
-            if spec.oci is not None:
-                private = await self.runtime(spec.suite, progress)
-            elif spec.steps[number].kind == "pip":
-                trusted = (await self.ensure(spec.model_copy(update={"steps": ()}), progress, record=False)).rootfs
-            await steps.perform(spec, number, steps.Below(below, trusted, private), rootfs, self._blobs, progress)
+            private = await self.runtime(spec.suite, progress) if spec.oci is not None else None
+            await steps.perform(spec, number, steps.Below(below, private), rootfs, self._blobs, progress)
 
-        about = {"kind": "step", "suite": spec.suite, "step": spec.steps[number].model_dump(mode="json")}
+        about = {"kind": "step", "suite": spec.suite, "step": all_steps(spec)[number].model_dump(mode="json")}
         return await self._build(digest, about, make, progress)
 
     async def _base(self, spec: ImageSpec, digest: str, progress: Progress) -> Path:
@@ -149,9 +141,9 @@ class ImageStore:
 
         async def make(rootfs: Path) -> None:
             progress(f"building the base image {digest[:12]} (Debian {spec.suite}), once")
-            await build.debian(spec.suite, spec.apt, rootfs, progress)
+            await build.debian(spec.suite, rootfs, progress)
 
-        return await self._build(digest, {"kind": "base", "suite": spec.suite, "apt": list(spec.apt)}, make, progress)
+        return await self._build(digest, {"kind": "base", "suite": spec.suite}, make, progress)
 
     async def _oci(self, blob: str, digest: str, progress: Progress) -> Path:
         async def make(rootfs: Path) -> None:
@@ -162,13 +154,6 @@ class ImageStore:
             await asyncio.to_thread(oci.unpack, source, rootfs, rootfs.with_name("layers"), progress)
 
         return await self._build(digest, {"kind": "oci", "blob": blob}, make, progress)
-
-    async def _pip(self, spec: ImageSpec, digest: str, below: Path, progress: Progress) -> Path:
-        async def make(rootfs: Path) -> None:
-            await build.link_copy(below, rootfs)
-            await build.python_packages(spec.suite, spec.pip, rootfs, progress)
-
-        return await self._build(digest, {"kind": "pip", "suite": spec.suite, "pip": list(spec.pip)}, make, progress)
 
     async def compose(self, image: BuiltImage, code: Path | None = None) -> tuple[str, Path]:
         """What a sandbox boots: `image`, the guest's modules, and the archive `code` (tar.gz) under /app.

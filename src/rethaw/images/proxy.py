@@ -18,6 +18,7 @@ log = logging.getLogger("rethaw.images")
 
 _HEAD = 64 << 10
 _CONNECT_S = 30.0
+_ONE_LINE = dict.fromkeys(range(32), " ")
 _HOP = (b"proxy-", b"connection:", b"keep-alive:")
 
 
@@ -66,7 +67,9 @@ async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, hos
         upstream, opening = await _open(method, target, version, rest, hosts)
     except (_Refused, OSError, TimeoutError, ValueError) as error:
         text = f"rethaw: {error}\n".encode()
-        writer.write(b"HTTP/1.1 403 Refused\r\nContent-Type: text/plain\r\nConnection: close\r\n")
+        reason = text.decode("ascii", "replace").translate(_ONE_LINE).strip().encode("ascii", "replace")
+        # Clients show the reason of a tunnel that failed, and no more.
+        writer.write(b"HTTP/1.1 403 %b\r\nContent-Type: text/plain\r\nConnection: close\r\n" % reason[:300])
         writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(text), text))
         await writer.drain()
         return

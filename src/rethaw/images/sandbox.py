@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import uuid
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -35,13 +36,15 @@ _DELETE_S = 30.0
 @dataclass(frozen=True)
 class Job:
     """A shell command. `allowed`: hosts that it reaches even where their addresses are not public; `files`: name to text,
-    at driver.SHARE, which is no part of the image; `workdir`: made when it is missing."""
+    at driver.SHARE, which is no part of the image; `trees`: name to a directory or zip of this machine, whose contents are
+    there as well; `workdir`: made when it is missing."""
 
     command: str
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     allowed: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict[str, str])
     workdir: str = "/"
+    trees: Mapping[str, Path] = field(default_factory=dict[str, Path])
 
 
 async def run(
@@ -64,6 +67,8 @@ async def run(
     told = {"command": job.command, "env": {**ENV, **job.env}, "workdir": job.workdir}
     for name, text in {"job.json": json.dumps(told), **job.files}.items():
         await asyncio.to_thread(_private, share / name, text)
+    for name, tree in job.trees.items():
+        await asyncio.to_thread(_copied, tree, share / name)
     source = await asyncio.to_thread(Path(driver.__file__).read_text)
     await asyncio.to_thread((share / "driver.py").write_text, source)
     await asyncio.to_thread((bundle / "config.json").write_text, json.dumps(_config(below, share, runtime_)))
@@ -87,6 +92,15 @@ async def run(
 def _private(path: Path, text: str) -> None:
     path.touch(0o600)
     path.write_text(text)
+
+
+def _copied(tree: Path, target: Path) -> None:
+    """With its dates, by which byte code is found to be right."""
+    if tree.is_dir():
+        shutil.copytree(tree, target)
+    else:
+        with zipfile.ZipFile(tree) as archive:
+            archive.extractall(target)
 
 
 async def _delete(argv: list[str]) -> None:

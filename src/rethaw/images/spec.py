@@ -11,7 +11,7 @@ from rethaw.model.errors import InvalidInput
 from rethaw.model.types import ImageSpec, ImageStep
 
 FORMAT = 1  # of the root filesystems; a change builds every image anew
-BASE_PACKAGES = ("ca-certificates", "git", "python3", "ripgrep")
+BASE_PACKAGES = ("ca-certificates", "git", "python3", "ripgrep")  # all that is ever installed outside of a sandbox
 SUITES = {"bookworm": "3.11"}  # suite: version of its python3
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9]+)?(?:=[A-Za-z0-9.+:~-]+)?")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:\[[A-Za-z0-9,._ -]*\])?\s*(?:[<>=!~].*)?(?:;.*)?")
@@ -66,6 +66,7 @@ def _check_step(step: ImageStep) -> None:
     if step.kind == "apt":
         check(ImageSpec(apt=step.words))
     elif step.kind == "pip":
+        check(ImageSpec(env=step.env))
         for requirement in step.words:
             plain, _, hashes = requirement.partition(" --hash=")
             if hashes and not _HASHES.fullmatch(" --hash=" + hashes):
@@ -100,12 +101,25 @@ def blobs(spec: ImageSpec) -> tuple[str, ...]:
     return tuple(blob for blob in (spec.oci, *(step.blob for step in spec.steps)) if blob is not None)
 
 
+def all_steps(spec: ImageSpec) -> tuple[ImageStep, ...]:
+    """What is done to the base, in its order: `apt`, `pip`, then `steps`."""
+    first: list[ImageStep] = []
+    if packages := sorted({*spec.apt} - {*BASE_PACKAGES}):
+        first.append(ImageStep(kind="apt", words=tuple(packages)))
+    if spec.pip:
+        first.append(ImageStep(kind="pip", words=tuple(sorted(spec.pip))))
+    return (*first, *spec.steps)
+
+
 def base_digest(spec: ImageSpec) -> str:
-    """sha256 hex of the lowest layer: Debian's suite and packages, or another tool's image."""
+    """sha256 hex of the lowest layer: Debian's suite with BASE_PACKAGES, or another tool's image."""
     if spec.oci is not None:
         return _digest(["oci", FORMAT, platform.machine(), spec.oci])
-    packages = sorted({*BASE_PACKAGES, *spec.apt})
-    return _digest(["base", FORMAT, platform.machine(), spec.suite, packages])
+    return _debian_digest(spec.suite, ())
+
+
+def _debian_digest(suite: str, packages: tuple[str, ...]) -> str:
+    return _digest(["base", FORMAT, platform.machine(), suite, sorted({*BASE_PACKAGES, *packages})])
 
 
 def runtime_digest(suite: str) -> str:
@@ -116,8 +130,10 @@ def runtime_digest(suite: str) -> str:
 def layers(spec: ImageSpec) -> list[str]:
     """sha256 hex of each tree on the way, the lowest first: each is built of the one before, and cached."""
     found = [base_digest(spec)]
+    if {*spec.apt} - {*BASE_PACKAGES}:
+        found.append(_debian_digest(spec.suite, spec.apt))
     if spec.pip:
-        found.append(_digest(["pip", FORMAT, found[0], sorted(spec.pip)]))
+        found.append(_digest(["pip", FORMAT, found[-1], sorted(spec.pip)]))
     before: list[str] = list(spec.pip)
     for step in spec.steps:
         what: list[object] = [step.kind, list(step.words), sorted(step.env.items()), step.blob, step.target]
@@ -126,6 +142,8 @@ def layers(spec: ImageSpec) -> list[str]:
         if step.kind == "pip":  # resolved together with those before it
             what.append(list(before))
             before += step.words
+            if spec.python is not None:
+                what.append({"python": spec.python})
         found.append(_digest(["step", FORMAT, found[-1], what]))
     return found
 

@@ -1,6 +1,6 @@
-"""The steps of an image beyond Debian and Python packages: more of both, commands, uploaded files, in any order.
+"""The steps of an image on its base: Debian, Python and npm packages, commands, uploaded files.
 
-What comes from outside runs in a sandbox (`images.sandbox`) or not at all: wheels are unpacked, files are placed.
+What comes from outside runs in a sandbox (`images.sandbox`) or not at all: files are placed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rethaw.images import archive, build, changes, mirrors, npm, places, pypi, sandbox
-from rethaw.images.spec import KERNELS, SUITES
+from rethaw.images.spec import KERNELS, all_steps
 from rethaw.model.errors import ImageError
 from rethaw.model.types import ImageSpec, ImageStep
 
@@ -31,19 +31,18 @@ rm -rf /var/lib/apt/lists/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.
 
 @dataclass(frozen=True)
 class Below:
-    """What a step stands on. `trusted`: the tree before any step, whose python3 may be executed here; `runtime`: the tree
-    with the private interpreter, of an image that is not of Debian's making."""
+    """What a step stands on. `runtime`: the tree with the private interpreter, of an image that is not of Debian's making."""
 
     rootfs: Path
-    trusted: Path
     runtime: Path | None = None
 
 
 async def perform(spec: ImageSpec, number: int, below: Below, rootfs: Path, blobs: Path, progress: Progress) -> None:
-    """Make `rootfs` from `below` by step `number` of `spec`. Raises ImageError naming the step."""
-    step = spec.steps[number]
+    """Make `rootfs` from `below` by step `number` of `all_steps(spec)`. Raises ImageError naming the step."""
+    every = all_steps(spec)
+    step = every[number]
     what = f"step {number + 1} of the image, {_short(step)},"
-    progress(f"step {number + 1} of {len(spec.steps)}: {_short(step)}")
+    progress(f"step {number + 1} of {len(every)}: {_short(step)}")
     if step.kind == "run":
         job = sandbox.Job(step.words[0], dict(step.env), workdir=step.workdir or "/")
         await _sandboxed(what, job, below, rootfs, progress)
@@ -56,16 +55,21 @@ async def perform(spec: ImageSpec, number: int, below: Below, rootfs: Path, blob
         hosts = (*found.hosts, *await asyncio.to_thread(_mirror_hosts, spec.suite))
         job = sandbox.Job(npm.command(step.words), found.env(), hosts, found.files())
         await _sandboxed(what, job, below, rootfs, progress)
-    elif step.kind == "pip" and below.runtime is not None:
-        found = await asyncio.to_thread(pypi.find)
-        job = sandbox.Job(pypi.command(step.words), found.env(), found.hosts, found.files())
-        await _sandboxed(what, job, below, rootfs, progress)
     elif step.kind == "pip":
-        await build.link_copy(below.rootfs, rootfs)
-        await _pip(what, spec, number, below.trusted, rootfs, progress)
+        before = [word for earlier in every[:number] if earlier.kind == "pip" for word in earlier.words]
+        await _sandboxed(what, await asyncio.to_thread(_pip, spec, step, before), below, rootfs, progress)
     else:
         await build.link_copy(below.rootfs, rootfs)
         await _add(what, step, rootfs, blobs)
+
+
+def _pip(spec: ImageSpec, step: ImageStep, before: list[str]) -> sandbox.Job:
+    found = pypi.find()
+    wanted = pypi.Wanted(step.words, tuple(before))
+    python = spec.python or ("python3" if spec.oci is not None else "/usr/bin/python3")
+    command = pypi.command(python, own=spec.python is not None or spec.oci is not None)
+    env = {**step.env, **found.env()}
+    return sandbox.Job(command, env, found.hosts, {**found.files(), **wanted.files()}, trees=pypi.tool())
 
 
 def _short(step: ImageStep) -> str:
@@ -110,59 +114,3 @@ async def _add(what: str, step: ImageStep, rootfs: Path, blobs: Path) -> None:
         raise ImageError(f"{what} failed: {error.message}", remedy=error.remedy) from error
     finally:
         await asyncio.to_thread(shutil.rmtree, fresh, True)
-
-
-async def _pip(what: str, spec: ImageSpec, number: int, trusted: Path, rootfs: Path, progress: Progress) -> None:
-    """Resolved with the requirements of the steps before, so that they fit together; installed apart, then moved in."""
-    step = spec.steps[number]
-    wanted = [*spec.pip, *(w for s in spec.steps[:number] if s.kind == "pip" for w in s.words), *step.words]
-    fresh, listed = rootfs.with_name("packages"), rootfs.with_name("requirements.txt")
-    await asyncio.to_thread(listed.write_text, "\n".join(wanted) + "\n")
-    try:
-        argv = [*build.installer(spec.suite, fresh), "-r", str(listed)]
-        await build.run(what, argv, lambda _: None, build.pip_env(), who="the installer")
-        place = build.DIST_PACKAGES.format(SUITES[spec.suite])
-        target = await asyncio.to_thread(places.inside, rootfs, place)
-        bin_ = await asyncio.to_thread(places.inside, rootfs, "usr/local/bin")
-        await asyncio.to_thread(build.scripts, fresh / "bin", bin_)
-        await asyncio.to_thread(_leave_what_is_there, fresh, target, rootfs)
-        await build.compile_apart(trusted, fresh, fresh)
-        await asyncio.to_thread(places.merge, fresh, rootfs, place)
-        progress(f"  {len(wanted)} requirements fit together")
-    finally:
-        await asyncio.to_thread(shutil.rmtree, fresh, True)
-        listed.unlink(missing_ok=True)
-
-
-def _leave_what_is_there(fresh: Path, target: Path, rootfs: Path) -> None:
-    """A distribution that the tree has in this version stays as it is; one in another version goes. Blocking."""
-    known = {_name(path): path for path in target.glob("*.dist-info") if not path.is_symlink()}
-    for about in list(fresh.glob("*.dist-info")):
-        old = known.get(_name(about))
-        if old is None:
-            continue
-        here, which = (fresh, about) if old.name == about.name else (target, old)
-        for file in _recorded(which):
-            parent = (
-                places.inside(rootfs, (here / file).parent.relative_to(rootfs).as_posix())
-                if here == target
-                else (here / file).parent
-            )
-            path = parent / Path(file).name
-            if path.is_symlink() or path.is_file():
-                path.unlink()
-        shutil.rmtree(which, ignore_errors=True)
-
-
-def _name(about: Path) -> str:
-    return re.sub(r"[-_.]+", "-", about.name.removesuffix(".dist-info").rpartition("-")[0]).lower()
-
-
-def _recorded(about: Path) -> list[str]:
-    """Files of a distribution below the directory that it is in; its scripts are elsewhere."""
-    try:
-        lines = (about / "RECORD").read_text().splitlines()
-    except OSError:
-        return []
-    names = [line.rsplit(",", 2)[0].strip('"') for line in lines]
-    return [name for name in names if name and not name.startswith("/") and ".." not in name.split("/")]
