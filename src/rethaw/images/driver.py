@@ -66,6 +66,7 @@ def accept(listener: socket.socket) -> None:
 
 
 def write_changes(begun: float) -> None:
+    tarfile.pwd = tarfile.grp = None  # type: ignore[attr-defined] - names of owners: it would look one up for each file
     os.makedirs(SHARE + "/out", exist_ok=True)
     with open(SHARE + "/out/names", "wb") as names, tarfile.open(SHARE + "/out/changes.tar", "w") as tar:
         stack = [b""]

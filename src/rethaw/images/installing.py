@@ -29,12 +29,26 @@ def run_pip(home: str, arguments: list[str]) -> None:
 def compile_since(since: str) -> None:
     """Checked against nothing later: sources in an image never change, and their dates differ from build to build."""
     begun = os.stat(since).st_ctime
+    found: list[str] = []
     for place in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))):
         for directory, _, files in os.walk(place):
-            for name in files:
-                path = os.path.join(directory, name)  # noqa: PTH118
-                if name.endswith(".py") and os.lstat(path).st_ctime >= begun:
+            paths = [os.path.join(directory, name) for name in files if name.endswith(".py")]  # noqa: PTH118
+            found += [path for path in paths if os.lstat(path).st_ctime >= begun]
+    workers = min(os.cpu_count() or 1, 8, 1 + len(found) // 100)
+    children: list[int] = []
+    for number in range(workers):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                for path in found[number::workers]:
                     compile_one(path)
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    if any(os.waitpid(child, 0)[1] for child in children):
+        sys.exit("byte code could not be written")
 
 
 def compile_one(path: str) -> None:

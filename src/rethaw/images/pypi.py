@@ -44,7 +44,7 @@ else
     fi
 fi
 "$@" install {options} {files}
-"$python" -I {share}/installing.py compile /tmp/begun
+date; "$python" -I {share}/installing.py compile /tmp/begun; date
 """
 # What pip is told, and where it looks when it is told nothing.
 _ASK = """
