@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -12,14 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from rethaw.images import build
+from rethaw.images import steps
 from rethaw.images.builder import BuiltImage, ImageStore
 from rethaw.images.spec import base_digest
 from rethaw.model import faults
 from rethaw.model.errors import ImageError, RethawError
 from rethaw.model.types import ImageSpec
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
+]
 IMAGES = Path(os.environ.get("RETHAW_TEST_IMAGES", Path(tempfile.gettempdir()) / "rethaw-test-images"))
 
 
@@ -91,12 +95,12 @@ async def test_composing_shares_files_and_costs_nothing_the_second_time(
 async def test_two_that_want_the_same_image_build_it_once(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
 
-    async def debian(suite: str, packages: tuple[str, ...], rootfs: Path, progress: object) -> None:
+    async def perform(spec: ImageSpec, number: int, below: steps.Below, rootfs: Path, *_: object) -> None:
         made.append(rootfs)
         await asyncio.sleep(0.3)
         (rootfs / "etc").mkdir(parents=True)
 
-    monkeypatch.setattr(build, "debian", debian)
+    monkeypatch.setattr(steps, "perform", perform)
     told: list[str] = []
     spec = ImageSpec(apt=("jq",))
     one, two = await asyncio.gather(store.ensure(spec, told.append), store.ensure(spec, told.append))

@@ -313,6 +313,22 @@ for digest, data in Image.from_env().uploads():
     assert done.returncode == 0, done.stderr
     said = "import ssl, sqlite3, ctypes, lzma, bz2, zlib, mine, sys; print(mine.VALUE, sys.version_info[1], sys.prefix)"
     look = run(f"/opt/rethaw-venv/bin/python3 -c '{said}' > /etc/said", LD_LIBRARY_PATH="/opt/rethaw-python/lib")
-    steps_ = (*(add(digest, "/") for digest in done.stdout.split()), look)
-    image = await store.ensure(ImageSpec(steps=steps_), quiet)
+    library = {"LD_LIBRARY_PATH": "/opt/rethaw-python/lib"}
+    more = ImageStep(kind="pip", words=("six==1.16.0", "charset-normalizer"), env=library)
+    imported = run(
+        "/opt/rethaw-venv/bin/python3 -c 'import six, charset_normalizer; print(six.__file__)' > /etc/imported",
+        **library,
+    )
+    steps_ = (*(add(digest, "/") for digest in done.stdout.split()), look, more, imported)
+    image = await store.ensure(ImageSpec(steps=steps_, python="/opt/rethaw-venv/bin/python3"), quiet)
+    version = f"3.{python.parts[-3].split('.')[1]}"
+    packages = f"/opt/rethaw-venv/lib/python{version}/site-packages"
+    assert (image.rootfs / "etc/imported").read_text() == f"{packages}/six.py\n"
+    script = (image.rootfs / "opt/rethaw-venv/bin/normalizer").read_text()
+    assert script.startswith("#!/opt/rethaw-venv/bin/python3\n")
+    inside = image.rootfs / packages[1:]
+    assert (
+        not (inside / "pip").exists() and not (image.rootfs / "usr/local/lib/python3.11/dist-packages/six.py").exists()
+    )
+    assert list((inside / "__pycache__").glob(f"six.cpython-{version.replace('.', '')}.pyc"))
     assert (image.rootfs / "etc/said").read_text() == f"42 {python.parts[-3].split('.')[1]} /opt/rethaw-venv\n"

@@ -66,9 +66,9 @@ def test_steps_survive_the_wire_and_keep_their_order() -> None:
     ]
     assert ImageSpec.model_validate_json(spec.model_dump_json()) == spec
     found = layers(spec)
-    assert len(found) == 6 == len(set(found))
+    assert len(found) == 7 == len(set(found))  # the base, its Debian packages, its Python packages, and four steps
     changed = layers(spec.model_copy(update={"steps": (*spec.steps[:3], ImageStep(kind="run", words=("z",)))}))
-    assert changed[:5] == found[:5] and changed[5] != found[5]
+    assert changed[:6] == found[:6] and changed[6] != found[6]
     assert Image.debian().run("x").pip_install("b") != Image.debian().pip_install("b").run("x")
 
 
@@ -266,8 +266,26 @@ def test_a_python_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_an_environment_refuses() -> None:
     with pytest.raises(InvalidInput, match=r"no-such-dist: not installed here; correct exclude"):
         Image.from_env(exclude=["no.such_dist"])
-    with pytest.raises(InvalidInput, match="install them into yours"):
-        Image.from_env().pip_install("six")
+
+
+def test_packages_on_an_environment_are_for_its_own_interpreter() -> None:
+    image = Image.from_env().pip_install("six")
+    step = image.steps[-1]
+    assert (step.kind, step.words) == ("pip", ("six",))
+    assert dict(step.environment)["LD_LIBRARY_PATH"] == "/opt/rethaw-python/lib"
+    one, two = (
+        layers(ImageSpec(steps=(ImageStep(kind="pip", words=("six",)),), python=python))
+        for python in (None, image.python)
+    )
+    assert one[0] == two[0] and one[1] != two[1]
+
+
+def test_the_base_never_has_what_a_user_names() -> None:
+    base = layers(ImageSpec())
+    for spec in (Image.debian().apt_install("jq").spec, Image.debian().pip_install("a").spec):
+        assert layers(spec)[0] == base[0] and len(layers(spec)) == 2
+    assert layers(Image.debian().apt_install("git").spec) == base  # it has that
+    assert layers(Image.debian().apt_install("git=1:2").spec) != base
 
 
 def test_binaries_tell_what_they_need() -> None:

@@ -5,7 +5,7 @@ text by `rethaw.images.pypi`.
     installing.py compile SINCE           byte code for what was installed after the file SINCE was made
 """
 
-# ruff: noqa: PTH103, PTH110, PTH123
+# ruff: noqa: PTH103, PTH116, PTH123
 from __future__ import annotations
 
 import contextlib

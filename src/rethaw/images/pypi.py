@@ -30,8 +30,7 @@ _WHEELS = ("/usr/share/python-wheels",)  # Debian's, for its ensurepip
 # A copy of the node's pip may be too old for the interpreter (or too new): Debian's python3 fetches another one with it.
 _COMMAND = """
 python=$(command -v {python}) || {{ echo "the image has no {python} to install packages with"; exit 127; }}
-touch /tmp/begun
-mkdir {share}/tmp
+: >/tmp/begun
 export TMPDIR={share}/tmp
 if {own} && "$python" -m pip --version >/dev/null 2>&1; then
     set -- "$python" -m pip
@@ -44,7 +43,7 @@ else
     fi
 fi
 "$@" install {options} {files}
-date; "$python" -I {share}/installing.py compile /tmp/begun; date
+"$python" -I {share}/installing.py compile /tmp/begun
 """
 # What pip is told, and where it looks when it is told nothing.
 _ASK = """

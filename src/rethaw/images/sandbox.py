@@ -62,7 +62,7 @@ async def run(
     if runsc is None:
         raise ImageError(f"{what} needs gVisor to run in, and runsc is not on PATH", remedy="see `rethaw doctor`")
     share, bundle = work / "share", work / "bundle"
-    for directory in (share, bundle, work / "overlay", work / "runsc"):
+    for directory in (share / "tmp", bundle, work / "overlay", work / "runsc"):
         await asyncio.to_thread(directory.mkdir, parents=True)
     told = {"command": job.command, "env": {**ENV, **job.env}, "workdir": job.workdir}
     for name, text in {"job.json": json.dumps(told), **job.files}.items():

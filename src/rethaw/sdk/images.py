@@ -49,9 +49,9 @@ class Step:
 class Image:
     """An image's recipe; immutable, each method returns a new one. Equal recipes are one image on the server.
 
-    The base is Debian with python3, git, ca-certificates and ripgrep. Debian and Python packages that stand before any
-    other step are installed with the base; from the first other step on the order counts, and each step is a layer:
-    changing the last one builds only that again. Relative paths are beside the file that says them.
+    The base is Debian with python3, git, ca-certificates and ripgrep. Debian packages that stand before any other step are
+    one layer on it, whatever their order, and Python packages the next; from the first other step on the order counts, and
+    each step is a layer: changing the last one builds only that again. Relative paths are beside the file that says them.
     """
 
     suite: str = "bookworm"
@@ -113,15 +113,11 @@ class Image:
         return replace(self, apt=(*self.apt, *packages))
 
     def pip_install(self, *packages: str, requirements: str | Path | None = None) -> Image:
-        """Python packages for the image's own python3, as requirement specifiers ("openai>=2"), or those of a file."""
+        """Python packages for the interpreter that runs the agent, as requirement specifiers ("openai>=2"), or those of a
+        file. They are installed by pip in a sandbox; one without a wheel is built there, with what the image has."""
         for text in packages:
             if not text.strip() or text.lstrip().startswith("-") or "\n" in text:
                 raise InvalidInput(f"{text!r} is not a requirement", remedy='write it like "openai>=2"')
-        if self.python is not None:
-            raise InvalidInput(
-                f"packages {packages} cannot be added to a copied environment",
-                remedy="install them into yours: what is there travels",
-            )
         wanted = [text.strip() for text in packages]
         if requirements is not None and not _in_sandbox():
             from rethaw.sdk.requirements import read
@@ -130,7 +126,8 @@ class Image:
         if not wanted:
             return self
         if self.steps or self.base or any("--hash=" in text for text in wanted):
-            return self._then(Step("pip", tuple(wanted)))
+            # An interpreter that is not Debian's is found by these, and may need them.
+            return self._then(Step("pip", tuple(wanted), self.environment if self.python or self.base else ()))
         return replace(self, pip=(*self.pip, *wanted))
 
     def npm_install(self, *packages: str) -> Image:
