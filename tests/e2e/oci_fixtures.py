@@ -124,3 +124,31 @@ def busybox_layers() -> list[bytes]:
         entry("srv/data", "from the image\n"),
     ]
     return [layer(first), layer(second)]
+
+
+_PYTHON = (
+    "usr/bin/python3*",
+    "usr/bin/dash",
+    "usr/bin/sh",
+    "usr/bin/ls",
+    "usr/bin/which*",
+    "usr/bin/dirname",
+    "bin",
+    "lib",
+    "lib64",
+)
+_LIBRARIES = ("usr/lib64", "usr/lib64/*", "usr/lib/*-linux-gnu*/*.so*", "usr/lib/python3*/**/*", "etc/python3*/*")
+
+
+def python_layer(tree: Path, pip: bool) -> bytes:
+    """A Python with a shell, out of a Debian `tree`; with Debian's python3-pip if `pip`."""
+    raw, taken = io.BytesIO(), set[str]()
+    with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for pattern in (*_PYTHON, *_LIBRARIES, *(("usr/bin/pip3",) if pip else ())):
+            for path in sorted(tree.glob(pattern)):
+                name = path.relative_to(tree).as_posix()
+                behind = "__pycache__" in name or (not pip and "/dist-packages/" in name)
+                if name not in taken and not behind and (path.is_symlink() or path.is_file()):
+                    taken.add(name)
+                    tar.add(path, name)
+    return raw.getvalue()

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from e2e_fixtures import House, gapless, house
-from oci_fixtures import Layout, busybox_layers
+from oci_fixtures import IMAGES, Layout, busybox_layers, python_layer
 
 from rethaw import Client, Image, ImageError
+from rethaw.images.spec import tree_digest
 
 pytestmark = [
     pytest.mark.root,
@@ -95,10 +96,32 @@ def test_steps_run_on_it_and_what_it_lacks_is_said(home: House, client: Client, 
     assert "ld.so.cache" not in session.output()
     with pytest.raises(ImageError, match=r"(?s)`apt jq`.*the image has no apt-get"):
         client.images.build(image.apt_install("jq"))
-    with pytest.raises(ImageError, match=r"(?s)`pip httpx`.*the image has no python3 with pip"):
+    with pytest.raises(ImageError, match=r"(?s)`pip httpx`.*the image has no python3 to install"):
         client.images.build(image.pip_install("httpx"))
     with pytest.raises(ImageError, match=r"(?s)`npm semver`.*the image has neither npm nor apt-get"):
         client.images.build(image.npm_install("semver"))
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["its-own-pip", "a-pip-for-the-build"])
+def test_python_packages_on_an_image_with_python(home: House, client: Client, tmp_path: Path, own: bool) -> None:
+    debian = Image.debian().apt_install("python3-pip")
+    client.images.build(debian)
+    tree = IMAGES / tree_digest(debian.spec) / "rootfs"
+    layout = Layout(tmp_path / "with-python")
+    layout.add([python_layer(tree, own)], {"Env": ["PATH=/usr/bin:/bin", "PYTHONHOME=/usr"], "Cmd": ["python3"]})
+    image = Image.from_oci(layout.top).pip_install("six==1.16.0", "charset-normalizer")
+    client.images.build(image)
+    said = "import six, charset_normalizer, os; print(six.__file__, os.path.exists(six.__cached__))"
+    command = [
+        "sh",
+        "-c",
+        f"python3 -c '{said}'; normalizer --version; ls -d /.rethaw/* $(dirname $(which python3))/pip3",
+    ]
+    session = home.start({"name": "pips", "command": command, "image": image.spec.model_dump(mode="json")})
+    session.until("its end", lambda s: s.view["state"] in ("completed", "failed"))
+    out = session.output()
+    assert out.startswith("/usr/local/lib/python3.11/dist-packages/six.py True\nCharset-Normalizer"), out
+    assert ("/usr/bin/pip3" in out.split()) is own and "/.rethaw/pip" not in out and "/.rethaw/pip.conf" not in out
 
 
 def test_a_program_alone_without_a_shell_runs(home: House, client: Client, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ pytestmark = [
 IMAGES = Path(os.environ.get("RETHAW_TEST_IMAGES", Path(tempfile.gettempdir()) / "rethaw-test-images"))
 BASE = base_digest(ImageSpec())
 PLACE = "usr/local/lib/python3.11/dist-packages"
+HOST = "127.0.0.2"  # of this machine, and not the loopback that a sandbox takes for its own
 LOGIN, PASSWORD = "reader", "noRealPassword"
 
 # A source distribution's own build backend: nothing has to be fetched for it.
@@ -114,17 +115,19 @@ def index() -> Iterator[str]:
                 status = 200 if found else 404
                 body = "".join(f'<a href="/files/{file}">{file}</a>' for file in found).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "text/html" if self.path.startswith("/simple/") else "application/zip")
+            self.send_header(
+                "Content-Type", "text/html" if self.path.startswith("/simple/") else "application/octet-stream"
+            )
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((HOST, 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/simple"
+    yield f"http://{HOST}:{server.server_port}/simple"
     server.shutdown()
     thread.join()
 
@@ -148,7 +151,7 @@ def store(home: Path, index: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("RETHAW_IMAGES", raising=False)
-    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login {LOGIN} password {PASSWORD}\n")
+    (tmp_path / "netrc").write_text(f"machine {HOST} login {LOGIN} password {PASSWORD}\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("PIP_INDEX_URL", index)
@@ -247,7 +250,9 @@ async def test_a_build_of_packages_that_is_given_up_leaves_nothing(store: ImageS
     running = asyncio.Event()
     spec = ImageSpec(pip=("slow",))
     task = asyncio.create_task(store.ensure(spec, lambda line: running.set() if "Building wheel" in line else None))
-    await asyncio.wait_for(running.wait(), 60)
+    waiter = asyncio.create_task(running.wait())
+    await asyncio.wait({task, waiter}, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    assert not task.done() and waiter.done()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(task, 60)
