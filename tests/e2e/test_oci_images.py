@@ -115,7 +115,7 @@ def test_python_packages_on_an_image_with_python(home: House, client: Client, tm
     command = [
         "sh",
         "-c",
-        f"python3 -c '{said}'; normalizer --version; ls -d /.rethaw/* $(dirname $(which python3))/pip3",
+        f"python3 -c '{said}'; /usr/local/bin/normalizer --version; ls -d /.rethaw/* /usr/bin/pip3",
     ]
     session = home.start({"name": "pips", "command": command, "image": image.spec.model_dump(mode="json")})
     session.until("its end", lambda s: s.view["state"] in ("completed", "failed"))
