@@ -42,10 +42,12 @@ test: lint
 ## A suite that is not here says why in tests/unit/test_parity.py.
 ON_QEMU := promises forks context_api templates inspect node_recovery sdk_sessions second_place frozen_clients queues \
   context_family versions terminals exec_cp ports naps retries_budgets typed_agents egress command_inside programs coders \
-  oci_images image_cli cli_sessions cli_more cli_examples mcp testing_plugin bad_input bad_storage docs_run docs_pages
+  oci_images image_cli cli_sessions cli_more cli_examples mcp testing_plugin bad_input bad_storage docs_run docs_pages \
+  init_project demo_whole
 test-long: setup-long lint
 	$(PY) -m pytest
 	RETHAW_ENGINE=qemu $(PY) -m pytest -m "not long" --timeout 400 $(ON_QEMU:%=tests/e2e/test_%.py)
+	RETHAW_ENGINE=qemu $(PY) -m pytest -m long tests/e2e/test_programs.py tests/e2e/test_coders.py
 	RETHAW_ENGINE=qemu $(PY) -m rethaw.testing.chaos --seeds 0-4 --turns 8
 	RETHAW_ENGINE=qemu RETHAW_CACHE_BYTES=0 RETHAW_LAZY_FROM_BYTES=1 $(PY) -m rethaw.testing.chaos --seeds 5-9 --turns 8
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_fixtures import House, Session, house
+from e2e_fixtures import SLOWER, House, Session, house
 
 import rethaw
 from rethaw.cli.main import main
@@ -22,7 +22,7 @@ from rethaw.testing.provider import Reply
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(240 * SLOWER),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 ROOT = Path(__file__).resolve().parents[2]

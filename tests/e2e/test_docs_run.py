@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e_fixtures import House, house
+from e2e_fixtures import SLOWER, House, house
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(240 * SLOWER),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # What `make test-long` does not run again with RETHAW_ENGINE=qemu, and why.
 ON_ONE_ENGINE = {
-    "demo_whole": "the demo is shown on the default engine; what it shows is in promises and node_recovery",
-    "init_project": "its one test runs the agent without a sandbox as well, the rest is in sdk_sessions",
     "microvm": "names its engines itself",
     "oci_layers": "unpacks images, without a sandbox",
     "package_wheel": "is about what is in the wheel",
