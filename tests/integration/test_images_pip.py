@@ -249,7 +249,7 @@ async def test_a_build_of_packages_that_is_given_up_leaves_nothing(store: ImageS
     before = left(home)
     running = asyncio.Event()
     spec = ImageSpec(pip=("slow",))
-    task = asyncio.create_task(store.ensure(spec, lambda line: running.set() if "Building wheel" in line else None))
+    task = asyncio.create_task(store.ensure(spec, lambda line: running.set() if "Preparing metadata" in line else None))
     waiter = asyncio.create_task(running.wait())
     await asyncio.wait({task, waiter}, timeout=60, return_when=asyncio.FIRST_COMPLETED)
     assert not task.done() and waiter.done()
@@ -282,7 +282,7 @@ asyncio.run(ImageStore(Path({str(home)!r})).ensure(spec, lambda line: print(line
 """
     node = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)  # noqa: ASYNC220
     assert node.stdout is not None
-    while b"Building wheel" not in await asyncio.to_thread(node.stdout.readline):
+    while b"Preparing metadata" not in await asyncio.to_thread(node.stdout.readline):
         assert node.poll() is None
     assert any("runsc" in command for command in processes(home))
     node.kill()
