@@ -28,6 +28,7 @@ _KEPT = (
 )  # fmt: skip
 _WHEELS = ("/usr/share/python-wheels",)  # Debian's, for its ensurepip
 # A copy of the node's pip may be too old for the interpreter (or too new): Debian's python3 fetches another one with it.
+# One that is too old may say its version and fail at the first look at what is installed, which is what `list` is for.
 _COMMAND = """
 python=$(command -v {python}) || {{ echo "the image has no {python} to install packages with"; exit 127; }}
 : >/tmp/begun
@@ -36,7 +37,7 @@ if {own} && "$python" -m pip --version >/dev/null 2>&1; then
     set -- "$python" -m pip
 else
     set -- "$python" -I {share}/installing.py pip {share}/pip
-    if {own} && ! "$@" --version >/dev/null 2>&1; then
+    if {own} && ! "$@" list >/dev/null 2>&1; then
         /usr/bin/python3 -I {share}/installing.py pip {share}/pip install {options} --target={share}/fitting \\
             --python-version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" --only-binary=:all: pip
         set -- "$python" -I {share}/installing.py pip {share}/fitting
