@@ -25,7 +25,7 @@ from rethaw.testing.reply import Script, answer
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ROOT / "examples/guides"
-BEGIN_S = 300.0  # until a program's first call: its image may have to be built
+BEGIN_S = 600.0  # until a program's first call: its image may have to be built
 # Names that the provider makes up for each answer anew; equal ones stay equal.
 IDS = r"\b(?:chatcmpl-|call_|toolu_|fc_|msg_|resp_|req_)[0-9a-f]{24}(?:\d\d)?(?![0-9a-f])"
 

@@ -137,8 +137,8 @@ class World:
     def env(self) -> dict[str, str]:
         return {**self.home.server.env, "HOME": str(self.place), "PATH": f"{self.place / 'bin'}:{os.environ['PATH']}"}
 
-    def type(self, line: str, *, env: dict[str, str] | None = None, timeout_s: float = 120.0) -> Ran:
-        """Run it in bash, without a terminal."""
+    def type(self, line: str, *, env: dict[str, str] | None = None, timeout_s: float = 600.0) -> Ran:
+        """Run it in bash, without a terminal. An image may have to be built first."""
         began = time.monotonic()
         done = subprocess.run(
             ["bash", "-c", f"set -euo pipefail\n{line}"], cwd=self.place, env=env or self.env, stdin=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ from e2e_programs import compare, guide
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(600 * SLOWER),
+    pytest.mark.timeout(900 * SLOWER),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 FOUND = "[2, 3, 5, 7, 11, 13, 17, 19, 23, 29]"
