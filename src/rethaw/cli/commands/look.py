@@ -112,6 +112,13 @@ def ls(
     )
 
 
+# What an older server may not say of a session.
+_ABSENT: dict[str, Any] = {
+    "forked_from": None, "parent": None, "queue": "default", "tags": [], "version": None, "exit_code": None,
+    "degraded": False, "crashes": 0, "key": None,
+}  # fmt: skip
+
+
 def _rows(given: Wanted, limit: int) -> list[dict[str, Any]]:
     """Sessions as the server's JSON: to load the classes for them would take half as long as all the rest."""
     from rethaw.sdk import calls
@@ -122,7 +129,7 @@ def _rows(given: Wanted, limit: int) -> list[dict[str, Any]]:
     with client() as connection:
         while len(found) < limit:
             page, cursor = connection.run(calls.list_rows(given, min(limit - len(found), PAGE), cursor))
-            found += page
+            found += [{**_ABSENT, **one} for one in page]
             if cursor is None or not page:
                 break
     return found
