@@ -31,6 +31,9 @@ T = TypeVar("T")
 
 DEADLINE_S = 30.0  # rethaw.model.ports: implementations retry for so long, then raise Unavailable
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 0.3
+# A statement is prepared when a connection runs it again (psycopg waits for the sixth time: 1-2 ms more for each of the first
+# ten messages to an agent, benchmarks/sdk.py). At most so many stay prepared on a connection; there are about 150 kinds.
+_PREPARED_AFTER, _PREPARED_MAX = 1, 200
 
 # Read-only: a standby answers during a fail-over. Idle-in-transaction: the server ended a transaction of a paused process.
 _TRANSIENT = (
@@ -101,9 +104,16 @@ class Database:
 
     async def connect(self) -> Connection:
         """A connection of the caller's own, outside the pool (LISTEN, advisory locks)."""
-        return await AsyncConnection.connect(
-            self.dsn, autocommit=True, connect_timeout=10, application_name="rethaw", client_encoding="utf8"
+        conn = await AsyncConnection.connect(
+            self.dsn,
+            autocommit=True,
+            connect_timeout=10,
+            application_name="rethaw",
+            client_encoding="utf8",
+            prepare_threshold=_PREPARED_AFTER,
         )
+        conn.prepared_max = _PREPARED_MAX
+        return conn
 
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[Connection]:
