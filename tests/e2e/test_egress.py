@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import re
 import ssl
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from e2e_agents import Agents
-from e2e_fixtures import House, house
+from e2e_fixtures import House, Session, house
 
 pytestmark = pytest.mark.root
 HERE = "127.0.0.2"  # of this machine, and not among what a sandbox calls its own
@@ -195,12 +196,60 @@ def main(ctx):
 
 
 def test_a_function_that_may_go_nowhere_is_told_what_to_add(home: House) -> None:
-    """It has no proxy in its environment that could refuse: all it sees is a name that cannot be resolved."""
+    """It has no proxy in its environment that could refuse: all it sees is a name that cannot be resolved. The log and who
+    started it hear of the refusal all the same."""
     session = agents.start(home, ALONE)
     session.until_state("failed")
-    remedy = 'rethaw: this agent may connect to no host, so it can resolve no name; add allow=["HOST"] to it'
+    (refused,) = session.events("egress.refused")
+    assert refused["data"] == {"host": "api.github.com", "why": "no rule allows it", "rule": "api.github.com"}
+    shown = home.server.cli("events", session.id).stdout
+    assert "api.github.com refused: no rule allows it; to allow it: --allow api.github.com" in shown
+    remedy = 'rethaw: this agent may connect to no host, and resolves no name; add allow=["HOST"] to it'
     assert session.output("stderr").splitlines()[-1].startswith(remedy)
     assert remedy in home.server.cli("why", session.id).stdout
+
+
+LOOKS_UP = agents.add("""
+def main(ctx):
+    import socket
+    said = []
+    for name in ctx.messages(idle="60s"):
+        try:
+            said.append(socket.getaddrinfo(name.payload, 443))
+        except socket.gaierror as error:
+            said.append(error.errno)
+        if name.payload == "last.example":
+            return [said, socket.gethostbyname("localhost"), socket.gethostbyname(socket.gethostname())]
+""")
+
+
+def _was_refused(host: str, session: Session) -> bool:
+    return host in [e["data"]["host"] for e in session.events("egress.refused")]
+
+
+def test_a_name_that_is_looked_up_without_the_proxy_is_an_event(home: House) -> None:
+    """Also after three restores, and in a fork. Of a name that a rule allows, it says that the proxy is the way."""
+    session = agents.start(home, LOOKS_UP, allow=["*.allowed.example"], idle_suspend_s=0.3)
+    names = ["a.example", "A.example", "b.allowed.example", "c.example", "last.example"]
+    for name in names[:-1]:
+        session.until_state("suspended")
+        session.send(name)
+        session.until("its refusal", functools.partial(_was_refused, name.lower()))
+    session.until_state("suspended")
+    (made,) = home.server.request("POST", f"/v1/sessions/{session.id}/fork", {})["sessions"]
+    fork = Session(home, made)
+    for one in (session, fork):
+        one.send(names[-1])
+        assert one.result() == [[-2] * 5, "127.0.0.1", "127.0.0.1"]
+    why = "it was looked up without the proxy, and there is no other way out; use HTTPS_PROXY"
+    for one in (session, fork):
+        told = [(e["data"]["host"], e["data"]["why"], e["data"]["rule"]) for e in one.events("egress.refused")]
+        assert told == [
+            ("a.example", "no rule allows it", "a.example"),
+            ("b.allowed.example", why, None),
+            ("c.example", "no rule allows it", "c.example"),
+            ("last.example", "no rule allows it", "last.example"),
+        ]
 
 
 DOWNLOAD = agents.add("""

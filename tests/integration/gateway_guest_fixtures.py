@@ -149,7 +149,13 @@ async def guest_rig(providers: Providers, log: Any = None, **agent: Any) -> Asyn
     session.attach(log.fence, 1, gate, hooks)
     await session.restored(None)
     with tempfile.TemporaryDirectory(prefix="rethaw-guestd-") as run:
-        env = {"PATH": os.environ["PATH"], "RETHAW_PORT": "0", "RETHAW_RUN_DIR": run, "PYTHONPATH": str(ROOT / "src")}
+        env = {
+            "PATH": os.environ["PATH"],
+            "RETHAW_PORT": "0",
+            "RETHAW_NAMES_PORT": "0",
+            "RETHAW_RUN_DIR": run,
+            "PYTHONPATH": str(ROOT / "src"),
+        }
         in_read, in_write = os.pipe()
         out_read, out_write = os.pipe()
         guestd = await asyncio.create_subprocess_exec(

@@ -59,7 +59,12 @@ class Guest:
             stdin=down_read,
             stdout=up_write,
             stderr=(self.directory / "guestd.log").open("wb"),
-            env={"RETHAW_RUN_DIR": str(self.directory), "RETHAW_PORT": "0", "PATH": os.environ["PATH"]},
+            env={
+                "RETHAW_RUN_DIR": str(self.directory),
+                "RETHAW_PORT": "0",
+                "RETHAW_NAMES_PORT": "0",
+                "PATH": os.environ["PATH"],
+            },
             cwd="/",
         )
         os.close(down_read)

@@ -46,7 +46,8 @@ def event_line(event: Event) -> str:
 def _egress(kind: str, data: dict[str, Any]) -> str:
     """What an egress event says; empty for events of other kinds."""
     host = str(data.get("host"))
-    where = f"[{host}]:{data.get('port')}" if ":" in host else f"{host}:{data.get('port')}"
+    where = f"[{host}]" if ":" in host else host
+    where += f":{data['port']}" if data.get("port") else ""
     more = "".join(
         f" ({data[key]} more {what})"
         for key, what in (("repeats", "of the same"), ("others", "to other places"))

@@ -4,7 +4,7 @@ Control messages of the node: start, signal, resize, kill, ping, dial, quiesce, 
 pong, left, resized.
 
 Environment, for tests: RETHAW_RUN_DIR (default /run/rethaw) holds the socket and the generation file, RETHAW_PORT
-(default 8484; 0 takes a free one, written to RETHAW_RUN_DIR/port).
+(default 8484; 0 takes a free one, written to RETHAW_RUN_DIR/port), RETHAW_NAMES_PORT (default 53) the same for names.
 """
 
 # Paths are plain strings here: importing pathlib would double the start-up time of PID 1.
@@ -21,6 +21,7 @@ from rethaw.guest import hostname
 from rethaw.guest.calls import Calls
 from rethaw.guest.dial import Dials
 from rethaw.guest.loop import READ, Loop, child_signals
+from rethaw.guest.names import PORT, Names
 from rethaw.guest.process import Agent
 from rethaw.guest.web import Server
 from rethaw.guest.wire import Wire, note
@@ -43,6 +44,7 @@ class Guest:
         self._wire = Wire(self._loop, 0, 1)
         self._calls = Calls(self._loop, self._wire, os.path.join(self._run_dir, "context.sock"))
         self._web = Server(self._loop, self._wire, int(os.environ.get("RETHAW_PORT", "8484")), self._calls.new_id)
+        self._names = Names(self._loop, int(os.environ.get("RETHAW_NAMES_PORT", PORT)), self._looked_up)
         self._agent = Agent(self._loop, lambda body: self._calls.tell("exit", body))
         self._dials = Dials(self._loop, self._wire)
         self._agent.on_other = self._dials.reaped
@@ -50,6 +52,7 @@ class Guest:
         self._generation = ""
         self._signals = child_signals()
         self._write("port", str(self._web.address[1]))
+        self._write("names", str(self._names.port))
         self._loop.watch(self._signals, READ, self._children)
         self._wire.on_control = self._control
         self._wire.on_quiet = self._quiet
@@ -60,6 +63,10 @@ class Guest:
     def run(self) -> None:
         while self._loop.running:
             self._loop.run_once()
+
+    def _looked_up(self, name: str) -> None:
+        if self._started:
+            self._calls.tell("lookup", {"host": name})
 
     def _children(self, events: int) -> None:
         os.read(self._signals, 4096)

@@ -7,6 +7,7 @@ exception goes to stderr with its traceback, and the exit status is 1.
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import inspect
 import os
@@ -143,9 +144,9 @@ def main() -> int:
         return 1
     except Exception as error:
         traceback.print_exc()
-        if "HTTP_PROXY" not in os.environ and _wanted_a_name(error):
+        if "HTTP_PROXY" not in os.environ and _wanted_a_host(error):
             print(
-                'rethaw: this agent may connect to no host, so it can resolve no name; add allow=["HOST"] to it '
+                'rethaw: this agent may connect to no host, and resolves no name; add allow=["HOST"] to it '
                 "(or rethaw run --allow HOST)",
                 file=sys.stderr,
             )
@@ -153,15 +154,15 @@ def main() -> int:
     return 0
 
 
-def _wanted_a_name(error: BaseException) -> bool:
-    """Whether it comes of a host's name that could not be resolved, however a client has wrapped that."""
+def _wanted_a_host(error: BaseException) -> bool:
+    """Whether it comes of a name that could not be resolved or a network that is not there, however a client has wrapped that."""
     seen: List[BaseException] = []
     todo: List[object] = [error]
     while todo and len(seen) < 50:
         one = todo.pop()
         if not isinstance(one, BaseException) or any(one is other for other in seen):
             continue
-        if type(one).__name__ == "gaierror":
+        if type(one).__name__ == "gaierror" or (isinstance(one, OSError) and one.errno == errno.ENETUNREACH):
             return True
         seen.append(one)
         todo += [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]

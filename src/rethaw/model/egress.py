@@ -51,6 +51,10 @@ class Rule:
             return self.holds(literal, port)
         return host == self.host if self.kind == "name" else self.kind == "below" and host.endswith("." + self.host)
 
+    def leads_to(self, host: str) -> bool:
+        """Whether it fits `host` on any port."""
+        return any(self.asked(host, port) for port in self.ports or PORTS)
+
     def holds(self, address: Address, port: int) -> bool:
         """Whether it names `address` itself, or its network."""
         fits = self.ports is None or port in self.ports
@@ -181,6 +185,18 @@ def permitted(rules: Sequence[Rule], host: str, port: int, address: Address, why
     if why is None or any(rule.holds(address, port) and rule.is_narrow for rule in rules):
         return True
     return why == "private" and any(rule.kind == "name" and rule.asked(host, port) for rule in rules)
+
+
+def why_no_address(rules: Sequence[Rule], settings: EgressSettings, host: str) -> tuple[str, str | None]:
+    """Why a name that was looked up without the proxy has no address in a sandbox, and the rule to add if that is it."""
+    if not settings.enabled:
+        return "egress is switched off on this node", None
+    denied = next((rule for rule in settings.deny if rule.leads_to(host)), None)
+    if denied is not None:
+        return f"denied on this node by {denied.text}", None
+    if any(rule.leads_to(host) for rule in rules):
+        return "it was looked up without the proxy, and there is no other way out; use HTTPS_PROXY", None
+    return "no rule allows it", host
 
 
 def rule_for(host: str, port: int) -> str:

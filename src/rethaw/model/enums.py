@@ -139,6 +139,6 @@ class EventType(StrEnum):
     BUDGET_EXCEEDED = "budget.exceeded"  # {what, used, limit, calls}: the session is stopped
     BUDGET_CHANGED = "budget.changed"  # {budget}: a person gave the session another one
     EGRESS_OPENED = "egress.opened"  # {host, port, address, tunnel}
-    EGRESS_REFUSED = "egress.refused"  # {host, port, why, rule?, repeats?, others?}
+    EGRESS_REFUSED = "egress.refused"  # {host, port?, why, rule?, repeats?, others?}
     EGRESS_FAILED = "egress.failed"  # {host, port, error, repeats?, others?}
     EGRESS_CLOSED = "egress.closed"  # {host, port, sent, received, seconds, tunnel, why?}

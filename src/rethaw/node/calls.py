@@ -40,6 +40,8 @@ class Owner(Protocol):
 
     def waits_changed(self) -> None: ...
 
+    async def looked_up(self, host: str) -> None: ...
+
     def attend(self) -> None: ...
 
 
@@ -81,6 +83,7 @@ class Calls:
             "history": self._history,
             "result": self._result,
             "exit": self._exit,
+            "lookup": self._lookup,
             "carry": self._carry,
         }
 
@@ -195,6 +198,10 @@ class Calls:
 
     async def _consumed(self, call: str, body: Body) -> Any:
         await self._parts.control.consume(self._fence, self._attempt, int(body["number"]))
+        return {}
+
+    async def _lookup(self, call: str, body: Body) -> Any:
+        await self._owner.looked_up(str(body["host"]))
         return {}
 
     async def _deadline(self, call: str, body: Body) -> Any:

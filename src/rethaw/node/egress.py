@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Coroutine
 from typing import Any, Protocol
 
-from rethaw.model.egress import EgressSettings, rules_of
+from rethaw.model.egress import EgressSettings, host_of, rules_of, why_no_address
 from rethaw.model.enums import EventType
 from rethaw.model.errors import ChannelBroken, Fenced, RethawError
 from rethaw.model.ports import GuestStream, LogSink
@@ -133,6 +133,12 @@ class Egress:
             if stream.hung_up:
                 self._drop(stream.id, "closed by the agent")
             raise
+
+    async def looked_up(self, asked: str) -> None:
+        """A program wanted the address of a name, and was told that there is none: it did not ask the proxy."""
+        with contextlib.suppress(ValueError):
+            why, rule = why_no_address(self._rules, self._settings, host := host_of(asked))
+            await self._tell(NewEvent(type=EventType.EGRESS_REFUSED, data={"host": host, "why": why, "rule": rule}))
 
     async def close(self, why: str = "the sandbox is gone") -> None:
         """The life is over, or its program is."""
@@ -291,7 +297,7 @@ class News:
 
     def of(self, event: NewEvent) -> NewEvent | None:
         """The event to append, if any."""
-        now, key = time.monotonic(), (event.type, event.data["host"], event.data["port"])
+        now, key = time.monotonic(), (event.type, event.data["host"], event.data.get("port"))
         if now - self._since >= REPEATS_S:
             repeats = self._more.pop(key, 0)
             others = self._others + self._more.total()

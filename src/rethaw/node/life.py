@@ -225,6 +225,9 @@ class Life:
     def waits_changed(self) -> None:
         self._changed()
 
+    async def looked_up(self, host: str) -> None:
+        await self.egress.looked_up(host)
+
     def attend(self) -> None:
         """What the agent waited for has come, and somebody may wait for what it says to that."""
         self.sandbox.attend()
