@@ -9,12 +9,15 @@ import os
 import re
 import shlex
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from e2e_fixtures import SLOWER, House, Session, house
+from e2e_programs import BEGIN_S
 
 import rethaw
 from rethaw.cli.main import main
@@ -22,7 +25,7 @@ from rethaw.testing.provider import Reply
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(240 * SLOWER),
+    pytest.mark.timeout(900 * SLOWER),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,16 +51,16 @@ class Page:
     def open(self, page: str) -> None:
         """Take its files down."""
         self._text = (ROOT / page).read_text()
-        for code in self._blocks("python"):
+        for code in self.blocks("python"):
             if named := re.match(r"# (\w+\.py)\n", code):
                 (self.place / named[1]).write_text(code)
 
-    def _blocks(self, language: str) -> list[str]:
+    def blocks(self, language: str) -> list[str]:
         return re.findall(rf"^```{language}\n(.*?)^```$", self._text, re.DOTALL | re.MULTILINE)
 
     def lines(self, has: str) -> list[str]:
         """Commands of the shell block that `has` this."""
-        (block,) = [b for b in self._blocks("sh") if has in b]
+        (block,) = [b for b in self.blocks("sh") if has in b]
         return [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
     def type(self, line: str, code: int = 0) -> str:
@@ -72,9 +75,12 @@ class Page:
         assert got == code, (line, got, said)
         return said.out
 
-    def run(self, has: str) -> None:
-        """Run the one Python block that `has` this and no file of its own, in the page's namespace."""
-        (code,) = [b for b in self._blocks("python") if has in b and not b.startswith("# ")]
+    def run(self, has: str, **instead: str) -> None:
+        """Run the one Python block that `has` this and no file of its own, in the page's namespace; with some words in place
+        of others."""
+        (code,) = [b for b in self.blocks("python") if has in b and not b.startswith("# ")]
+        for word, other in instead.items():
+            code = code.replace(word, other)
         for name, value in self.names.items():
             code = code.replace(f'"{name}"', f'"{value}"')
         exec(compile(code, has, "exec"), self.scope)
@@ -106,6 +112,46 @@ def test_agents(page: Page) -> None:
     made = page.scope["image"]
     assert made.spec.apt == ("ffmpeg",) or "ffmpeg" in str(made.spec)
     assert [file["name"] for one in made.sources() for file in one.described()["files"]] == ["one.txt", "settings.toml"]
+    page.run("Image.from_env(", torch='numpy", "obstore", "mkdocs-material')  # what is installed here
+    assert "ffmpeg" in str(page.scope["image"].spec) and page.scope["image"].spec != made.spec
+
+
+def test_images(page: Page) -> None:
+    page.open("docs/images.md")
+    (page.place / "prompts").mkdir()
+    (page.place / "prompts/one.txt").write_text("")
+    page.run("npm_install(")
+    assert [step.kind for step in page.scope["image"].spec.steps][-1] == "run"
+    (whole,) = page.blocks("toml")
+    (page.place / "rethaw.toml").write_text(whole)
+    (page.place / "src").mkdir()
+    (page.place / "src/app.ts").write_text("")
+    assert "tsc --version > compiler" in page.type("rethaw run --image . --dry-run -- true")
+
+
+def test_snapshots_policy(page: Page) -> None:
+    page.open("docs/snapshots.md")
+    (code,) = page.blocks("python")
+    (page.place / "careful.py").write_text(code)
+    session = page.session(page.type("rethaw run -d careful.py").strip())
+    assert session.result() == "kept for a week"
+    agent = session.view["agent"]
+    assert (agent["keep_all_s"], agent["keep_bytes"]) == (7 * 86400, 20 << 30)
+
+
+def test_ports_from_python(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+    page.open("docs/ports.md")
+    work = "mkdir -p /app; echo whole > /app/report; exec python3 -m http.server 3000"
+    session = page.session(page.type(f"rethaw run -d --image base -- sh -c '{work}'").strip())
+    session.until_state("running")
+    (page.place / "data.csv").write_text("1,2\n")
+    capsys.readouterr()
+    page.run("session.exec(")
+    said = capsys.readouterr().out
+    assert re.match(r"128 .*\nhttp://\S+/ports/3000/\?rethaw_link=\S+\n$", said)  # of git: no repository there
+    assert (page.place / "report").read_text() == "whole\n"
+    assert page.type("rethaw exec SESSION -- cat /app/data.csv") == "1,2\n"
+    session.post("cancel", {"now": True})
 
 
 def test_context(page: Page) -> None:
@@ -122,6 +168,82 @@ def test_context(page: Page) -> None:
     session.send("better")
     session.signal("approval", {"ok": True})
     assert session.result() in ("approved: better", "approved: draft")  # whichever it took first
+
+
+def test_a_conversation_goes_on(page: Page) -> None:
+    page.open("docs/context.md")
+    session = page.session(page.type("rethaw run -d resume.py --topic tides").strip())
+    for number, question in enumerate(["why?", "twice a day?"], 1):
+        session.send(question)
+        session.until("its answer", lambda s, n=number: len(s.outbox()) == n, timeout_s=BEGIN_S)
+    assert session.outbox() == ["echo why?", "echo twice a day?"]
+    page.type("rethaw deploy resume.py")
+    page.type("rethaw upgrade SESSION")
+    session.send("and the moon?")
+    session.until("its answer", lambda s: len(s.outbox()) == 3)
+    said = page.home.provider.inner.calls[-1].json
+    assert said is not None
+    assert said["system"] == "You teach tides."
+    assert [(m["role"], m["content"] if isinstance(m["content"], str) else m["content"][0]["text"]) for m in said["messages"]] == [
+        ("user", "why?"), ("assistant", "echo why?"), ("user", "twice a day?"), ("assistant", "echo twice a day?"),
+        ("user", "and the moon?"),
+    ]  # fmt: skip
+    session.post("cancel", {"now": True})
+
+
+def test_comparison(page: Page) -> None:
+    page.open("docs/comparison.md")
+    session = page.session(page.type("rethaw run -d moved.py --goal rest").strip())
+    session.until("its message", lambda s: s.outbox(), timeout_s=BEGIN_S)
+    answer = "echo what is known about rest\nwhat is known about objections to rest"
+    assert session.outbox() == [answer]
+    session.signal("approval", True)
+    assert session.result() == answer
+    assert "requested" in [e["data"]["why"] for e in session.events("snapshot.created")]
+
+
+class _Site(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"at {self.path}".encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_network(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a site of this machine instead of the page's hosts, allowed by the address."""
+    page.open("docs/network.md")
+    site = ThreadingHTTPServer(("127.0.0.2", 0), _Site)
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    where = f"127.0.0.2:{site.server_port}"
+    try:
+        file = page.place / "watch.py"
+        file.write_text(
+            file.read_text().replace("https://api.github.com", f"http://{where}").replace("api.github.com", where)
+        )
+        watch, allowed, events = page.lines("watch.py --repository")
+        assert page.type(watch) == "at /repos/python/cpython\n"
+        allowed = allowed.replace("example.com", where)
+        assert page.type(allowed) == "200\n"
+        listed = page.home.server.request("GET", "/v1/sessions?limit=1")["sessions"]
+        page.session(listed[0]["id"])
+        assert re.search(rf"egress.opened +{where}\n(.*\n)*.*egress.closed +{where}, sent ", page.type(events))
+        words = shlex.split(allowed.replace(f"--allow {where}", "--allow another.example"))
+        assert main(words[1:]) == 1
+        said = capsys.readouterr().err
+        assert f"egress to {where} refused" in said and f"--allow {where}" in said
+    finally:
+        site.shutdown()
+        site.server_close()
+
+
+def test_engines(page: Page) -> None:
+    page.open("docs/engines.md")
+    (page.place / "agent.py").write_text("import rethaw\n\n\n@rethaw.agent\ndef main(ctx):\n    return 'here'\n")
+    _, run, _ = page.lines("--engine qemu")
+    assert page.type(run) == "here\n"
 
 
 def test_queues(page: Page) -> None:
@@ -199,6 +321,9 @@ def test_versions(page: Page) -> None:
     session.send("hello")
     session.until("an answer", lambda s: s.outbox() == ["Ann: hello"])
     assert "helper" in page.type(look[0]) and re.search(r"--who +str +needed", page.type(look[1]))
+    page.run("Agent.from_name(")
+    begun = Session(page.home, {"id": page.scope["begin"]("Bo")})
+    begun.until("an answer", lambda s: s.outbox() == ["Bo: hello"])
     file = page.place / "helper.py"
     file.write_text(file.read_text().replace("{who}: ", "{who}, "))
     for line in page.lines("helper@2"):
@@ -215,6 +340,13 @@ def test_versions(page: Page) -> None:
     session.until("it runs", lambda s: s.view["state"] in ("running", "waiting", "suspended"))
     session.send("last")
     session.until("its answer", lambda s: "Ann; last" in s.outbox())
+    file.write_text(file.read_text().replace("{who}; ", "{who} - "))
+    page.run("client.agents.deploy(")
+    number = page.scope["correct"](session.id, "helper.py")
+    session.send("corrected")
+    session.until("its answer", lambda s: "Ann - corrected" in s.outbox())
+    assert session.view["version"] == number
+    begun.post("cancel", {"now": True})
     session.post("cancel", {"now": True})
 
 

@@ -88,6 +88,26 @@ def test_agents_of_the_docs_are_found(where: str, code: str, tmp_path: Path) -> 
         assert found.spec(found.package().digest).entry == f"documented_agent.py::{found.function.__name__}"
 
 
+def test_every_python_example_is_run_by_a_test() -> None:
+    """A file by its name, where a test or a page that is typed whole names it; what only shows a call by `page.run`."""
+    tests = {path: path.read_text() for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)}
+    shown = [lit for one in tests.values() for lit in re.findall(r"page\.run\([\"'](.+?)[\"'][,)]", one)]
+    here = Path(__file__).read_text()
+    typed = "".join(block for _, block in blocks("sh"))
+    for where, code in blocks("python"):
+        page = f'"{where.split(":")[0]}"'
+        opened = any(page in text for text in tests.values())
+        if named := re.match(r"# (\w+\.py)\n", code):
+            told = [f"from {named[1][:-3]} import" in one for _, one in blocks("python") if one.startswith("# test_")]
+            run = named[1].startswith("test_") or any(named[1][:-3] in text for text in (here, *tests.values()))
+            assert run or any(told) or (opened and named[1] in typed), where
+        else:
+            assert opened and any(lit.encode().decode("unicode_escape") in code for lit in [*shown, *_BLOCKS]), where
+
+
+_BLOCKS = ("def compare(session", "keep_snapshots=")  # run whole by tests/e2e/test_forks.py, test_docs_pages.py
+
+
 def test_tests_of_the_docs_pass(tmp_path: Path) -> None:
     """Those that stand there as a file of their own, beside the other files that are named. (The ones that want a server
     are in tests/e2e/test_testing_plugin.py.)"""

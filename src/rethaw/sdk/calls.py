@@ -88,11 +88,20 @@ def error_of(status: int, body: bytes, *, url: str, token_source: str) -> Rethaw
 
 
 def path(*parts: str) -> str:
-    """/v1/PART/PART, each escaped. Raises InvalidInput for an empty part, which would name something else."""
+    """/v1/PART/PART, each escaped. Raises InvalidInput for a part that is empty or would name something else."""
     for part in parts:
-        if not part or part in (".", ".."):
-            raise InvalidInput(f"{part!r} is not an id", remedy="`rethaw ls` lists sessions")
-    return "/v1/" + "/".join(quote(part, safe="") for part in parts)
+        if "/" in part:  # servers take an escaped one for a plain one
+            raise InvalidInput(f"{part!r} is not an id or a name, which have no '/'", remedy=_LISTED)
+    return "/v1/" + "/".join(_part(part) for part in parts)
+
+
+_LISTED = "`rethaw ls` lists sessions"
+
+
+def _part(text: str) -> str:
+    if text in ("", ".", ".."):
+        raise InvalidInput(f"{text!r} is not an id", remedy=_LISTED)
+    return quote(text, safe="")
 
 
 # ---------------------------------------------------------------- readers
@@ -299,7 +308,7 @@ def send(session: str, payload: bytes, key: str | None) -> Call[Message]:
 def signal(session: str, name: str, payload: bytes, key: str | None) -> Call[str]:
     return Call(
         "POST",
-        path("sessions", session, "signals", name),
+        f"{path('sessions', session, 'signals')}/{_part(name)}",
         lambda b: str(_object(b)["signal"]),
         content=_with_key(payload, key),
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import quote
 
 import httpx2
 
 from rethaw.model.errors import Unavailable
 from rethaw.model.types import ImageBuilt, ImageDetail, ImageInfo, ImageRemoved, ImageSpec
-from rethaw.sdk.calls import Call, error_of
+from rethaw.sdk.calls import Call, error_of, path
 from rethaw.sdk.sse import Parser, ServerEvent
 from rethaw.sdk.transport import QUIET_S, Target
 
@@ -59,11 +58,11 @@ def _list() -> Call[list[ImageInfo]]:
 
 
 def _inspect(digest: str) -> Call[ImageDetail]:
-    return Call("GET", f"/v1/images/{quote(digest, safe='')}", ImageDetail.model_validate_json)
+    return Call("GET", path("images", digest), ImageDetail.model_validate_json)
 
 
 def _remove(digest: str) -> Call[ImageRemoved]:
-    return Call("DELETE", f"/v1/images/{quote(digest, safe='')}", ImageRemoved.model_validate_json, wait_s=_BUILD_S)
+    return Call("DELETE", path("images", digest), ImageRemoved.model_validate_json, wait_s=_BUILD_S)
 
 
 class Images:
