@@ -33,7 +33,8 @@ from rethaw.engines.base import Capture, SandboxSpec
 from rethaw.engines.microvm.engine import QemuEngine
 from rethaw.engines.microvm.sandbox import QemuSandbox
 from rethaw.images.builder import ImageStore
-from rethaw.model.types import ImageSpec, SnapshotInfo
+from rethaw.model.image_types import ImageSpec
+from rethaw.model.types import SnapshotInfo
 from rethaw.snapshots.store import SnapshotStore
 from rethaw.testing.server import image_cache
 

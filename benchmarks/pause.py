@@ -25,7 +25,7 @@ from rethaw.engines.base import SandboxSpec
 from rethaw.engines.microvm.engine import QemuEngine
 from rethaw.engines.microvm.sandbox import QemuSandbox
 from rethaw.images.builder import ImageStore
-from rethaw.model.types import ImageSpec
+from rethaw.model.image_types import ImageSpec
 from rethaw.testing.server import image_cache
 
 MIB = 1 << 20

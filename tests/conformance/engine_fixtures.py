@@ -17,7 +17,7 @@ from rethaw.engines.base import Capture, Engine, Sandbox, SandboxSpec
 from rethaw.engines.gvisor.engine import GvisorEngine
 from rethaw.engines.microvm.engine import QemuEngine
 from rethaw.images.builder import ImageStore
-from rethaw.model.types import ImageSpec
+from rethaw.model.image_types import ImageSpec
 
 MIB = 1 << 20
 IMAGES = Path(os.environ.get("RETHAW_TEST_IMAGES", Path(tempfile.gettempdir()) / "rethaw-test-images"))

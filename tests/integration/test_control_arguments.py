@@ -10,7 +10,8 @@ from control_fixtures import AGENT, World, cluster_fixture, dsn_fixture, world_f
 from rethaw.model import signatures
 from rethaw.model.enums import State
 from rethaw.model.errors import InvalidInput, KeyReused
-from rethaw.model.types import AgentSpec, ScheduleSpec, Signature
+from rethaw.model.queue_types import ScheduleSpec
+from rethaw.model.types import AgentSpec, Signature
 from rethaw.model.versions import digest
 
 

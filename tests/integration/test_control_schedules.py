@@ -24,7 +24,8 @@ from rethaw.control.templates import auto_name
 from rethaw.model import faults
 from rethaw.model.enums import Durability, Reason, State
 from rethaw.model.errors import Conflict, InvalidInput, NotFound, RethawError
-from rethaw.model.types import Fence, Schedule, ScheduleSpec, SessionView, StartOptions, WaitSpec
+from rethaw.model.queue_types import Schedule, ScheduleSpec
+from rethaw.model.types import Fence, SessionView, StartOptions, WaitSpec
 
 S = State
 

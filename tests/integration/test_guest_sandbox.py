@@ -21,7 +21,8 @@ from rethaw.channel.payload import embed
 from rethaw.engines.base import Capture, Sandbox, SandboxSpec
 from rethaw.engines.gvisor.engine import GvisorEngine
 from rethaw.images.builder import ImageStore
-from rethaw.model.types import MIB, ImageSpec
+from rethaw.model.image_types import ImageSpec
+from rethaw.model.types import MIB
 from rethaw.node.link import Link
 from rethaw.node.link_stream import Stream
 from rethaw.node.parts import GUEST_ARGV

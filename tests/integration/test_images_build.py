@@ -18,7 +18,7 @@ from rethaw.images.builder import BuiltImage, ImageStore
 from rethaw.images.spec import base_digest
 from rethaw.model import faults
 from rethaw.model.errors import ImageError, RethawError
-from rethaw.model.types import ImageSpec
+from rethaw.model.image_types import ImageSpec
 
 pytestmark = [
     pytest.mark.root,

@@ -24,7 +24,7 @@ from rethaw.images import proxy, pypi
 from rethaw.images.builder import ImageStore
 from rethaw.images.spec import base_digest, layers
 from rethaw.model.errors import ImageError
-from rethaw.model.types import ImageSpec, ImageStep
+from rethaw.model.image_types import ImageSpec, ImageStep
 
 pytestmark = [
     pytest.mark.root,
@@ -276,7 +276,7 @@ async def test_a_node_that_is_killed_while_packages_are_built_leaves_no_sandbox(
 import asyncio
 from pathlib import Path
 from rethaw.images.builder import ImageStore
-from rethaw.model.types import ImageSpec
+from rethaw.model.image_types import ImageSpec
 spec = ImageSpec(pip=("slow",))
 asyncio.run(ImageStore(Path({str(home)!r})).ensure(spec, lambda line: print(line, flush=True)))
 """

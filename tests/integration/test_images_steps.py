@@ -24,7 +24,7 @@ from rethaw.images import build, steps
 from rethaw.images.builder import ImageStore
 from rethaw.images.spec import base_digest, layers
 from rethaw.model.errors import ImageError
-from rethaw.model.types import ImageSpec, ImageStep
+from rethaw.model.image_types import ImageSpec, ImageStep
 
 pytestmark = [
     pytest.mark.root,
@@ -182,7 +182,7 @@ async def test_a_node_that_is_killed_leaves_no_sandbox(store: ImageStore, home: 
 import asyncio, sys
 from pathlib import Path
 from rethaw.images.builder import ImageStore
-from rethaw.model.types import ImageSpec, ImageStep
+from rethaw.model.image_types import ImageSpec, ImageStep
 spec = ImageSpec(steps=(ImageStep(kind="run", words=("echo running; sleep 1000",)),))
 asyncio.run(ImageStore(Path({str(home)!r})).ensure(spec, lambda line: print(line, flush=True)))
 """

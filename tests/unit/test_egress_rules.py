@@ -14,7 +14,8 @@ from rethaw.model import egress
 from rethaw.model.egress import address_of, guarded, host_of, permitted, remedy_for, rules_of
 from rethaw.model.enums import EventType
 from rethaw.model.errors import InvalidInput
-from rethaw.model.types import AgentSpec, Assignment, Event, ImageSpec
+from rethaw.model.image_types import ImageSpec
+from rethaw.model.types import AgentSpec, Assignment, Event
 from rethaw.node.boot import guest_env
 from rethaw.node.egress_reach import is_own, special
 from rethaw.sdk.agents import agent, options

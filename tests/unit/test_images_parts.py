@@ -15,7 +15,7 @@ import pytest
 from rethaw.images import archive, guest, mirrors
 from rethaw.images.spec import check, spec_digest, tree_digest
 from rethaw.model.errors import ImageError, InvalidInput
-from rethaw.model.types import ImageSpec
+from rethaw.model.image_types import ImageSpec
 from rethaw.node.boot import GATEWAY
 
 # ---------------------------------------------------------------- names

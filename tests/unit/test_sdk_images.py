@@ -17,7 +17,7 @@ import pytest
 from rethaw.images import archive
 from rethaw.images.spec import blobs, check, layers, spec_digest, tree_digest
 from rethaw.model.errors import InvalidInput, NotFound, TooLarge
-from rethaw.model.types import ImageSpec, ImageStep
+from rethaw.model.image_types import ImageSpec, ImageStep
 from rethaw.sdk import additions, elf, environment
 from rethaw.sdk.ignore import DEFAULT, Rules
 from rethaw.sdk.images import Image

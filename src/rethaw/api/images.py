@@ -16,8 +16,8 @@ from rethaw.api.rooms import Rooms
 from rethaw.control.finding import Filter
 from rethaw.model.enums import State
 from rethaw.model.errors import Conflict, RethawError, Unavailable
+from rethaw.model.image_types import ImageBuilt, ImageDetail, ImageInfo, ImageRemoved, ImageSpec
 from rethaw.model.ports import Images
-from rethaw.model.types import ImageBuilt, ImageDetail, ImageInfo, ImageRemoved, ImageSpec
 
 _LIVE = tuple(state for state in State if not state.final)
 _PAGE = 1000

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, StrictInt
 
 from rethaw.api import models
 from rethaw.api.rooms import Rooms
-from rethaw.model.types import Queue
+from rethaw.model.queue_types import Queue
 
 
 class QueueBody(BaseModel):

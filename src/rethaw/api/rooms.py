@@ -14,10 +14,11 @@ from rethaw.control.snapshots import Catalog
 from rethaw.log.store import Log
 from rethaw.model.dialing import Dialing
 from rethaw.model.errors import NotFound
+from rethaw.model.image_types import ImageSpec
 from rethaw.model.looking import Looking
 from rethaw.model.ports import Carrier, Images
 from rethaw.model.terminal import Terminals
-from rethaw.model.types import AgentSpec, ImageSpec
+from rethaw.model.types import AgentSpec
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

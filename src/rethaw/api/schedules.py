@@ -11,7 +11,8 @@ from rethaw.api import models
 from rethaw.api.rooms import Rooms
 from rethaw.api.warming import Warming
 from rethaw.model.errors import NotFound
-from rethaw.model.types import Schedule, ScheduleSpec, SessionView
+from rethaw.model.queue_types import Schedule, ScheduleSpec
+from rethaw.model.types import SessionView
 
 
 class ScheduleBody(ScheduleSpec):

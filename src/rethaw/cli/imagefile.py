@@ -12,7 +12,7 @@ from rethaw.model.nearest import did_you_mean
 from rethaw.sdk.images import NODE, Image
 
 if TYPE_CHECKING:
-    from rethaw.model.types import ImageSpec
+    from rethaw.model.image_types import ImageSpec
     from rethaw.sdk.client import Client
 
 NAMES: dict[str, tuple[str, Callable[[], Image]]] = {

@@ -85,7 +85,7 @@ class Joined:
     def over(self, connection: Client, agent: AgentSpec) -> AgentSpec:
         """`agent` with all of this; what it names is on the server."""
         from rethaw.cli.attaching import size_here
-        from rethaw.model.types import ImageStep
+        from rethaw.model.image_types import ImageStep
 
         changes: dict[str, Any] = {}
         if self.tty:

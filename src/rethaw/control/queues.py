@@ -14,6 +14,7 @@ from rethaw.control.rows import Conn, Row
 from rethaw.control.wakeups import Transactions
 from rethaw.model.errors import Conflict, InvalidInput, NotFound
 from rethaw.model.nearest import did_you_mean
+from rethaw.model.queue_types import Queue
 from rethaw.model.starting import (
     DEFAULT_QUEUE,
     check_concurrency_key,
@@ -22,7 +23,7 @@ from rethaw.model.starting import (
     check_tags,
     check_wait,
 )
-from rethaw.model.types import Queue, StartOptions
+from rethaw.model.types import StartOptions
 
 UNCOUNTED = ""  # the queue of children and of templates' own sessions: no limit can be set for it
 _LEAST_TTL_S = 0.1

@@ -20,8 +20,9 @@ from rethaw.control.wakeups import Transactions
 from rethaw.model import faults
 from rethaw.model.errors import Conflict, InvalidInput, NotFound, RethawError
 from rethaw.model.ids import new_generation, new_id
+from rethaw.model.queue_types import Firing, Schedule, ScheduleSpec
 from rethaw.model.starting import check_name
-from rethaw.model.types import AgentSpec, Firing, Schedule, ScheduleSpec, SessionView, StartOptions
+from rethaw.model.types import AgentSpec, SessionView, StartOptions
 from rethaw.model.versions import unsigned
 
 log = logging.getLogger("rethaw.control")

@@ -6,7 +6,6 @@ A sandbox has no network, and its /etc/resolv.conf names no server: then the res
 
 from __future__ import annotations
 
-import contextlib
 import time
 
 from rethaw.channel.lean import socket
@@ -56,8 +55,10 @@ class Names:
         if found is None:
             return
         name, kind, end = found
-        with contextlib.suppress(OSError):  # it asks again
+        try:
             self._socket.sendto(refusal(packet, end), client)
+        except OSError as error:
+            note(f"a name was not answered: {error}")  # it is asked for again
         if kind in _ADDRESSES:
             self._heard(name)
 

@@ -29,7 +29,7 @@ from rethaw.images import archive, build, guest, oci, places, runtime, steps
 from rethaw.images.spec import all_steps, check, layers, runtime_digest, spec_digest
 from rethaw.model import faults
 from rethaw.model.errors import ImageError, RethawError
-from rethaw.model.types import ImageSpec
+from rethaw.model.image_types import ImageSpec
 
 log = logging.getLogger("rethaw.images")
 

@@ -13,7 +13,7 @@ from typing import Any
 from rethaw.images.builder import ImageStore
 from rethaw.images.spec import check, layers, spec_digest, tree_digest
 from rethaw.model.errors import InvalidInput, NotFound
-from rethaw.model.types import ImageBuilt, ImageDetail, ImageInfo, ImageRemoved, ImageSpec
+from rethaw.model.image_types import ImageBuilt, ImageDetail, ImageInfo, ImageRemoved, ImageSpec
 
 _SHOWN = 12  # characters of a digest in a text
 _LEAST = 4  # characters that name an image

@@ -8,7 +8,7 @@ import platform
 import re
 
 from rethaw.model.errors import InvalidInput
-from rethaw.model.types import ImageSpec, ImageStep
+from rethaw.model.image_types import ImageSpec, ImageStep
 
 FORMAT = 1  # of the root filesystems; a change builds every image anew
 BASE_PACKAGES = ("ca-certificates", "git", "python3", "ripgrep")  # all that is ever installed outside of a sandbox

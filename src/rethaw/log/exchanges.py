@@ -10,7 +10,8 @@ from typing import Any
 from rethaw.log import encoding
 from rethaw.model.enums import ExchangeState
 from rethaw.model.errors import InvalidInput
-from rethaw.model.types import Chunk, Exchange, RequestMeta, ResponseHead, Usage, Wire
+from rethaw.model.types import Chunk, Exchange, RequestMeta, ResponseHead, Usage
+from rethaw.model.wire import Wire
 
 COLUMNS = "id, session, attempt, line, seq, meta, request_bytes, state, epoch, owner, usage, head, received"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from rethaw.model.looking import Shell, TerminalSize
-from rethaw.model.types import Wire
+from rethaw.model.wire import Wire
 
 PYTHON = "\1python"  # as the first word of a command: guestd's own interpreter, whatever the image has
 

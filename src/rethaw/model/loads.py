@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from rethaw.model.enums import Reason, State
-from rethaw.model.types import Wire
+from rethaw.model.wire import Wire
 
 
 class SessionLoad(Wire):

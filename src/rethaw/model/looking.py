@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from rethaw.model.types import SnapshotInfo, Wire
+from rethaw.model.types import SnapshotInfo
+from rethaw.model.wire import Wire
 
 FileKind = Literal["file", "directory", "link", "fifo", "socket", "device"]
 IDLE_S = 900.0  # a shell without a byte either way is ended

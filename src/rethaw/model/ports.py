@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rethaw.model.enums import Durability, EventType, ExchangeState, Reason
-from rethaw.model.types import (
+from rethaw.model.image_types import ImageBuilt, ImageDetail, ImageInfo, ImageRemoved, ImageSpec
+from rethaw.model.types import (  # fmt: skip
     AgentFork,
     AgentSpec,
     Assignment,
@@ -21,11 +22,6 @@ from rethaw.model.types import (
     Event,
     Exchange,
     Fence,
-    ImageBuilt,
-    ImageDetail,
-    ImageInfo,
-    ImageRemoved,
-    ImageSpec,
     Lease,
     NewEvent,
     NodeInfo,
@@ -37,7 +33,7 @@ from rethaw.model.types import (
     Usage,
     WaitSpec,
     WaitState,
-)  # fmt: skip
+)
 
 
 class LogSink(Protocol):

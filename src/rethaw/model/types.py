@@ -5,123 +5,26 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from rethaw.model.enums import Desired, Durability, EventType, ExchangeState, Reason, State
+from rethaw.model.image_types import ImageSpec
+from rethaw.model.wire import Wire
 
 MIB = 1 << 20
 MESSAGE_LIMIT = 1 * MIB  # one inbox, outbox or signal payload
 EXCHANGE_LIMIT = 64 * MIB  # one request or response body
 
 
-class Wire(BaseModel):
-    """Base of all wire types: immutable, unknown fields refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64", defer_build=True
-    )
-
-
-# ---------------------------------------------------------------- agents and images
-
-
-class ImageStep(Wire):
-    """One thing done to an image, in its order. `blob` is the digest of an uploaded tar.gz, unpacked at `target`."""
-
-    kind: Literal["apt", "pip", "npm", "run", "add"]
-    words: tuple[str, ...] = ()  # packages, requirements, or one shell command; of "add" the machine it is for, if any
-    env: dict[str, str] = Field(default_factory=dict[str, str])  # of "run"
-    blob: str | None = None
-    target: str | None = None
-    workdir: str | None = None  # of "run"; None: /
-
-    @model_serializer(mode="wrap")
-    def _as_ever(self, handler: SerializerFunctionWrapHandler):  # no return type: the schema stays that of the fields
-        """Without a directory as before there were any: sessions are found by these bytes."""
-        out = handler(self)
-        if out.get("workdir") is None:
-            out.pop("workdir", None)
-        return out
-
-    def said(self) -> str:
-        """For people."""
-        if self.kind == "add":
-            return f"add {(self.blob or '')[:12]} to {self.target}"
-        return f"{self.kind} {' '.join(self.words)}"
-
-
-class ImageSpec(Wire):
-    """What an image is made of: the base with `apt`, then `pip`, then `steps`. Its digest (images.spec_digest) names it;
-    equal specs are one image."""
-
-    suite: str = "bookworm"
-    apt: tuple[str, ...] = ()  # on top of the base image's packages
-    pip: tuple[str, ...] = ()  # requirement specifiers, installed for the image's own python3
-    env: dict[str, str] = Field(default_factory=dict[str, str])
-    steps: tuple[ImageStep, ...] = ()
-    python: str | None = None  # the interpreter that runs the agent; None: the image's own python3
-    workdir: str | None = None  # that agents start in unless they say otherwise
-    oci: str | None = None  # digest of an uploaded image of another tool, in place of Debian, apt and pip
-
-    @model_serializer(mode="wrap")
-    def _as_ever(self, handler: SerializerFunctionWrapHandler):  # no return type: the schema stays that of the fields
-        """A spec without steps is written as before there were any: sessions and templates are found by these bytes."""
-        out = handler(self)
-        for name in ("steps", "python", "workdir", "oci"):
-            if not out.get(name):
-                out.pop(name, None)
-        return out
-
-
-class ImageInfo(Wire):
-    """An image that was built here, or a tree of files that it stands on. `kind`: "image"; of trees "base" (a Debian), "oci"
-    (another tool's image), "pip" or "step" (a layer on another tree), "runtime" (the private interpreter), "composed" (what a
-    sandbox boots: an image, Rethaw's own modules and an agent's code). `own_bytes`: that no other tree shares; of an image
-    those of its layers."""
-
-    digest: str
-    kind: str
-    made_of: str  # in words
-    own_bytes: int
-    built_s: float
-    used_at: datetime
-
-
-class ImageBuilt(Wire):
-    """An image that is there. `built`: it was not before."""
-
-    digest: str  # of its spec
-    built: bool
-    seconds: float
-    lines: tuple[str, ...] = ()  # what the builder said
-
-
-class ImageDetail(Wire):
-    """An image or tree, and who needs it: sessions that have not ended, and snapshots."""
-
-    info: ImageInfo
-    spec: ImageSpec | None = None  # of an image
-    layers: tuple[ImageInfo, ...] = ()  # of an image, the lowest first
-    composed: tuple[str, ...] = ()  # digests of what sandboxes boot that is made of it
-    sessions: tuple[str, ...] = ()
-    snapshots: tuple[str, ...] = ()
-
-
-class ImageRemoved(Wire):
-    """`digests`: of the image and of the trees that nothing else stands on; `bytes`: that this freed, about."""
-
-    digests: tuple[str, ...]
-    bytes: int
+# ---------------------------------------------------------------- agents
 
 
 EngineName = Literal["gvisor", "qemu"]
+RetriedOn = Literal["exit", "crash_loop", "out_of_memory"]
 
 
 def _empty(value: dict[str, Any]) -> bool:
     return not value
-
-
-RetriedOn = Literal["exit", "crash_loop", "out_of_memory"]
 
 
 def _no(value: object) -> bool:
@@ -424,56 +327,6 @@ class StartOptions(Wire):
     ttl_s: float | None = None  # from when it may start until it must have
     concurrency_key: str | None = None
     tags: tuple[str, ...] = ()
-
-
-class Queue(Wire):
-    """A queue. Limits: None is none. `suspended`: whether suspended sessions "count" towards them, or are "free" and
-    wait for a slot to be resumed. `running`: sessions that have a slot; `waiting`: that want one now; `delayed`: later."""
-
-    name: str
-    limit: int | None = None
-    key_limit: int | None = None
-    paused: bool = False
-    suspended: Literal["count", "free"] = "count"
-    running: int = 0
-    waiting: int = 0
-    delayed: int = 0
-    next: tuple[str, ...] = ()  # the first of those that wait, in their order
-
-
-class Firing(Wire):
-    """What became of one time of a schedule."""
-
-    due: datetime
-    what: Literal["started", "triggered", "skipped", "missed", "failed"]
-    session: str | None = None
-    detail: str | None = None
-
-
-class ScheduleSpec(Wire):
-    """What a schedule starts and when: `cron` in time zone `tz`, or every `every_s` seconds. Checked by control.
-
-    `catch_up`: of times that passed while no server ran, start the "latest", "all" or "none". `overlap`: "allow", or
-    "skip" a time while a session of an earlier one goes on."""
-
-    agent: AgentSpec
-    args: dict[str, Any] = Field(default_factory=dict[str, Any])
-    options: StartOptions = StartOptions()
-    cron: str | None = None
-    tz: str = "UTC"
-    every_s: float | None = None
-    catch_up: Literal["latest", "none", "all"] = "latest"
-    overlap: Literal["allow", "skip"] = "allow"
-
-
-class Schedule(ScheduleSpec):
-    """A schedule as it stands. `next_at` is where it would go on if it is paused. `firings`: the newest first."""
-
-    name: str
-    paused: bool
-    next_at: datetime
-    created_at: datetime
-    firings: tuple[Firing, ...] = ()
 
 
 class Attempt(Wire):

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Literal
 
-from rethaw.model.types import AgentSpec, SessionView, StartOptions, TerminalSpec, Wire
+from rethaw.model.types import AgentSpec, SessionView, StartOptions, TerminalSpec
+from rethaw.model.wire import Wire
 
 Files = Literal["keep", "fresh"]
 FILES = ("keep", "fresh")

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from rethaw.images.spec import blobs
 from rethaw.model.errors import EngineMismatch, ImageError, InvalidInput, RethawError
-from rethaw.model.types import AgentSpec, ImageSpec, SnapshotInfo
+from rethaw.model.image_types import ImageSpec
+from rethaw.model.types import AgentSpec, SnapshotInfo
 from rethaw.node.parts import Parts
 
 _BROKEN = "export the snapshot again, with a Rethaw of this version"

@@ -22,7 +22,8 @@ from rethaw.sdk.sizes import size_bytes
 from rethaw.sdk.starting import Starting, starting
 
 if TYPE_CHECKING:
-    from rethaw.model.types import AgentSpec, ImageSpec
+    from rethaw.model.image_types import ImageSpec
+    from rethaw.model.types import AgentSpec
     from rethaw.sdk.aclient import AsyncClient
     from rethaw.sdk.asession import AsyncSession
     from rethaw.sdk.client import Client

@@ -14,7 +14,7 @@ from rethaw.model.errors import InvalidInput, NotFound
 if TYPE_CHECKING:
     from typing import Any
 
-    from rethaw.model.types import ImageSpec
+    from rethaw.model.image_types import ImageSpec
 
 SUITES = {"bookworm": "3.11"}  # suite: version of its python3
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.:=~_-]*", re.IGNORECASE)
@@ -219,7 +219,7 @@ class Image:
 
     def spec_of(self, uploaded: list[str]) -> ImageSpec:
         """The wire form, with the digests of `uploads()`."""
-        from rethaw.model.types import ImageSpec, ImageStep
+        from rethaw.model.image_types import ImageSpec, ImageStep
 
         digests = iter(uploaded)
         oci = next(digests) if self.base is not None else None

@@ -6,8 +6,8 @@ import json
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from rethaw.model.queue_types import Queue
 from rethaw.model.starting import check_name
-from rethaw.model.types import Queue
 from rethaw.sdk.calls import Call, path, to_json
 
 if TYPE_CHECKING:

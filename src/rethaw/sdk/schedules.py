@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rethaw.model.durations import Duration, optional_seconds
 from rethaw.model.errors import InvalidInput
+from rethaw.model.queue_types import Schedule
 from rethaw.model.starting import check_name
-from rethaw.model.types import AgentSpec, Schedule, SessionView
+from rethaw.model.types import AgentSpec, SessionView
 from rethaw.sdk.agents import Agent
 from rethaw.sdk.calls import Call, path, session_view, to_json
 from rethaw.sdk.starting import Starting, starting

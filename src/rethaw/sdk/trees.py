@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import httpx2
 
 from rethaw.model.errors import Unavailable
-from rethaw.model.types import ImageBuilt, ImageDetail, ImageInfo, ImageRemoved, ImageSpec
+from rethaw.model.image_types import ImageBuilt, ImageDetail, ImageInfo, ImageRemoved, ImageSpec
 from rethaw.sdk.calls import Call, error_of, path
 from rethaw.sdk.sse import Parser, ServerEvent
 from rethaw.sdk.transport import QUIET_S, Target

@@ -12,7 +12,7 @@ from rethaw.cli.app import Flag, Json
 from rethaw.cli.connect import client
 
 if TYPE_CHECKING:
-    from rethaw.model.types import ImageInfo
+    from rethaw.model.image_types import ImageInfo
     from rethaw.sdk.images import Image
 
 MIB = 1 << 20

@@ -11,7 +11,7 @@ from rethaw.cli.app import Json
 from rethaw.cli.connect import client
 
 if TYPE_CHECKING:
-    from rethaw.model.types import Queue
+    from rethaw.model.queue_types import Queue
     from rethaw.sdk.queues import Limit
 
 Number = Annotated[str | None, Parameter(allow_leading_hyphen=True)]

@@ -13,7 +13,7 @@ from rethaw.cli.connect import client
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from rethaw.model.types import Schedule
+    from rethaw.model.queue_types import Schedule
     from rethaw.sdk.client import Client
 
 
