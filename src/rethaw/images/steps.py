@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from rethaw.images import archive, build, changes, mirrors, npm, places, pypi, sandbox
 from rethaw.images.spec import KERNELS, all_steps
 from rethaw.model.errors import ImageError
-from rethaw.model.types import ImageSpec, ImageStep
+from rethaw.model.image_types import ImageSpec, ImageStep
 
 Progress = Callable[[str], None]
 _APT = """

@@ -136,9 +136,12 @@ class Egress:
 
     async def looked_up(self, asked: str) -> None:
         """A program wanted the address of a name, and was told that there is none: it did not ask the proxy."""
-        with contextlib.suppress(ValueError):
-            why, rule = why_no_address(self._rules, self._settings, host := host_of(asked))
-            await self._tell(NewEvent(type=EventType.EGRESS_REFUSED, data={"host": host, "why": why, "rule": rule}))
+        try:
+            host = host_of(asked)
+        except ValueError:
+            return  # no rule could name it either
+        why, rule = why_no_address(self._rules, self._settings, host)
+        await self._tell(NewEvent(type=EventType.EGRESS_REFUSED, data={"host": host, "why": why, "rule": rule}))
 
     async def close(self, why: str = "the sandbox is gone") -> None:
         """The life is over, or its program is."""
