@@ -35,7 +35,7 @@ lint: setup-test
 ## Real kills on a busy machine: what fails is run once more, alone, and both outcomes stay on the screen. A test that fails
 ## only at first is a defect to look at, in the test or in what it tests; one that fails twice fails the run.
 test: lint
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup -m "not long" || { echo "once more, the failed ones alone:"; \
+	$(PY) -m pytest -n auto --maxprocesses 4 --no-loadscope-reorder -m "not long" || { echo "once more, the failed ones alone:"; \
 	  $(PY) -m pytest -m "not long" --last-failed --last-failed-no-failures none; }
 
 ## The suites of sessions once more, with every agent in a microVM, by emulation; the last ones with all memory read lazily.
