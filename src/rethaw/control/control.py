@@ -42,7 +42,7 @@ from rethaw.control.policy import Policy
 from rethaw.control.prices import Prices
 from rethaw.control.rows import Conn, Row
 from rethaw.control.waits import Addresses
-from rethaw.control.wakeups import NODE_CHANNEL, SESSION_CHANNEL, Transactions
+from rethaw.control.wakeups import NODE_CHANNEL, OUTBOX_CHANNEL, SESSION_CHANNEL, Transactions
 from rethaw.db.notify import NotifyHub
 from rethaw.db.pool import Database
 from rethaw.log.store import Log
@@ -185,7 +185,10 @@ class Control:
             state = await self.transactions.once(fn)
             return state if state.done else None
 
-        return await self._until(SESSION_CHANNEL, fence.session, look, timeout_s) or await self.transactions.once(fn)
+        state = await self._until(SESSION_CHANNEL, fence.session, look, timeout_s) or await self.transactions.once(fn)
+        if state.done:  # the guest does not wait for a commit to hear of it
+            self.transactions.aside(lambda conn: waits.given(conn, fence, attempt, wait))
+        return state
 
     async def cancel_wait(self, fence: Fence, attempt: int, wait: str) -> None:
         await self._fenced(fence, lambda conn, row: waits.cancel(conn, row, attempt, wait))
@@ -419,7 +422,7 @@ class Control:
             over, found = await self.transactions.once(lambda conn: outbox.look(conn, session, after, limit))
             return found if found or over else None
 
-        return await self._until(SESSION_CHANNEL, session, look, wait_s) or []
+        return await self._until(OUTBOX_CHANNEL, session, look, wait_s) or []
 
     async def signal(self, session: str, name: str, payload: bytes, idempotency_key: str | None = None) -> str:
         """A signal by name; `payload` is JSON text. Returns its id."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rethaw.control import lineage, rows, spawned
+from rethaw.control import lineage, rows, spawned, wakeups
 from rethaw.control.rows import Conn, Row
 from rethaw.log.writer import event_of
 from rethaw.model.enums import EventType, State
@@ -44,6 +44,7 @@ async def publish(conn: Conn, row: Row, upto: int | None) -> None:
     limit = row.last_seq if upto is None else upto
     if limit <= row.published_seq:
         return
+    wakeups.note(wakeups.OUTBOX_CHANNEL, row.id)
     sessions = await lineage.sessions(conn, row)
     cursor = await conn.execute(_SENT, (row.id, row.line, sessions, _TYPES, row.published_seq, limit))
     for event in [event_of(row.id, record) for record in await cursor.fetchall()]:

@@ -225,6 +225,8 @@ async def move(
     detail = None if detail is None else clean(detail)[:_DETAIL_LIMIT]
     more = {"node": columns.get("node"), "exit_code": columns.get("exit_code")}
     await append(conn, row.id, *events, state_event(state, reason, detail, **more))
+    if state.final:
+        wakeups.note(wakeups.OUTBOX_CHANNEL, row.id)
     columns |= {"state": state.value, "reason": reason.value, "detail": detail, "nap_until": None}
     columns |= await awake.counted(conn, row, state)
     await conn.execute(_update(tuple(columns), ", state_since = now()"), [*columns.values(), row.id])

@@ -76,19 +76,17 @@ async def open_wait(conn: Conn, row: Row, attempt: int, spec: WaitSpec, addresse
     return _state(row.id, found, addresses)
 
 
+_GIVEN = """
+UPDATE waits w SET given_at = clock_timestamp() FROM sessions s
+WHERE w.session = %s AND w.attempt = %s AND w.id = %s AND w.state = 'done'
+  AND w.given_at IS NULL AND s.id = w.session AND s.generation = %s"""
 _LOOK = """
-WITH given AS (
-    UPDATE waits w SET given_at = clock_timestamp() FROM sessions s
-    WHERE w.session = %(session)s AND w.attempt = %(attempt)s AND w.id = %(wait)s AND w.state = 'done'
-      AND w.given_at IS NULL AND s.id = w.session AND s.generation = %(generation)s
-)
 SELECT s.generation AS life, w.* FROM sessions s
 LEFT JOIN waits w ON w.session = s.id AND w.attempt = %(attempt)s AND w.id = %(wait)s WHERE s.id = %(session)s"""
 
 
 async def look(conn: Conn, fence: Fence, attempt: int, wait: str, addresses: Addresses) -> WaitState:
-    """The wait as it stands, by one statement; one that is done is given to its guest by this. Raises Fenced, NotFound, and
-    Conflict when it was cancelled."""
+    """The wait as it stands, by one statement. Raises Fenced, NotFound, and Conflict when it was cancelled."""
     values = {"session": fence.session, "generation": fence.generation, "attempt": attempt, "wait": wait}
     found = await rows.one(conn, _LOOK, values)
     if found is None:
@@ -100,6 +98,11 @@ async def look(conn: Conn, fence: Fence, attempt: int, wait: str, addresses: Add
     if found["state"] in ("cancelled", "stale"):
         raise Conflict(f"wait {wait} of session {fence.session} is {found['state']}", remedy="open it again")
     return _state(fence.session, found, addresses)
+
+
+async def given(conn: Conn, fence: Fence, attempt: int, wait: str) -> None:
+    """Its guest is being told that it is done. Written late, or never, it is only taken for unheard for longer."""
+    await conn.execute(_GIVEN, (fence.session, attempt, wait, fence.generation))
 
 
 async def cancel(conn: Conn, row: Row, attempt: int, wait: str) -> None:

@@ -3,6 +3,8 @@ commit; everybody who waits polls behind it."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import TypeVar
@@ -10,8 +12,12 @@ from typing import TypeVar
 from rethaw.db.notify import NotifyHub
 from rethaw.db.pool import Connection, Database
 from rethaw.log.writer import CHANNEL as SESSION_CHANNEL
+from rethaw.model.errors import RethawError
+
+log = logging.getLogger("rethaw.control")
 
 NODE_CHANNEL = "rethaw_node"  # the payload is the node's id
+OUTBOX_CHANNEL = "rethaw_outbox"  # something was published, or nothing more will be; the payload is the session's id
 TIMER_CHANNEL = "rethaw_timer"  # a deadline that may be the next one; the payload is ANY
 QUEUE_CHANNEL = "rethaw_queue"  # a session may be given a slot or a node by now; the payload is ANY
 SCHEDULE_CHANNEL = "rethaw_schedule"  # a schedule's next time has changed; the payload is ANY
@@ -34,6 +40,7 @@ class Transactions:
     def __init__(self, db: Database, hub: NotifyHub | None) -> None:
         self.db = db
         self.hub = hub
+        self._aside: set[asyncio.Task[None]] = set()
 
     async def run(self, fn: Callable[[Connection], Awaitable[T]]) -> T:
         noted: set[tuple[str, str]] = set()
@@ -56,10 +63,24 @@ class Transactions:
 
         return await self.db.retrying(alone)
 
+    def aside(self, fn: Callable[[Connection], Awaitable[None]]) -> None:
+        """`once` that nobody waits for; it is lost when the server ends meanwhile."""
+
+        async def work() -> None:
+            try:
+                await self.once(fn)
+            except RethawError as error:
+                log.info("not written: %s", error)
+
+        task = asyncio.create_task(work())
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
+
 
 __all__ = [
     "ANY",
     "NODE_CHANNEL",
+    "OUTBOX_CHANNEL",
     "QUEUE_CHANNEL",
     "SCHEDULE_CHANNEL",
     "SESSION_CHANNEL",

@@ -20,7 +20,8 @@ from rethaw.db.pool import Connection, Database
 
 log = logging.getLogger("rethaw.db")
 
-_BATCH_S = 0.05  # between two batches of NOTIFY
+# Before a batch of NOTIFY and after it. Sent at once it would take the time of what it tells this process's own waiters.
+_GATHER_S, _BATCH_S = 0.01, 0.05
 _RECONNECT_S = 0.5
 
 
@@ -59,6 +60,7 @@ class NotifyHub:
         self._waiters: dict[tuple[str, str], set[asyncio.Event]] = {}
         self._channels: dict[str, bool] = {}  # wanted: listening
         self._outgoing: set[tuple[str, str]] = set()
+        self._own = 0  # pid of the backend that sent our last batch: what it says is known here
         self._poke = asyncio.Event()  # something to do for the listener
         self._push = asyncio.Event()  # something to send
         self._tasks: list[asyncio.Task[None]] = []
@@ -126,7 +128,7 @@ class NotifyHub:
             conn: Connection | None = None
             try:
                 conn = await self._db.connect()
-                conn.add_notify_handler(lambda n: self._wake(n.channel, n.payload))
+                conn.add_notify_handler(lambda n: None if n.pid == self._own else self._wake(n.channel, n.payload))
                 self._channels = dict.fromkeys(self._channels, False)
                 await self._serve(conn)
             except (psycopg.Error, OSError) as e:
@@ -156,15 +158,19 @@ class NotifyHub:
                 loop.remove_reader(fileno)
             conn.pgconn.consume_input()
             while (told := conn.pgconn.notifies()) is not None:
+                if told.be_pid == self._own:
+                    continue
                 self._wake(told.relname.decode(), told.extra.decode("utf-8", "replace"))
 
     async def _send(self) -> None:
         while True:
             await self._push.wait()
+            await asyncio.sleep(_GATHER_S)
             self._push.clear()
             batch, self._outgoing = list(self._outgoing), set()
             try:
                 async with self._db.connection() as conn:
+                    self._own = conn.info.backend_pid
                     await conn.execute(
                         "SELECT pg_notify(c, k) FROM unnest(%s::text[], %s::text[]) AS u (c, k)",
                         ([channel for channel, _ in batch], [key for _, key in batch]),
