@@ -126,6 +126,35 @@ async def test_hub_publishes_to_other_processes(db: Database, hub: NotifyHub) ->
             assert await theirs.wait(10)
 
 
+async def test_what_the_hub_sent_itself_does_not_wake_its_waiters_twice_and_what_sql_says_does(
+    db: Database, hub: NotifyHub
+) -> None:
+    hub.poll_s = 60
+    async with NotifyHub(db, poll_s=60) as other:
+        with other.subscribe("c", "k") as theirs, hub.subscribe("c", "k") as mine:
+            for one in (hub, other):
+                await asyncio.wait_for(one.listening.wait(), 10)
+            await theirs.wait(0.5)
+            await mine.wait(0)
+            hub.publish("c", "k")
+            assert await mine.wait(0)
+            assert await theirs.wait(10)
+            assert not await mine.wait(0.2)
+            for _ in range(3):  # each connection of the pool, also one that the hub might have used
+                async with db.connection() as conn:
+                    await conn.execute("SELECT pg_notify('c', 'k')")
+                assert await mine.wait(10) and await theirs.wait(10)
+            # Its own connection is lost: what is published next may be, later ones are not.
+            pid = hub._own  # pyright: ignore[reportPrivateUsage]
+            await db.fetch("SELECT pg_terminate_backend(%s)", (pid,))
+            heard = False
+            for _ in range(50):
+                hub.publish("c", "k")
+                if heard := await theirs.wait(0.2):
+                    break
+            assert heard and hub._own != pid  # pyright: ignore[reportPrivateUsage]
+
+
 async def test_hub_polls_without_listening(db: Database) -> None:
     hub = NotifyHub(db, poll_s=0.05)  # not started
     start = time.monotonic()

@@ -60,7 +60,7 @@ class NotifyHub:
         self._waiters: dict[tuple[str, str], set[asyncio.Event]] = {}
         self._channels: dict[str, bool] = {}  # wanted: listening
         self._outgoing: set[tuple[str, str]] = set()
-        self._own = 0  # pid of the backend that sent our last batch: what it says is known here
+        self._own = 0  # pid of the backend that sends our batches, and nothing else: what it says is known here
         self._poke = asyncio.Event()  # something to do for the listener
         self._push = asyncio.Event()  # something to send
         self._tasks: list[asyncio.Task[None]] = []
@@ -163,18 +163,27 @@ class NotifyHub:
                 self._wake(told.relname.decode(), told.extra.decode("utf-8", "replace"))
 
     async def _send(self) -> None:
-        while True:
-            await self._push.wait()
-            await asyncio.sleep(_GATHER_S)
-            self._push.clear()
-            batch, self._outgoing = list(self._outgoing), set()
-            try:
-                async with self._db.connection() as conn:
-                    self._own = conn.info.backend_pid
+        conn: Connection | None = None
+        try:
+            while True:
+                await self._push.wait()
+                await asyncio.sleep(_GATHER_S)
+                self._push.clear()
+                batch, self._outgoing = list(self._outgoing), set()
+                try:
+                    if conn is None:
+                        conn = await self._db.connect()
+                        self._own = conn.info.backend_pid
                     await conn.execute(
                         "SELECT pg_notify(c, k) FROM unnest(%s::text[], %s::text[]) AS u (c, k)",
                         ([channel for channel, _ in batch], [key for _, key in batch]),
                     )
-            except (psycopg.Error, OSError) as e:
-                log.debug("notifications dropped, others will poll: %s", e)
-            await asyncio.sleep(_BATCH_S)
+                except (psycopg.Error, OSError) as e:
+                    log.debug("notifications dropped, others will poll: %s", e)
+                    if conn is not None:
+                        await conn.close()
+                        conn = None
+                await asyncio.sleep(_BATCH_S)
+        finally:
+            if conn is not None:
+                await conn.close()
