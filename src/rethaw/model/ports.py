@@ -299,6 +299,7 @@ class GuestStream(Protocol):
     received: int  # response bytes that the guest holds already
     head_received: bool  # whether the guest holds the response head
     base: int  # offset of the first byte that read() gives (stdout, stderr, tunnel)
+    over: bool  # nothing more comes or goes
     hung_up: bool  # the agent closed its end; the handler was cancelled for that, and nobody waits for an answer
     taken: int  # response bytes that the agent had surely read when it hung up
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 
 from rethaw.model.enums import EventType
+from rethaw.model.errors import RethawError
 from rethaw.model.ports import GuestStream, LogSink
 from rethaw.model.types import Event, Fence, NewEvent
 
@@ -51,24 +53,34 @@ class Outputs:
                 reading = reading or asyncio.ensure_future(stream.read())
                 data, reading = await reading, None
                 piece = bytearray(data or b"")
-                while data is not None and not piece.endswith(b"\n") and len(piece) < _PIECE:
-                    # A line often comes as several writes: what follows at once belongs to the same event.
-                    reading = asyncio.ensure_future(stream.read())
-                    await asyncio.wait({reading}, timeout=_LULL_S)
-                    if not reading.done():
-                        break
-                    data, reading = reading.result(), None
-                    piece += data or b""
+                try:
+                    while data is not None and not piece.endswith(b"\n") and len(piece) < _PIECE:
+                        # A line often comes as several writes: what follows at once belongs to the same event.
+                        reading = asyncio.ensure_future(stream.read())
+                        await asyncio.wait({reading}, timeout=_LULL_S)
+                        if not reading.done():
+                            break
+                        data, reading = reading.result(), None
+                        piece += data or b""
+                except asyncio.CancelledError:
+                    if not stream.over:  # a freeze: who looks on has seen it, who comes meanwhile is to see it too
+                        with contextlib.suppress(RethawError):
+                            await self._keep(name, position, bytes(piece))
+                    raise
                 self._active()
-                skip = max(0, self.offsets.get(name, 0) - position)
+                await self._keep(name, position, bytes(piece))
                 position += len(piece)
-                while skip < len(piece):
-                    skip += await self._store(name, bytes(piece[skip:]))
                 await stream.ack(self.offsets.get(name, 0))
         finally:
             if reading is not None:
                 reading.cancel()
         ended.set()
+
+    async def _keep(self, name: str, position: int, piece: bytes) -> None:
+        """Append what the log does not have yet of `piece`, which begins at `position`."""
+        skip = max(0, self.offsets.get(name, 0) - position)
+        while skip < len(piece):
+            skip += await self._store(name, piece[skip:])
 
     async def _store(self, name: str, data: bytes) -> int:
         """Append `data`; how many bytes of it the log has now. An append that was made before and never heard of may
