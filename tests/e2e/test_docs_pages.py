@@ -141,9 +141,9 @@ def test_snapshots_policy(page: Page) -> None:
 
 def test_ports_from_python(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
     page.open("docs/ports.md")
-    work = "mkdir -p /app; echo whole > /app/report; exec python3 -m http.server 3000"
+    work = "mkdir -p /app; echo whole > /app/report; echo ready; exec python3 -m http.server 3000"
     session = page.session(page.type(f"rethaw run -d --image base -- sh -c '{work}'").strip())
-    session.until_state("running")
+    session.until_output("ready")
     (page.place / "data.csv").write_text("1,2\n")
     capsys.readouterr()
     page.run("session.exec(")

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("runsc") is None, reason="needs root and runsc"),
 ]
 ANSWERED = "exchange.completed"
-PAGE = Path(__file__).resolve().parents[2].joinpath("docs/branching.md")
+PAGE = Path(__file__).resolve().parents[2] / "docs/branching.md"
 
 
 @pytest.fixture(scope="module", name="h")

@@ -178,7 +178,7 @@ async def test_a_session_from_beginning_to_end_over_stdio(
 def documented_client() -> Any:
     """`run` of the example in docs/mcp.md."""
     (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "mcp.md").read_text(), re.DOTALL | re.MULTILINE)
-    names: dict[str, Any] = {"__name__": "mcp_client"}
+    names: dict[str, Any] = {"__name__": "mcp_client"}  # mcp_client.py of the page
     exec(code, names)
     return names["run"]
 

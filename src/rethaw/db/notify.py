@@ -182,7 +182,7 @@ class NotifyHub:
                     log.debug("notifications dropped, others will poll: %s", e)
                     if conn is not None:
                         await conn.close()
-                        conn = None
+                        conn, self._own = None, 0  # another backend may get its pid
                 await asyncio.sleep(_BATCH_S)
         finally:
             if conn is not None:

@@ -32,7 +32,7 @@ T = TypeVar("T")
 DEADLINE_S = 30.0  # rethaw.model.ports: implementations retry for so long, then raise Unavailable
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.02, 0.3
 # A statement is prepared when a connection runs it again (psycopg waits for the sixth time: 1-2 ms more for each of the first
-# ten messages to an agent, benchmarks/sdk.py). At most so many stay prepared on a connection; there are about 150 kinds.
+# ten messages to an agent, benchmarks/sdk.py). At most so many stay prepared on a connection.
 _PREPARED_AFTER, _PREPARED_MAX = 1, 200
 
 # Read-only: a standby answers during a fail-over. Idle-in-transaction: the server ended a transaction of a paused process.

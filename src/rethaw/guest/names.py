@@ -1,7 +1,7 @@
 """A name server on loopback that knows no name, so that a lookup is answered at once and the node hears of it.
 
-A sandbox has no network, and its /etc/resolv.conf names no server: then a resolver asks
-127.0.0.1. What goes through the proxy asks for no address; who does has left the proxy out, or has been given none.
+A sandbox has no network, and its /etc/resolv.conf names no server: then a resolver asks 127.0.0.1. What goes
+through the proxy asks for no address; who does has left the proxy out, or has been given none.
 """
 
 from __future__ import annotations

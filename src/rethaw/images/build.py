@@ -23,7 +23,7 @@ _LAST_LINES = 12
 _SLOW = "check the mirror, and that no command waits for input"
 _EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/lintian/*")
 _INCLUDED = ("/usr/share/doc/*/copyright", "/usr/share/locale/locale.alias")
-# Files of /etc. No name server is named: every resolver then asks 127.0.0.1, where guestd answers (rethaw.guest.names).
+# Files of /etc. No name server is named: resolvers then ask 127.0.0.1, where guestd answers (rethaw.guest.names).
 NAMES = {
     "hosts": "127.0.0.1 localhost agent\n::1 localhost ip6-localhost ip6-loopback\n",
     "hostname": "agent\n",

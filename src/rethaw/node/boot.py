@@ -50,8 +50,8 @@ def guest_env(a: Assignment, providers: Iterable[str]) -> dict[str, str]:
 
 
 def _proxies(given: Mapping[str, str]) -> dict[str, str]:
-    """The way out. It is there for a command that may go nowhere as well: a refusal at the proxy says more than a name that is not there. Not
-    for a Python function without `allow`: with it each HTTP client has two more transports and contexts for TLS, 0.6 MiB
+    """The way out. It is there for a command that may go nowhere as well: a refusal at the proxy says more than a name
+    that is not there. Not for a Python function without `allow`: with it each HTTP client has two more transports and contexts for TLS, 0.6 MiB
     more in a first snapshot and twice as much per turn (0.6 to 1.2 MiB, examples/coder/demo.py). A setting that the image or
     the agent makes itself, in capitals or not, stays alone."""
     ours = {"HTTP_PROXY": GATEWAY, "HTTPS_PROXY": GATEWAY, "NO_PROXY": _DIRECT}
